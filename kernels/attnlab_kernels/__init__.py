@@ -1,0 +1,1 @@
+"""What attention is: mechanisms, operations, masks, caches."""

@@ -1,0 +1,1 @@
+"""What an experiment is: spec, models, probes, views, comparison and export."""

@@ -1,0 +1,1 @@
+"""What a person touches: the browser pages, the HTTP API and the command line."""

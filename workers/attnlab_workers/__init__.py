@@ -1,0 +1,1 @@
+"""Who runs it: the dispatcher, the Ray tasks and the child process that holds the device."""
