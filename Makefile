@@ -29,7 +29,7 @@ format: venv
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	PYTHON=$(PYTHON) ./scripts/make_environment.sh $(VENV)
+	PYTHON=$(PYTHON) ./.ci/make_environment.sh $(VENV)
 	touch $@
 
 # the three bundled models: once, into ATTNLAB_MODELS or ~/.attnlab/models
@@ -37,7 +37,7 @@ models: venv
 	$(BIN)/attnlab models fetch --all
 
 browser: venv
-	./scripts/install_browser.sh $(BIN)/python
+	./.ci/install_browser.sh $(BIN)/python
 
 # also from a plain checkout with nothing installed but torch, triton and numpy
 gpu-test:
