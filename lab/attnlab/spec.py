@@ -1,0 +1,370 @@
+"""What an experiment is: a spec whose grid expands to runs. Torch-free.
+
+A spec as YAML::
+
+    name: window-vs-full
+    model: smollm2-135m               # or `module: {dim: 512, num_heads: 8}` for a bare module
+    input: {text: "...", max_tokens: 2048}
+    vary:
+      mechanism: [multi_head, {sliding_window: {window_size: 256}}]
+      sequence_length: [512, 2048]
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+from attnlab_kernels.catalog import MECHANISMS, validate_parameters
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from .documents import read_document, write_document
+from .inputs import count_tokens
+from .problems import Problem, SpecError, shown
+
+IMPLEMENTATIONS = (
+    "auto",
+    "eager",
+    "sdpa_math",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa_cudnn",
+    "flex",
+    "triton",
+    "banded",
+)
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+PHASES = ("prefill", "decode", "train")
+RECORDS = ("maps", "timing", "memory", "accuracy", "statistics")
+
+MAX_TEXT_BYTES = 1_000_000
+MAX_SPEC_BYTES = 2 * MAX_TEXT_BYTES
+MAX_RUNS = 512
+MAX_SEQUENCE = 1 << 20
+MAX_CELLS = 1 << 22
+"""tokens in one run: batch_size x sequence_length"""
+
+ONE_INPUT = "must hold exactly one of text, file and synthetic"
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """One point of the grid: everything that tells this run from its neighbours."""
+
+    mechanism: str
+    parameters: dict[str, Any]
+    implementation: str
+    sequence_length: int
+    """tokens; 0: as long as the text turns out to be (its tokenizer is not on the machine that asks)"""
+    dtype: str
+    batch_size: int
+    phase: str
+    model: str
+    kind: str
+    """``bench`` when time or memory is measured (such a run owns its device), else ``inspect``"""
+    gpus: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _choice(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in choices:
+            raise _broken("must be one of the choices", value, choices)
+        return value
+
+    return check
+
+
+def _broken(rule: str, value: Any, choices: tuple[str, ...] = ()) -> PydanticCustomError:
+    # rule and choices go through ctx, as pydantic would read braces in the text as a template
+    return PydanticCustomError("attnlab", "{rule}", {"rule": rule, "shown": shown(value), "choices": choices})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _some_and_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise _broken("must name at least one value (an empty grid has no runs)", [])
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise _broken("names the same value twice", value)
+    return values
+
+
+T = TypeVar("T")
+Choices = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), AfterValidator(_some_and_distinct)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModuleSpec(_Strict):
+    """A bare attention module, run on synthetic hidden states."""
+
+    dim: Annotated[StrictInt, Field(ge=1, le=65_536)]
+    num_heads: Annotated[StrictInt, Field(ge=1, le=1024)]
+    num_kv_heads: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
+    """key and value heads of grouped_query; other mechanisms have as many as num_heads"""
+
+
+class InputSpec(_Strict):
+    """What goes in: exactly one of text, file and synthetic."""
+
+    text: str | None = None
+    file: str | None = None
+    """a text file; read when the spec is parsed, by the command line and by Python only"""
+    synthetic: Annotated[str, AfterValidator(_choice(("random",)))] | None = None
+    """random tokens from the model's vocabulary; the only input of a bare module (normal hidden states)"""
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)] | None = None
+    """cut the text after this many tokens"""
+    repeat: StrictBool = False
+    """repeat the text until sequence_length is reached"""
+
+
+class MechanismChoice(_Strict):
+    """A mechanism and all its parameters; written as its name, or ``{name: {parameter: value}}``."""
+
+    name: str
+    parameters: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        name, given = _mechanism_entry(value)
+        if name not in MECHANISMS:
+            raise _broken("must be a mechanism of the catalog", name, tuple(MECHANISMS))
+        built = tuple(key for key, mechanism in MECHANISMS.items() if mechanism.built)
+        if name not in built:
+            raise _broken("is in the catalog but not built yet", name, built)
+        try:
+            return {"name": name, "parameters": validate_parameters(name, given)}
+        except ValueError as error:
+            raise _broken(str(error), "") from None
+
+    @model_serializer
+    def _write(self) -> str | dict[str, dict[str, Any]]:
+        if self.parameters == validate_parameters(self.name, {}):
+            return self.name
+        return {self.name: dict(self.parameters)}
+
+
+def _mechanism_entry(value: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(value, MechanismChoice):
+        return value.name, dict(value.parameters)
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, given = next(iter(value.items()))
+        if isinstance(name, str) and isinstance(given, Mapping | None):
+            return name, {str(key): item for key, item in (given or {}).items()}
+    raise _broken("must be a name or {name: {parameter: value}}", value)
+
+
+class VarySpec(_Strict):
+    """The grid: every combination becomes one run."""
+
+    mechanism: Choices[MechanismChoice]
+    implementation: Choices[Annotated[str, AfterValidator(_choice(IMPLEMENTATIONS))]] = ("auto",)
+    sequence_length: Choices[Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)]] | None = None
+    dtype: Choices[Annotated[str, AfterValidator(_choice(DTYPES))]] = ("float32",)
+    batch_size: Choices[Annotated[StrictInt, Field(ge=1, le=4096)]] = (1,)
+
+
+class Resources(_Strict):
+    gpus: Annotated[StrictInt, Field(ge=0, le=64)] = 0
+
+
+def _layers(value: Any) -> str | tuple[int, ...]:
+    if value == "all":
+        return "all"
+    layers = _as_tuple(value)
+    if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise _broken("must be 'all' or a list of zero-based layers", value, ("all", "[0, 1, ...]"))
+    return tuple(sorted(set(layers)))
+
+
+class ExperimentSpec(_Strict):
+    """An experiment: a model or module, an input, a grid and what to record."""
+
+    name: Annotated[str, Field(min_length=1, max_length=120)]
+    model: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    """a bundled name, a hub id or a local folder"""
+    module: ModuleSpec | None = None
+    input: InputSpec = InputSpec()
+    vary: VarySpec
+    phase: Annotated[str, AfterValidator(_choice(PHASES))] = "prefill"
+    record: Choices[Annotated[str, AfterValidator(_choice(RECORDS))]] = RECORDS
+    layers: Annotated[str | tuple[int, ...], PlainValidator(_layers)] = "all"
+    """``all``, or the zero-based layers whose maps are kept"""
+    repeats: Annotated[StrictInt, Field(ge=1, le=1000)] = 20
+    seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] = 0
+    resources: Resources = Resources()
+
+    @property
+    def model_name(self) -> str:
+        """The model as lists show it; a bare module is named by its shape."""
+        if self.module is None:
+            return cast(str, self.model)
+        kv_heads = f"/{self.module.num_kv_heads}" if self.module.num_kv_heads else ""
+        return f"module {self.module.dim}x{self.module.num_heads}{kv_heads}"
+
+    def points(self) -> list[RunPoint]:
+        """Return the runs of the grid in the order they are queued: mechanism varies slowest."""
+        vary = self.vary
+        kind = "bench" if {"timing", "memory"} & set(self.record) else "inspect"
+        lengths = vary.sequence_length or (self._text_length() or 0,)
+        grid = itertools.product(vary.mechanism, vary.implementation, lengths, vary.dtype, vary.batch_size)
+        return [
+            RunPoint(
+                mechanism=mechanism.name,
+                parameters=dict(mechanism.parameters),
+                implementation=implementation,
+                sequence_length=length,
+                dtype=dtype,
+                batch_size=batch_size,
+                phase=self.phase,
+                model=self.model_name,
+                kind=kind,
+                gpus=self.resources.gpus,
+            )
+            for mechanism, implementation, length, dtype, batch_size in grid
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that parse_spec reads back into an equal spec."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return values | {"layers": self.layers if self.layers == "all" else list(self.layers)}
+
+    def to_yaml(self) -> str:
+        return write_document(self.to_dict())
+
+    def hash(self) -> str:
+        """Return the sha256 of the spec without its name: equal for experiments that would run the same."""
+        values = {key: value for key, value in self.to_dict().items() if key != "name"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def text_tokens(self) -> int | None:
+        """Return how many tokens the text has, or None where the model's tokenizer is not on this machine."""
+        if self.model is None or self.input.text is None:
+            return None
+        return count_tokens(self.model, self.input.text)
+
+    def _text_length(self) -> int | None:
+        if self.input.text is None:
+            return self.input.max_tokens
+        counted = self.text_tokens()
+        if counted is None or self.input.max_tokens is None:
+            return counted
+        return min(counted, self.input.max_tokens)
+
+
+def parse_spec(source: str | bytes | Mapping[str, Any], *, folder: Path | None = None) -> ExperimentSpec:
+    """Read and check a spec.
+
+    Args:
+        source: YAML or JSON text, or plain values.
+        folder: where ``input: {file: ...}`` is looked up; None refuses it (a request names no files).
+
+    Raises:
+        SpecError: with every problem found.
+    """
+    from .spec_rules import broken_rules
+
+    values = _document(source)
+    values = _with_file_read(values, folder)
+    try:
+        spec = ExperimentSpec.model_validate(values)
+    except ValidationError as error:
+        raise SpecError([_problem(detail) for detail in error.errors()]) from None
+    if problems := broken_rules(spec):
+        raise SpecError(problems)
+    return spec
+
+
+def _document(source: str | bytes | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(source, str | bytes):
+        size = len(source.encode() if isinstance(source, str) else source)
+        if size > MAX_SPEC_BYTES:
+            raise SpecError([Problem("spec", f"must be at most {MAX_SPEC_BYTES} bytes", str(size))])
+        try:
+            text = source if isinstance(source, str) else source.decode()
+        except UnicodeDecodeError as error:
+            raise SpecError([Problem("spec", f"must be UTF-8 text: byte {error.start} is not")]) from None
+        source = read_document(text)
+    if not isinstance(source, Mapping):
+        fields = tuple(ExperimentSpec.model_fields)
+        raise SpecError([Problem("spec", "must be a mapping of fields to values", shown(source), fields)])
+    return {str(key): value for key, value in source.items()}
+
+
+def _with_file_read(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    given = values.get("input")
+    if not isinstance(given, Mapping) or not isinstance(given.get("file"), str):
+        return values
+    name = given["file"]
+    if folder is None:
+        rule = "files are read by the command line and by Python only; send the text itself as input.text"
+        raise SpecError([Problem("input.file", rule, shown(name))])
+    if given.get("text") is not None:
+        raise SpecError([Problem("input", ONE_INPUT, "both text and file")])
+    path = folder / Path(name).expanduser()
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            rule = f"must be at most {MAX_TEXT_BYTES} bytes"
+            raise SpecError([Problem("input.file", rule, f"{path.stat().st_size} in {name}")])
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"must be a readable UTF-8 text file: {error}"
+        raise SpecError([Problem("input.file", rule, shown(name))]) from None
+    return values | {"input": {key: item for key, item in given.items() if key != "file"} | {"text": text}}
+
+
+def _problem(detail: Any) -> Problem:
+    argument = _path(detail["loc"])
+    context = detail.get("ctx") or {}
+    match detail["type"]:
+        case "attnlab":
+            value = context["shown"] if context["shown"] != "''" else ""
+            return Problem(argument, context["rule"], value, tuple(context["choices"]))
+        case "extra_forbidden":
+            fields = tuple(_fields_at(detail["loc"][:-1]))
+            return Problem(argument, "is not a field of a spec", shown(str(detail["loc"][-1])), fields)
+        case "missing":
+            return Problem(argument, "must be given")
+        case _:
+            message = detail["msg"].removeprefix("Input should be ")
+            return Problem(argument, f"must be {message}", shown(detail["input"]))
+
+
+def _path(location: tuple[Any, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path or "spec"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    nested = {"module": ModuleSpec, "input": InputSpec, "vary": VarySpec, "resources": Resources}
+    kind = nested.get(location[0], ExperimentSpec) if location else ExperimentSpec
+    return list(kind.model_fields)

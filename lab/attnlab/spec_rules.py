@@ -1,0 +1,127 @@
+"""The rules between the fields of a spec: what the model's own facts allow. Torch-free."""
+
+import math
+from collections.abc import Iterator
+
+from .bundled import BUNDLED, ModelFacts, describe_model, is_hub_id
+from .problems import Problem, shown
+from .spec import MAX_CELLS, MAX_RUNS, MAX_TEXT_BYTES, ONE_INPUT, ExperimentSpec
+
+
+def broken_rules(spec: ExperimentSpec) -> list[Problem]:
+    """Return every rule between fields that the spec breaks."""
+    return [*_subject(spec), *_input(spec), *_size(spec), *_against_model(spec)]
+
+
+def _subject(spec: ExperimentSpec) -> Iterator[Problem]:
+    if (spec.model is None) == (spec.module is None):
+        given = "neither" if spec.model is None else "both"
+        yield Problem("model", "exactly one of model and module must be given", given)
+    if spec.model is not None and describe_model(spec.model) is None and not is_hub_id(spec.model):
+        rule = "must be a bundled name, a hub id (owner/name) or a local folder with a config.json"
+        yield Problem("model", rule, shown(spec.model), tuple(BUNDLED))
+    if spec.module is not None:
+        dim, heads, kv_heads = spec.module.dim, spec.module.num_heads, spec.module.num_kv_heads
+        if dim % heads:
+            yield Problem("module.num_heads", f"must divide dim ({dim})", str(heads), _divisors(dim, heads))
+        if kv_heads and heads % kv_heads:
+            choices = _divisors(heads, kv_heads)
+            yield Problem("module.num_kv_heads", f"must divide num_heads ({heads})", str(kv_heads), choices)
+        yield from _kv_heads(spec, heads)
+        if spec.vary.sequence_length is None:
+            yield Problem("vary.sequence_length", "must be given for a bare module")
+        if spec.layers != "all" and tuple(spec.layers) != (0,):
+            yield Problem("layers", "a bare module has one layer", shown(spec.layers), ("all", "[0]"))
+
+
+def _input(spec: ExperimentSpec) -> Iterator[Problem]:
+    given = [name for name in ("text", "file", "synthetic") if getattr(spec.input, name) is not None]
+    if spec.module is not None:
+        if given not in ([], ["synthetic"]):
+            yield Problem("input", "a bare module takes synthetic input only", given[0], ("synthetic",))
+        return
+    if len(given) != 1:
+        value = " and ".join(given) or "none"
+        yield Problem("input", ONE_INPUT, value)
+    text = spec.input.text
+    if text is not None:
+        size = len(text.encode())
+        if size > MAX_TEXT_BYTES:
+            yield Problem("input.text", f"must be at most {MAX_TEXT_BYTES} bytes", str(size))
+        if not text.strip():
+            yield Problem("input.text", "must not be empty")
+        if spec.input.repeat and spec.vary.sequence_length is None:
+            yield Problem("input.repeat", "needs vary.sequence_length, which says where to stop", "true")
+    elif spec.input.synthetic and spec.vary.sequence_length is None and spec.input.max_tokens is None:
+        yield Problem("vary.sequence_length", "must be given for synthetic input")
+
+
+def _size(spec: ExperimentSpec) -> Iterator[Problem]:
+    vary = spec.vary
+    lengths = vary.sequence_length or (spec.input.max_tokens or 1,)
+    axes = (vary.mechanism, vary.implementation, lengths, vary.dtype, vary.batch_size)
+    runs = math.prod(len(axis) for axis in axes)
+    if runs > MAX_RUNS:
+        yield Problem("vary", f"the grid may hold at most {MAX_RUNS} runs", str(runs))
+    cells = max(lengths) * max(vary.batch_size)
+    if cells > MAX_CELLS:
+        yield Problem("vary", f"batch_size x sequence_length may be at most {MAX_CELLS} tokens", str(cells))
+    if spec.module is None and "float64" in vary.dtype:
+        choices = ("float32", "float16", "bfloat16")
+        yield Problem("vary.dtype", "float64 is for bare modules", "'float64'", choices)
+
+
+def _against_model(spec: ExperimentSpec) -> Iterator[Problem]:
+    facts = describe_model(spec.model) if spec.model is not None else None
+    if facts is None:
+        return
+    yield from _layers(spec, facts)
+    yield from _kv_heads(spec, facts.heads)
+    if facts.context is not None:
+        yield from _context(spec, facts.context)
+
+
+def _layers(spec: ExperimentSpec, facts: ModelFacts) -> Iterator[Problem]:
+    if facts.layers is None or isinstance(spec.layers, str):
+        return
+    for layer in spec.layers:
+        if layer >= facts.layers:
+            rule = f"must be at most {facts.layers - 1}: {spec.model} has {facts.layers} layers"
+            yield Problem("layers", rule, str(layer), ("all", f"0 to {facts.layers - 1}"))
+
+
+def _kv_heads(spec: ExperimentSpec, heads: int | None) -> Iterator[Problem]:
+    for index, mechanism in enumerate(spec.vary.mechanism):
+        kv_heads = mechanism.parameters.get("num_kv_heads")
+        if heads and kv_heads and heads % kv_heads:
+            argument = f"vary.mechanism[{index}].{mechanism.name}.num_kv_heads"
+            rule = f"must divide the {heads} heads of {spec.model_name}"
+            yield Problem(argument, rule, str(kv_heads), _divisors(heads, kv_heads))
+
+
+def _context(spec: ExperimentSpec, context: int) -> Iterator[Problem]:
+    rule = f"must be at most {context} tokens, the context of {spec.model}"
+    for length in spec.vary.sequence_length or ():
+        if length > context:
+            yield Problem("vary.sequence_length", rule, str(length))
+    if spec.input.max_tokens is not None and spec.input.max_tokens > context:
+        yield Problem("input.max_tokens", rule, str(spec.input.max_tokens))
+    if spec.input.text is None:
+        return
+    tokens, exact = spec.text_tokens(), True
+    if tokens is None:
+        # every tokenizer of a known model splits at spaces first
+        tokens, exact = len(spec.input.text.split()), False
+    if spec.vary.sequence_length is None and spec.input.max_tokens is None and tokens > context:
+        rule += "; cut it with input.max_tokens or vary.sequence_length"
+        yield Problem("input.text", rule, f"{'' if exact else 'at least '}{tokens} tokens")
+    longest = max(spec.vary.sequence_length or (0,))
+    available = min(tokens, spec.input.max_tokens or tokens)
+    if exact and not spec.input.repeat and longest > available:
+        rule = f"must be at most the text's {available} tokens, unless input.repeat is true"
+        yield Problem("vary.sequence_length", rule, str(longest))
+
+
+def _divisors(number: int, near: int) -> tuple[str, ...]:
+    divisors = [value for value in range(1, number + 1) if number % value == 0]
+    return tuple(str(value) for value in sorted(sorted(divisors, key=lambda value: abs(value - near))[:8]))
