@@ -1,0 +1,199 @@
+"""Any region of an attention map from O(n) numbers: queries, keys, the kernel's log-sum-exp. No torch.
+
+``P[i, j] = exp(scale * q_i . k_j - lse_i)`` where the mask allows it, else 0. Nothing here ever holds n x n
+numbers: regions are streamed by row blocks, and only keys inside the mask's ``key_range`` are touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnlab_kernels.masks import Mask
+
+# regions up to this many cells are computed in float64 (a 512 x 512 screen)
+EXACT_CELLS = 2**18
+# scores held at once: about the size of a second-level cache in float32
+BLOCK_CELLS = 2**18
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxMap:
+    """Softmax attention of one head of one batch element.
+
+    Args:
+        query: ``[Sq, D]`` float, as the kernel saw it (after position encoding).
+        key: ``[Sk, D]`` float.
+        lse: ``[Sq]`` natural log of the row's sum of ``exp(scale * q . k)``; minus infinity for a dead row.
+        scale: the factor on ``q . k``.
+        mask: the mask of the kernel call that gave ``lse``.
+        batch: batch element, for padding masks.
+    """
+
+    query: NDArray[np.floating[Any]]
+    key: NDArray[np.floating[Any]]
+    lse: NDArray[np.floating[Any]]
+    scale: float
+    mask: Mask
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.query.ndim != 2 or self.key.ndim != 2 or self.query.shape[1] != self.key.shape[1]:
+            raise ValueError(
+                f"query [Sq, D] and key [Sk, D] must share D; got {self.query.shape} and {self.key.shape}"
+            )
+        if self.lse.shape != self.query.shape[:1]:
+            raise ValueError(f"lse must be [{self.query.shape[0]}], one number a query; got {self.lse.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of queries and of keys."""
+        return self.query.shape[0], self.key.shape[0]
+
+    def tile(self, rows: slice, cols: slice) -> NDArray[np.float32]:
+        """Exact probabilities of a region: float32 ``[rows, cols]``, from float64 up to 2**18 cells."""
+        r0, r1 = _bounds(rows, self.shape[0], "rows")
+        c0, c1 = _bounds(cols, self.shape[1], "cols")
+        out = np.zeros((r1 - r0, c1 - c0), np.float32)
+        dtype = np.float64 if out.size <= EXACT_CELLS else np.float32
+        for start, stop in self._spans(r0, r1, c1 - c0):
+            lo, hi = self._visited(start, stop, c0, c1)
+            if lo < hi:
+                scores = self._log_weights(start, stop, lo, hi, dtype)
+                out[start - r0 : stop - r0, lo - c0 : hi - c0] = np.exp(scores, out=scores)
+        return out
+
+    def pool(
+        self, rows: slice, cols: slice, height: int, width: int, reduce: str = "max"
+    ) -> NDArray[np.float32]:
+        """Maximum or mean of the probabilities under each of ``height x width`` pixels of a region.
+
+        Pixel ``y`` covers rows ``floor(y * R / height)`` up to the next pixel's. A side with fewer cells than
+        pixels keeps one pixel a cell, so a small region comes back as its tile. Masked cells count as 0.
+        """
+        if reduce not in ("max", "mean"):
+            raise ValueError(f"reduce must be 'max' or 'mean'; got {reduce!r}")
+        if height < 1 or width < 1:
+            raise ValueError(f"height and width must be at least 1 pixel; got {height} x {width}")
+        r0, r1 = _bounds(rows, self.shape[0], "rows")
+        c0, c1 = _bounds(cols, self.shape[1], "cols")
+        if r1 - r0 <= height and c1 - c0 <= width:
+            return self.tile(rows, cols)
+        row_edges, col_edges = _edges(r0, r1, height), _edges(c0, c1, width)
+        maximum = reduce == "max"
+        out = np.full((len(row_edges) - 1, len(col_edges) - 1), -np.inf if maximum else 0.0, np.float32)
+        fold = np.maximum if maximum else np.add
+        for start, stop in self._spans(r0, r1, c1 - c0, (r1 - r0) // len(out)):
+            lo, hi = self._visited(start, stop, c0, c1)
+            if lo >= hi:
+                continue
+            left, right = _bins(col_edges, lo, hi)
+            top, bottom = _bins(row_edges, start, stop)
+            scores = self._log_weights(start, stop, int(col_edges[left]), int(col_edges[right]), np.float32)
+            # exp is monotonic, so a maximum needs it for the pixels only
+            weights = scores if maximum else np.exp(scores, out=scores)
+            by_row = _fold_rows(fold, weights, np.clip(row_edges[top : bottom + 1], start, stop) - start)
+            pixels = _fold_cols(fold, by_row, col_edges[left : right + 1] - col_edges[left])
+            region = out[top:bottom, left:right]
+            fold(region, pixels, out=region)
+        if maximum:
+            return np.exp(out, out=out)
+        area = np.diff(row_edges)[:, None] * np.diff(col_edges)[None, :]
+        return out / area.astype(np.float32)
+
+    def row_sums(self, rows: slice | None = None) -> NDArray[np.float64]:
+        """Sum of each row over all keys: float64. 1, or 0 for a dead row, if the log-sum-exp is right."""
+        r0, r1 = _bounds(rows or slice(None), self.shape[0], "rows")
+        sums = np.zeros(r1 - r0, np.float64)
+        for start, stop in self._spans(r0, r1, self.shape[1]):
+            lo, hi = self._visited(start, stop, 0, self.shape[1])
+            if lo < hi:
+                scores = self._log_weights(start, stop, lo, hi, np.float64)
+                sums[start - r0 : stop - r0] = np.exp(scores, out=scores).sum(axis=1)
+        return sums
+
+    def _spans(self, start: int, stop: int, width: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """Row blocks of about BLOCK_CELLS visited cells, of whole pixels where a pixel fits."""
+        num_queries, num_keys = self.shape
+        visited = self.mask.count(num_queries, num_keys, self.batch) // max(1, num_queries)
+        # a block of s rows touches about visited + s keys, never more than the region's width
+        step = int((math.sqrt(visited**2 + 4 * BLOCK_CELLS) - visited) / 2)
+        step = max(1, step, BLOCK_CELLS // max(1, width))
+        if step > multiple:
+            step -= step % max(1, multiple)
+        for row in range(start, stop, step):
+            yield row, min(row + step, stop)
+
+    def _visited(self, start: int, stop: int, c0: int, c1: int) -> tuple[int, int]:
+        num_queries, num_keys = self.shape
+        lo, hi = self.mask.key_range(
+            start, stop, num_queries=num_queries, num_keys=num_keys, batch=self.batch
+        )
+        return max(lo, c0), min(hi, c1)
+
+    def _log_weights(self, r0: int, r1: int, c0: int, c1: int, dtype: type) -> NDArray[Any]:
+        """``scale * q . k - lse`` of a block, minus infinity where masked."""
+        num_queries, num_keys = self.shape
+        rows, lse = np.arange(r0, r1), self.lse[r0:r1]
+        # keys that do not exist may hold anything, also NaN and infinity: they are masked below
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = self.query[r0:r1].astype(dtype) * dtype(self.scale)
+            scores = scaled @ self.key[c0:c1].astype(dtype, copy=False).T
+            scores -= np.where(np.isneginf(lse), 0, lse).astype(dtype)[:, None]
+        first, last = self.mask.band().row_limits(
+            rows, num_queries=num_queries, num_keys=num_keys, batch=self.batch
+        )
+        # every row of the block may see these keys, so only the keys around them need a mask
+        open_lo = min(max(int(first.max()), c0), c1)
+        open_hi = min(max(int(last.min()), open_lo), c1)
+        for a, b in ((c0, open_lo), (open_hi, c1)):
+            if a < b:
+                keep = self.mask.allowed(
+                    rows, np.arange(a, b), num_queries=num_queries, num_keys=num_keys, batch=self.batch
+                )
+                part = scores[:, a - c0 : b - c0]
+                np.copyto(part, dtype(-np.inf), where=~keep)
+        scores[np.isneginf(lse)] = -np.inf
+        return scores
+
+
+def _bounds(part: slice, size: int, name: str) -> tuple[int, int]:
+    start, stop, step = part.indices(size)
+    if step != 1:
+        raise ValueError(f"{name} must be a slice with step 1; got {part}")
+    return start, max(start, stop)
+
+
+def _edges(start: int, stop: int, pixels: int) -> NDArray[np.int64]:
+    count = max(1, min(pixels, stop - start))
+    return start + np.arange(count + 1) * (stop - start) // count
+
+
+def _bins(edges: NDArray[np.int64], lo: int, hi: int) -> tuple[int, int]:
+    """First bin touching ``[lo, hi)`` and one past the last."""
+    return int(np.searchsorted(edges, lo, "right")) - 1, int(np.searchsorted(edges, hi, "left"))
+
+
+def _fold_rows(fold: np.ufunc, values: NDArray[Any], edges: NDArray[np.int64]) -> NDArray[Any]:
+    sizes = np.diff(edges)
+    if (sizes == sizes[0]).all():
+        return fold.reduce(values.reshape(len(sizes), int(sizes[0]), -1), axis=1)
+    # a loop over whole rows beats ufunc.reduceat, which walks this axis cell by cell
+    return np.stack([fold.reduce(values[a:b], axis=0) for a, b in pairwise(edges)])
+
+
+def _fold_cols(fold: np.ufunc, values: NDArray[Any], edges: NDArray[np.int64]) -> NDArray[Any]:
+    sizes = np.diff(edges)
+    step = int(sizes[0])
+    if step > 16 or not (sizes == step).all():
+        return fold.reduceat(values, edges[:-1], axis=1)
+    folded = values[:, 0::step].copy()
+    for offset in range(1, step):
+        fold(folded, values[:, offset::step], out=folded)
+    return folded
