@@ -1,0 +1,346 @@
+"""Lists of runs and experiments: filtered, searched, sorted and paged in SQL, by index."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Select, Text, asc, cast, desc, func, or_, select, tuple_
+from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
+
+from attnlab_storage.columns import json_list_has
+from attnlab_storage.database import Store
+from attnlab_storage.tables import STATES, Experiment, Run
+
+FILTERS = (
+    "state",
+    "mechanism",
+    "implementation",
+    "model",
+    "dtype",
+    "phase",
+    "sequence_length",
+    "batch_size",
+    "experiment",
+    "tag",
+)
+SORTS = (
+    "id",
+    "state",
+    "mechanism",
+    "implementation",
+    "model",
+    "sequence_length",
+    "dtype",
+    "batch_size",
+    "experiment_id",
+    "latency_ms",
+    "peak_memory_bytes",
+    "created_at",
+    "started_at",
+    "finished_at",
+)
+MAX_LIMIT = 1000
+
+
+class ListingError(ValueError):
+    """A filter, a sort or a page cursor that cannot be used; the text names it and the choices."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run as it stands, with the name and tags of its experiment."""
+
+    id: int
+    experiment_id: int
+    experiment_name: str
+    tags: list[str]
+    position: int
+    mechanism: str
+    parameters: dict[str, Any]
+    implementation: str
+    sequence_length: int
+    dtype: str
+    batch_size: int
+    phase: str
+    model: str | None
+    kind: str
+    gpus: int
+    state: str
+    reason: str | None
+    error_kind: str | None
+    error_detail: str | None
+    priority: int
+    run_after: float
+    attempt: int
+    max_attempts: int
+    owner: str | None
+    lease_until: float | None
+    cancel_requested_at: float | None
+    timeout_seconds: float
+    phase_name: str | None
+    progress_done: float | None
+    progress_total: float | None
+    progress_at: float | None
+    environment_id: int | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    deleted_at: float | None
+    latency_ms: float | None
+    peak_memory_bytes: int | None
+    summary: dict[str, Any] | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has an outcome."""
+        return self.state not in ("queued", "running")
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """One page of runs; ``next`` is the ``after`` of the page that follows, None on the last."""
+
+    rows: list[RunRow]
+    next: str | None
+
+
+@dataclass(frozen=True)
+class ExperimentRow:
+    """An experiment, with how many of its runs are in which state."""
+
+    id: int
+    name: str
+    spec: dict[str, Any]
+    spec_hash: str
+    note: str
+    tags: list[str]
+    pinned: bool
+    created_by: str | None
+    created_at: float
+    deleted_at: float | None
+    states: dict[str, int]
+
+    @property
+    def runs(self) -> int:
+        """How many runs it has."""
+        return sum(self.states.values())
+
+    @property
+    def ended(self) -> bool:
+        """Whether every run has an outcome."""
+        return not (self.states.get("queued") or self.states.get("running"))
+
+
+@dataclass(frozen=True)
+class ExperimentPage:
+    """One page of experiments; ``next`` is the ``after`` of the page that follows, None on the last."""
+
+    rows: list[ExperimentRow]
+    next: str | None
+
+
+_OF_EXPERIMENT = {"experiment_name": Experiment.name, "tags": Experiment.tags}
+_COLUMNS = [_OF_EXPERIMENT.get(field.name) or getattr(Run, field.name) for field in fields(RunRow)]
+
+
+def get_run(store: Store, run_id: int) -> RunRow | None:
+    """The run, deleted or not; None if there is none with this id."""
+    found = runs_of(store, run_ids=[run_id])
+    return found[0] if found else None
+
+
+def runs_of(
+    store: Store, *, experiment_id: int | None = None, run_ids: Sequence[int] | None = None
+) -> list[RunRow]:
+    """All runs of an experiment in grid order (deleted ones left out), or runs by id in the order asked for."""
+    query = select(*_COLUMNS).join(Experiment, Run.experiment_id == Experiment.id)
+    if experiment_id is not None:
+        query = query.where(Run.experiment_id == experiment_id, Run.deleted_at.is_(None))
+    if run_ids is not None:
+        query = query.where(Run.id.in_(list(run_ids)))
+    with store.read() as session:
+        rows = [RunRow(*values) for values in session.execute(query.order_by(Run.position)).all()]
+    if run_ids is None:
+        return rows
+    by_id = {row.id: row for row in rows}
+    return [by_id[run_id] for run_id in run_ids if run_id in by_id]
+
+
+def list_runs(
+    store: Store,
+    *,
+    filters: Mapping[str, Any] | None = None,
+    search: str = "",
+    sort: str = "-id",
+    limit: int = 50,
+    after: str | None = None,
+    deleted: bool = False,
+) -> RunPage:
+    """One page of runs.
+
+    Args:
+        filters: values (or lists of values, any of which may match) of `FILTERS`; empty ones are left out.
+        search: text looked for in the experiment's name, note and tags, and in mechanism, implementation and model.
+        sort: one of `SORTS`, with a leading ``-`` for descending; runs without a value come last either way.
+        after: ``RunPage.next`` of the page before, with the same filters and sort.
+        deleted: list the deleted runs instead of the others.
+
+    Raises:
+        ListingError: an unknown filter, sort, cursor or limit.
+    """
+    name, descending = sort.removeprefix("-"), sort.startswith("-")
+    if name not in SORTS:
+        raise ListingError(
+            f"sort must be a column, got {sort!r}; choices: {', '.join(SORTS)}, each also with -"
+        )
+    _check_limit(limit)
+    query = select(*_COLUMNS).join(Experiment, Run.experiment_id == Experiment.id)
+    query = query.where(*_conditions(filters or {}, search, deleted))
+    with store.read() as session:
+        rows = _page(session, query, getattr(Run, name), descending, limit + 1, _position(after))
+    cursor = json.dumps([getattr(rows[limit - 1], name), rows[limit - 1].id]) if len(rows) > limit else None
+    return RunPage(rows[:limit], cursor)
+
+
+def count_runs(store: Store, *, filters: Mapping[str, Any] | None = None, search: str = "") -> int:
+    """How many runs `list_runs` would page through."""
+    query = select(func.count()).select_from(Run).where(*_conditions(filters or {}, search, False))
+    with store.read() as session:
+        return session.scalar(query) or 0
+
+
+def counts_by_state(store: Store, *, experiment_id: int | None = None) -> dict[str, int]:
+    """How many runs (deleted ones left out) are in each of the states, zero included."""
+    query = select(Run.state, func.count()).where(Run.deleted_at.is_(None)).group_by(Run.state)
+    if experiment_id is not None:
+        query = query.where(Run.experiment_id == experiment_id)
+    with store.read() as session:
+        found = dict(session.execute(query).tuples().all())
+    return {state: found.get(state, 0) for state in STATES}
+
+
+def get_experiment(store: Store, experiment_id: int) -> ExperimentRow | None:
+    """The experiment, deleted or not; None if there is none with this id."""
+    with store.read() as session:
+        found = _experiments(session, select(Experiment).where(Experiment.id == experiment_id))
+    return found[0] if found else None
+
+
+def list_experiments(
+    store: Store,
+    *,
+    search: str = "",
+    tag: str | None = None,
+    limit: int = 50,
+    after: str | None = None,
+    deleted: bool = False,
+) -> ExperimentPage:
+    """One page of experiments, the latest first. Raises ListingError."""
+    _check_limit(limit)
+    query = select(Experiment).where(
+        Experiment.deleted_at.is_not(None) if deleted else Experiment.deleted_at.is_(None)
+    )
+    if search:
+        query = query.where(_mentions(search, Experiment.name, Experiment.note, Experiment.tags))
+    if tag:
+        query = query.where(json_list_has(Experiment.tags, tag))
+    if after is not None:
+        query = query.where(Experiment.id < (_position(after) or (None, 0))[1])
+    with store.read() as session:
+        rows = _experiments(session, query.order_by(Experiment.id.desc()).limit(limit + 1))
+    cursor = json.dumps([None, rows[limit - 1].id]) if len(rows) > limit else None
+    return ExperimentPage(rows[:limit], cursor)
+
+
+def _conditions(filters: Mapping[str, Any], search: str, deleted: bool) -> list[ColumnElement[bool]]:
+    conditions = [Run.deleted_at.is_not(None) if deleted else Run.deleted_at.is_(None)]
+    for name, wanted in filters.items():
+        if name not in FILTERS:
+            raise ListingError(f"filter must be a column, got {name!r}; choices: {', '.join(FILTERS)}")
+        values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
+        if values and values != [None] and values != [""]:
+            conditions.append(_filter(name, values))
+    if search.strip():
+        conditions.append(_search(search.strip()))
+    return conditions
+
+
+def _filter(name: str, values: list[Any]) -> ColumnElement[bool]:
+    if name == "state" and (unknown := [value for value in values if value not in STATES]):
+        raise ListingError(f"filter state must be a state, got {unknown[0]!r}; choices: {', '.join(STATES)}")
+    if name == "tag":
+        tagged = select(Experiment.id).where(or_(*(json_list_has(Experiment.tags, tag) for tag in values)))
+        return Run.experiment_id.in_(tagged)
+    return getattr(Run, "experiment_id" if name == "experiment" else name).in_(values)
+
+
+def _search(text: str) -> ColumnElement[bool]:
+    named = select(Experiment.id).where(_mentions(text, Experiment.name, Experiment.note, Experiment.tags))
+    found = or_(Run.experiment_id.in_(named), _mentions(text, Run.mechanism, Run.implementation, Run.model))
+    return or_(found, Run.id == int(text)) if text.isdecimal() and len(text) < 10 else found
+
+
+def _mentions(text: str, *columns: Any) -> ColumnElement[bool]:
+    return or_(*(cast(column, Text).icontains(text, autoescape=True) for column in columns))
+
+
+def _page(
+    session: Session,
+    query: Select[Any],
+    column: Any,
+    descending: bool,
+    count: int,
+    position: tuple[Any, int] | None,
+) -> list[RunRow]:
+    """Up to ``count`` rows: first those with a value, in its order; then those without, by id.
+
+    In two queries, because each then follows an index on both databases; NULLS LAST does so on neither.
+    """
+    direction = desc if descending else asc
+    rows: list[RunRow] = []
+    if position is None or position[0] is not None:
+        valued = query.where(column.is_not(None)).order_by(direction(column), direction(Run.id))
+        if position is not None:
+            here, there = tuple_(column, Run.id), tuple_(*position)
+            valued = valued.where(here < there if descending else here > there)
+            position = None
+        rows += (RunRow(*values) for values in session.execute(valued.limit(count)).all())
+    if len(rows) < count and column.nullable:
+        rest = query.where(column.is_(None)).order_by(direction(Run.id))
+        if position is not None:
+            rest = rest.where(Run.id < position[1] if descending else Run.id > position[1])
+        rows += (RunRow(*values) for values in session.execute(rest.limit(count - len(rows))).all())
+    return rows
+
+
+def _position(after: str | None) -> tuple[Any, int] | None:
+    if after is None:
+        return None
+    try:
+        value, key = json.loads(after)
+    except (ValueError, TypeError):
+        key = value = None
+    if not isinstance(key, int) or isinstance(value, list | dict):
+        raise ListingError(f"after must be the `next` of a page, got {after!r:.100}")
+    return value, key
+
+
+def _check_limit(limit: int) -> None:
+    if not 1 <= limit <= MAX_LIMIT:
+        raise ListingError(f"limit must be between 1 and {MAX_LIMIT}, got {limit}")
+
+
+def _experiments(session: Session, query: Select[tuple[Experiment]]) -> list[ExperimentRow]:
+    found = session.scalars(query).all()
+    counts = session.execute(
+        select(Run.experiment_id, Run.state, func.count())
+        .where(Run.experiment_id.in_([row.id for row in found]), Run.deleted_at.is_(None))
+        .group_by(Run.experiment_id, Run.state)
+    )
+    states: dict[int, dict[str, int]] = {row.id: {} for row in found}
+    for experiment_id, state, count in counts:
+        states[experiment_id][state] = count
+    names = [field.name for field in fields(ExperimentRow)[:-1]]
+    return [ExperimentRow(*(getattr(row, name) for name in names), states[row.id]) for row in found]
