@@ -76,6 +76,13 @@ class Store:
                     update(Revision).where(Revision.shard == shard).values(value=Revision.value + 1)
                 )
 
+    def compact(self) -> None:
+        """Gives unused space of an SQLite file back to the disk; PostgreSQL does that by itself."""
+        if self.dialect == "sqlite":
+            engine = self._engine(1).execution_options(isolation_level="AUTOCOMMIT")
+            with translated(self.label), engine.connect() as connection:
+                connection.exec_driver_sql("VACUUM")
+
     def close(self) -> None:
         """Closes every connection; the store may be used again and then opens new ones."""
         with self._lock:

@@ -16,7 +16,7 @@ RESULTS = (Measurement, Trace, RunInput, Tensor)
 
 @dataclass(frozen=True)
 class Claim:
-    """One attempt at one run. Plain data: it may travel to another process as JSON (``dataclasses.asdict``)."""
+    """One attempt at one run. Plain data: travels as JSON (``dataclasses.asdict``, ``Claim(**data)``)."""
 
     run_id: int
     experiment_id: int

@@ -46,7 +46,7 @@ def delete_runs(store: Store, run_ids: Iterable[int]) -> list[int]:
 
 
 def delete_experiments(store: Store, experiment_ids: Iterable[int]) -> list[int]:
-    """Hides experiments with their runs, except pinned ones and those with a running run; returns their ids."""
+    """Hides experiments with their runs, but none that is pinned or has a running run; returns the ids."""
     running = exists().where(Run.experiment_id == Experiment.id, Run.state == "running")
     with store.write() as session:
         now = _now(session)
@@ -92,7 +92,7 @@ def restore_experiments(store: Store, experiment_ids: Iterable[int]) -> list[int
 def purge(store: Store, *, older_than_seconds: float = KEPT_SECONDS) -> int:
     """Removes for good what was deleted that long ago, with everything that hangs on it.
 
-    Returns how many runs went. The space in an SQLite file is used again; `Store.compact` gives it to the disk.
+    Returns how many runs went. An SQLite file uses the space again; `Store.compact` gives it to the disk.
     """
     with store.write() as session:
         before = _now(session) - older_than_seconds

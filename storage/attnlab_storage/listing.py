@@ -154,7 +154,7 @@ def get_run(store: Store, run_id: int) -> RunRow | None:
 def runs_of(
     store: Store, *, experiment_id: int | None = None, run_ids: Sequence[int] | None = None
 ) -> list[RunRow]:
-    """All runs of an experiment in grid order (deleted ones left out), or runs by id in the order asked for."""
+    """All runs of an experiment in grid order, deleted ones left out; or runs by id, in that order."""
     query = select(*_COLUMNS).join(Experiment, Run.experiment_id == Experiment.id)
     if experiment_id is not None:
         query = query.where(Run.experiment_id == experiment_id, Run.deleted_at.is_(None))
@@ -182,7 +182,7 @@ def list_runs(
 
     Args:
         filters: values (or lists of values, any of which may match) of `FILTERS`; empty ones are left out.
-        search: text looked for in the experiment's name, note and tags, and in mechanism, implementation and model.
+        search: text in the experiment's name, note or tags, in mechanism, implementation or model; or an id.
         sort: one of `SORTS`, with a leading ``-`` for descending; runs without a value come last either way.
         after: ``RunPage.next`` of the page before, with the same filters and sort.
         deleted: list the deleted runs instead of the others.
@@ -255,7 +255,9 @@ def list_experiments(
 
 
 def _conditions(filters: Mapping[str, Any], search: str, deleted: bool) -> list[ColumnElement[bool]]:
-    conditions = [Run.deleted_at.is_not(None) if deleted else Run.deleted_at.is_(None)]
+    conditions: list[ColumnElement[bool]] = [
+        Run.deleted_at.is_not(None) if deleted else Run.deleted_at.is_(None)
+    ]
     for name, wanted in filters.items():
         if name not in FILTERS:
             raise ListingError(f"filter must be a column, got {name!r}; choices: {', '.join(FILTERS)}")
@@ -288,7 +290,7 @@ def _mentions(text: str, *columns: Any) -> ColumnElement[bool]:
 
 def _page(
     session: Session,
-    query: Select[Any],
+    query: Any,
     column: Any,
     descending: bool,
     count: int,
@@ -332,7 +334,7 @@ def _check_limit(limit: int) -> None:
         raise ListingError(f"limit must be between 1 and {MAX_LIMIT}, got {limit}")
 
 
-def _experiments(session: Session, query: Select[tuple[Experiment]]) -> list[ExperimentRow]:
+def _experiments(session: Session, query: Select[Experiment]) -> list[ExperimentRow]:
     found = session.scalars(query).all()
     counts = session.execute(
         select(Run.experiment_id, Run.state, func.count())
@@ -343,4 +345,6 @@ def _experiments(session: Session, query: Select[tuple[Experiment]]) -> list[Exp
     for experiment_id, state, count in counts:
         states[experiment_id][state] = count
     names = [field.name for field in fields(ExperimentRow)[:-1]]
-    return [ExperimentRow(*(getattr(row, name) for name in names), states[row.id]) for row in found]
+    return [
+        ExperimentRow(**{name: getattr(row, name) for name in names}, states=states[row.id]) for row in found
+    ]

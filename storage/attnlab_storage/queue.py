@@ -3,10 +3,10 @@
     queued -> running -> succeeded | failed | out_of_memory | unsupported | timed_out | cancelled
     running -> queued      the lease ran out or the run was given back; the next claim is a new attempt
 
-A claim is a lease: ``(owner, attempt)`` with a time on the database's clock. Whatever the holder writes is fenced,
-that is, it happens only while the run is still running under that owner and attempt; else `LostLease`. Statements
-are the same on SQLite and PostgreSQL. Those that lock several runs lock them in the order of their ids, and the
-compare-and-swap in the outer UPDATE is what makes them right; SKIP LOCKED only spares waiting.
+A claim is a lease: ``(owner, attempt)`` with a time on the database's clock. Whatever the holder writes is
+fenced: it happens only while the run is still running under that owner and attempt, else `LostLease`.
+Statements are the same on SQLite and PostgreSQL. Those that lock several runs lock them in the order of their
+ids, and the compare-and-swap in the outer UPDATE is what makes them right; SKIP LOCKED only spares waiting.
 """
 
 import math
@@ -114,8 +114,8 @@ def submit(
 
     Args:
         points: one dict a run with the keys of `POINT_KEYS`.
-        delay_seconds: nobody claims the runs before that, except by ``claim(run_id=...)``: how a process keeps
-            runs for itself without losing them if it dies.
+        delay_seconds: nobody claims the runs before that, except by ``claim(run_id=...)``: how a process
+            keeps runs for itself without losing them if it dies.
     """
     _check_submission(points, max_attempts, timeout_seconds)
     with store.write() as session:
@@ -155,7 +155,7 @@ def submit(
 
 
 def claim(store: Store, owner: str, *, free_gpus: int = 0, run_id: int | None = None) -> Claim | None:
-    """Takes the first run that may start (highest priority, then oldest) and fits ``free_gpus``; None if none does.
+    """Takes the first run that may start and fits ``free_gpus``: highest priority, then oldest; else None.
 
     With ``run_id`` only that run, whatever its GPUs and its delay, and also while the queue is paused.
     """
@@ -224,7 +224,7 @@ def progress(
 
 
 def append_log(store: Store, claim: Claim, text: str) -> None:
-    """Adds to the run's log; more than `MAX_LOG_CHARS` at once loses its middle, visibly. Raises LostLease."""
+    """Adds to the run's log; text over `MAX_LOG_CHARS` loses its middle, visibly. Raises LostLease."""
     if not text:
         return
     with store.write() as session:
@@ -274,7 +274,7 @@ def give_back(
     error_detail: str | None = None,
     backoff_seconds: float | None = None,
 ) -> str:
-    """Ends the attempt but not the run: queued again, failed if the attempts are used up, cancelled if asked for.
+    """Ends the attempt: the run is queued again, or failed with attempts used up, or cancelled if asked for.
 
     Args:
         backoff_seconds: None doubles from 2 to 60 seconds with the attempts.
@@ -332,7 +332,7 @@ def cancel(store: Store, run_ids: Iterable[int]) -> int:
 
 
 def retry(store: Store, run_ids: Iterable[int], *, extra_attempts: int = 3) -> list[int]:
-    """Queues ended runs again, except those that succeeded; returns the ids. What they had stored is dropped."""
+    """Queues ended runs again, but none that succeeded; returns the ids. What they had stored is dropped."""
     ended = (Run.id.in_(list(run_ids)), Run.state.in_(RETRIABLE), Run.deleted_at.is_(None))
     values = _BLANK | {
         "state": "queued",

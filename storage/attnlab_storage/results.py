@@ -1,7 +1,7 @@
 """What runs yield: written under the claim's fence, read back for the attempt that counts.
 
-``with recording(store, claim) as session:`` is one transaction that holds the run; the ``record_`` functions and
-`tensors.write_tensor` are called inside. Nothing of it is visible before the block ends, and nothing stays if it
+``with recording(store, claim) as session:`` is one transaction that holds the run; the ``record_`` functions
+and `tensors.write_tensor` are called inside. Nothing of it is visible before the block ends, nothing stays if it
 raises. Keep it to a layer or so: the run's lease cannot be renewed meanwhile.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from attnlab_storage.columns import db_now, dump_json
@@ -83,7 +83,7 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class MeasurementRow:
-    """One number; ``value`` is the median where there are samples. Layer and head are None for the whole run."""
+    """One number; the median where there are samples. Layer and head are None for the whole run."""
 
     name: str
     value: float
@@ -96,7 +96,7 @@ class MeasurementRow:
 
 @dataclass(frozen=True)
 class TraceRow:
-    """One layer's attention. Its tensors ``query key lse`` have the same layer; ``mask`` is ``Mask.to_json()``."""
+    """One layer's attention; its tensors have the same layer; ``mask`` is ``Mask.to_json()``."""
 
     layer: int
     name: str
@@ -272,6 +272,6 @@ def _counts(table: Any, run_id: int) -> tuple[Any, Any]:
     return table.run_id == run_id, table.attempt == _current(run_id)
 
 
-def _rows(store: Store, query: Select[Any], row: type[RowT]) -> list[RowT]:
+def _rows(store: Store, query: Any, row: type[RowT]) -> list[RowT]:
     with store.read() as session:
         return [row(*values) for values in session.execute(query).all()]

@@ -1,6 +1,6 @@
 """Tensors as rows: one head's block of tokens a row, raw little-endian bytes, no copy on the way in.
 
-A tensor is ``[H, S, D]`` (query, key) or ``[H, S]`` (lse, value_norm). bfloat16 travels as its bits in uint16.
+A tensor is ``[H, S, D]`` (query, key) or ``[H, S]`` (lse, value_norm). bfloat16 is its bits in uint16.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ CODEC = "raw"
 
 
 class TensorError(ValueError):
-    """A tensor cannot be stored or read as asked; the text names the argument, the rule, the value and the choices."""
+    """A tensor cannot be stored or read as asked; the text names argument, rule, value and choices."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_tensor(
     """Stores a tensor inside `results.recording`; a layer and name may be stored once an attempt.
 
     Args:
-        array: ``[H, S, D]`` or ``[H, S]``, of the dtype that is stored; bfloat16 as a uint16 view of its bits.
+        array: ``[H, S, D]`` or ``[H, S]``, of the stored dtype; bfloat16 as a uint16 view of its bits.
         dtype: float32, float16 or bfloat16.
 
     Returns:
@@ -197,7 +197,7 @@ def _check(array: np.ndarray, dtype: str, chunk_tokens: int) -> None:
 
 
 def _bytes(array: np.ndarray) -> Any:
-    return memoryview(array).cast("B") if array.size else b""
+    return array.data.cast("B") if array.size else b""
 
 
 def _decoded(values: np.ndarray, dtype: str) -> np.ndarray:
