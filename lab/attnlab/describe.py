@@ -1,0 +1,171 @@
+"""A run or an experiment as a JSON document: what `attnlab show --json` prints, what charts are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from attnlab.views.errors import NotFound
+from attnlab.views.viewport import find_run
+from attnlab_storage import results, tensors
+from attnlab_storage.database import Store
+from attnlab_storage.results import ExperimentRow, MeasurementRow, RunRow, TraceRow
+from attnlab_storage.tables import OUTCOMES
+
+ACCURACY = ("logit_error", "kl", "perplexity", "attention_error", "lse_error")
+STATISTICS = ("entropy", "sink_mass", "previous_token", "max_weight")
+
+
+def run_document(store: Store, run_id: int) -> dict[str, Any]:
+    """Everything that is known of a run except its per-head numbers and its maps; every value is plain JSON.
+
+    ``outcome`` is None until the run has ended; ``kernels`` is what really ran, ``implementation`` what was
+    asked for. A measurement that was not taken is None.
+
+    Raises NotFound when there is no such run.
+    """
+    run = find_run(store, run_id)
+    rows = results.measurements(store, run_id)
+    whole = {row.name: row for row in rows if row.layer is None and row.head is None}
+    summary = run.summary or {}
+    traces = results.traces(store, run_id)
+    return {
+        **run_brief(run),
+        "outcome": run.state if run.state in OUTCOMES else None,
+        "reason": run.reason,
+        "error_kind": run.error_kind,
+        "error_detail": run.error_detail,
+        "cancel_requested": run.cancel_requested_at is not None,
+        "layers": summary.get("layers") or len(traces) or None,
+        "heads": summary.get("heads") or max((trace.heads for trace in traces), default=None),
+        "progress": _progress(run),
+        "attempts": {"used": run.attempt, "most": run.max_attempts},
+        "times": _times(run),
+        "latency_ms": _timing(whole.get("latency")),
+        "attention_latency_ms": _timing(whole.get("attention_latency")),
+        "peak_memory_bytes": _whole_number(whole.get("peak_memory")),
+        "peak_memory": (whole["peak_memory"].detail or {}) if "peak_memory" in whole else None,
+        "capture_overhead": _number(whole.get("capture_overhead")),
+        "accuracy": {name: _worst(rows, name) for name in ACCURACY if any(r.name == name for r in rows)},
+        "statistics": [name for name in STATISTICS if any(row.name == name for row in rows)],
+        "map_check": _map_check(traces),
+        "swap": _swap(summary, rows),
+        "stored_bytes": tensors.stored_bytes(store, run_id),
+        "environment": results.environment(store, run_id),
+    }
+
+
+def experiment_document(store: Store, experiment_id: int) -> dict[str, Any]:
+    """The experiment's spec and the documents of all its runs, in the order of its grid.
+
+    Raises NotFound when there is no such experiment.
+    """
+    experiment = find_experiment(store, experiment_id)
+    return {
+        "experiment": experiment.id,
+        "name": experiment.name,
+        "note": experiment.note,
+        "tags": list(experiment.tags),
+        "created_by": experiment.created_by,
+        "created_at": experiment.created_at,
+        "spec": experiment.spec,
+        "spec_hash": experiment.spec_hash,
+        "runs": [run_document(store, run.id) for run in results.runs_of(store, experiment_id=experiment_id)],
+    }
+
+
+def find_experiment(store: Store, experiment_id: int) -> ExperimentRow:
+    """The experiment; NotFound when there is none with this id."""
+    experiment = results.get_experiment(store, experiment_id)
+    if experiment is None:
+        raise NotFound(f"experiment must be the id of one in this store; got {experiment_id}")
+    return experiment
+
+
+def run_brief(run: RunRow) -> dict[str, Any]:
+    """What a title needs to say of a run, from its row alone."""
+    return {
+        "id": run.id,
+        "experiment": run.experiment_id,
+        "position": run.position,
+        "kind": run.kind,
+        "state": run.state,
+        "mechanism": run.mechanism,
+        "parameters": dict(run.parameters),
+        "implementation": run.implementation,
+        "kernels": list((run.summary or {}).get("kernels") or []),
+        "model": run.model,
+        "sequence_length": run.sequence_length,
+        "dtype": run.dtype,
+        "batch_size": run.batch_size,
+        "phase": run.phase,
+    }
+
+
+def _progress(run: RunRow) -> dict[str, Any]:
+    return {
+        "phase": run.phase_name,
+        "done": run.progress_done,
+        "total": run.progress_total,
+        "at": run.progress_at,
+    }
+
+
+def _times(run: RunRow) -> dict[str, float | None]:
+    took = None
+    if run.started_at is not None and run.finished_at is not None:
+        took = run.finished_at - run.started_at
+    return {
+        "created_at": run.created_at,
+        "started_at": run.started_at,
+        "finished_at": run.finished_at,
+        "seconds": took,
+    }
+
+
+def _timing(row: MeasurementRow | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    samples = [float(sample) for sample in row.samples or [row.value] if math.isfinite(sample)]
+    if not samples:
+        return None
+    low, middle, high = np.percentile(samples, [10, 50, 90]).tolist()
+    return {"median": middle, "p10": low, "p90": high, "samples": samples, "detail": row.detail or {}}
+
+
+def _number(row: MeasurementRow | None) -> float | None:
+    value = None if row is None else row.value
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _whole_number(row: MeasurementRow | None) -> int | None:
+    value = _number(row)
+    return None if value is None else int(value)
+
+
+def _worst(rows: Iterable[MeasurementRow], name: str) -> float | None:
+    """The value of the whole run, or else the largest of its layers."""
+    found = [row for row in rows if row.name == name]
+    whole = [row for row in found if row.layer is None and row.head is None]
+    numbers = [number for row in whole or found if (number := _number(row)) is not None]
+    return max(numbers, default=None)
+
+
+def _map_check(traces: Iterable[TraceRow]) -> dict[str, float | None]:
+    """The largest defects over all recorded layers: rows that do not sum to 1, P V that is not the output."""
+    check = {}
+    for name in ("row_sum_defect", "output_defect"):
+        numbers = [getattr(trace, name) for trace in traces]
+        known = [number for number in numbers if number is not None and not math.isnan(number)]
+        check[name] = max(known, default=None)
+    return check
+
+
+def _swap(summary: dict[str, Any], rows: Iterable[MeasurementRow]) -> dict[str, Any]:
+    """Whether the mechanism computes what the model was trained with, and what it loses where it does not."""
+    rows = list(rows)
+    loss = {name: _worst(rows, name) for name in ("kl", "perplexity", "logit_error")}
+    return {"kind": summary.get("swap"), "loss": {k: v for k, v in loss.items() if v is not None}}

@@ -1,0 +1,154 @@
+"""Numbers for other programs: the exact probabilities of a region, or the tensors behind a layer."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from attnlab.describe import run_brief
+from attnlab.views.errors import ViewError
+from attnlab.views.labels import format_bytes
+from attnlab.views.viewport import Region, find_trace, load_map, region_of
+from attnlab_storage import results, tensors
+from attnlab_storage.database import Store
+
+FORMATS = ("npz", "safetensors")
+MAX_BYTES = 2**30
+
+
+class ExportTooLarge(ViewError):
+    """An array that would not fit the limit; the text says how many bytes it would take."""
+
+
+def map_arrays(
+    store: Store,
+    run_id: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> dict[str, np.ndarray]:
+    """The exact probabilities of a region with its tokens as they came from the tokenizer.
+
+    Returns ``map`` float32 [rows, cols], ``query_tokens``, ``key_tokens`` (unicode; empty if none are known),
+    ``rows`` and ``cols`` int64 [2] (half-open).
+
+    Raises ViewError for an unknown layer, head or region; ExportTooLarge where the map is over ``max_bytes``.
+    """
+    full_map = load_map(store, run_id, layer, head)
+    region = region_of(full_map.shape, rows, cols)
+    (r0, r1), (c0, c1) = region
+    _check_bytes(4 * (r1 - r0) * (c1 - c0), max_bytes, f"a map of {r1 - r0} x {c1 - c0} weights")
+    query_tokens, key_tokens = _tokens(store, run_id)
+    return {
+        "map": full_map.tile(slice(r0, r1), slice(c0, c1)),
+        "query_tokens": np.array(query_tokens[r0:r1], dtype=np.str_),
+        "key_tokens": np.array(key_tokens[c0:c1], dtype=np.str_),
+        "rows": np.array([r0, r1]),
+        "cols": np.array([c0, c1]),
+    }
+
+
+def trace_arrays(
+    store: Store, run_id: int, layer: int, *, max_bytes: int = MAX_BYTES
+) -> dict[str, np.ndarray]:
+    """What a layer's maps are made of: ``query`` [H, Sq, D], ``key`` [Hkv, Sk, D], ``lse`` [H, Sq].
+
+    All float32; ``lse`` is the natural log of the row's sum of exp(scale * q . k). The mask is in ``facts``.
+    """
+    _, trace = find_trace(store, run_id, layer)
+    numbers = trace.heads * trace.num_queries * (trace.head_dim + 1)
+    numbers += trace.kv_heads * trace.num_keys * trace.head_dim
+    _check_bytes(4 * numbers, max_bytes, f"the tensors of layer {layer}")
+    query_tokens, key_tokens = _tokens(store, run_id)
+    heads = {"query": trace.heads, "key": trace.kv_heads, "lse": trace.heads}
+    arrays = {
+        name: np.stack([tensors.read_tensor(store, run_id, name, layer, head) for head in range(count)])
+        for name, count in heads.items()
+    }
+    return arrays | {
+        "scale": np.array(trace.scale),
+        "query_tokens": np.array(query_tokens, dtype=np.str_),
+        "key_tokens": np.array(key_tokens, dtype=np.str_),
+    }
+
+
+def write_map(
+    store: Store,
+    run_id: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    format: str = "npz",
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> bytes:
+    """`map_arrays` as the bytes of an NPZ or safetensors file, with the run's facts beside it."""
+    _check_format(format)
+    arrays = map_arrays(store, run_id, layer, head, rows, cols, max_bytes=max_bytes)
+    return pack(arrays, _facts(store, run_id, layer) | {"head": head}, format)
+
+
+def write_trace(
+    store: Store, run_id: int, layer: int, format: str = "npz", *, max_bytes: int = MAX_BYTES
+) -> bytes:
+    """`trace_arrays` as the bytes of an NPZ or safetensors file, with the mask and the run's facts."""
+    _check_format(format)
+    arrays = trace_arrays(store, run_id, layer, max_bytes=max_bytes)
+    return pack(arrays, _facts(store, run_id, layer), format)
+
+
+def pack(arrays: Mapping[str, np.ndarray], facts: Mapping[str, object], format: str) -> bytes:
+    """Arrays as file bytes; safetensors holds no strings, so tokens and facts are JSON in its metadata."""
+    _check_format(format)
+    if format == "npz":
+        out = io.BytesIO()
+        np.savez_compressed(out, allow_pickle=False, facts=np.array(json.dumps(facts)), **arrays)
+        return out.getvalue()
+    try:
+        writer = importlib.import_module("safetensors.numpy")
+    except ModuleNotFoundError:
+        raise ViewError(
+            "format safetensors needs the package safetensors (pip install safetensors); npz needs nothing"
+        ) from None
+    words = {name: array.tolist() for name, array in arrays.items() if array.dtype.kind == "U"}
+    metadata = {"facts": json.dumps(facts), **{name: json.dumps(value) for name, value in words.items()}}
+    numbers = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name not in words}
+    return writer.save(numbers, metadata=metadata)
+
+
+def _facts(store: Store, run_id: int, layer: int) -> dict[str, object]:
+    run, trace = find_trace(store, run_id, layer)
+    return {
+        **run_brief(run),
+        "layer": layer,
+        "layer_name": trace.name,
+        "scale": trace.scale,
+        "mask": trace.mask,
+        "stored_dtype": trace.dtype,
+        "row_sum_defect": trace.row_sum_defect,
+        "output_defect": trace.output_defect,
+    }
+
+
+def _tokens(store: Store, run_id: int) -> tuple[list[str], list[str]]:
+    row = results.run_input(store, run_id)
+    return ([], []) if row is None else (list(row.query_tokens), list(row.key_tokens))
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ViewError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+
+
+def _check_bytes(size: int, limit: int, what: str) -> None:
+    if size > limit:
+        rule = f"the limit is {format_bytes(limit)}: ask for fewer rows and cols"
+        raise ExportTooLarge(f"{what} would take {format_bytes(size)}; {rule}")

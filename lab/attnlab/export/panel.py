@@ -1,0 +1,206 @@
+"""One map drawn into a scene: cells, axes with token labels where they fit, title and colour bar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from attnlab.export.scene import Line, Raster, Scene, Text, shorten
+from attnlab.views.colormaps import COLORMAPS, DIVERGING, colorize
+from attnlab.views.errors import ViewError
+
+Scale = Literal["linear", "log", "row"]
+SCALES = ("linear", "log", "row")
+LOG_DECADES = 5
+PLOT_SIDE = 512
+TOKEN_CELL = 11  # pixels a cell needs before its token is written beside it
+_LABEL_ROOM = 96
+_NUMBER_ROOM = 40
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a picture's ground, text and ticks."""
+
+    background: str
+    text: str
+    quiet: str
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1f2328", "#6e7781"),
+    "dark": Theme("#0d1117", "#e6edf3", "#8b949e"),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one map picture shows.
+
+    ``values`` float [h, w] are the pixels of the region ``rows`` x ``cols`` (half-open token ranges);
+    ``peak`` is the value at the end of the colour scale, the same for all panels that are compared. Signed
+    panels run from -peak to peak. Labels hold one entry for every token of the region, or are empty.
+    """
+
+    values: np.ndarray
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    peak: float
+    title: str
+    subtitle: str = ""
+    row_labels: Sequence[str] = ()
+    col_labels: Sequence[str] = ()
+    colormap: str = "viridis"
+    scale: Scale = "linear"
+    signed: bool = False
+
+
+def unit_values(values: np.ndarray, peak: float, scale: Scale, *, signed: bool) -> np.ndarray:
+    """Values mapped to 0..1 of the colour scale: linear, log (five decades below the peak), or by row.
+
+    Raises ViewError for an unknown scale, or one without a meaning for signed values.
+    """
+    if scale not in SCALES:
+        raise ViewError(f"scale must be one of {', '.join(SCALES)}; got {scale!r}")
+    if signed and scale != "linear":
+        raise ViewError(f"scale of a signed difference must be linear; got {scale!r}")
+    peak = peak if peak > 0 else 1.0
+    if signed:
+        return np.clip(values / (2 * peak) + 0.5, 0.0, 1.0)
+    if scale == "row":
+        tops = values.max(axis=1, keepdims=True)
+        return values / np.where(tops > 0, tops, 1.0)
+    if scale == "log":
+        decades = np.log10(np.maximum(values / peak, 10.0**-LOG_DECADES))
+        return np.clip(1.0 + decades / LOG_DECADES, 0.0, 1.0)
+    return np.clip(values / peak, 0.0, 1.0)
+
+
+def draw_panels(panels: Sequence[Panel], theme: str = "light") -> Scene:
+    """The panels side by side in one scene, each with its own axes, title and colour bar."""
+    if theme not in THEMES:
+        raise ViewError(f"theme must be one of {', '.join(THEMES)}; got {theme!r}")
+    for panel in panels:
+        if panel.colormap not in COLORMAPS:
+            raise ViewError(f"colormap must be one of {', '.join(COLORMAPS)}; got {panel.colormap!r}")
+    boxes = [_Box.of(panel) for panel in panels]
+    scene = Scene(sum(box.width for box in boxes), max(box.height for box in boxes), THEMES[theme].background)
+    left = 0
+    for panel, box in zip(panels, boxes, strict=True):
+        _draw(scene, panel, box, left, THEMES[theme])
+        left += box.width
+    return scene
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Where the plot of one panel sits: margins and plot size in pixels."""
+
+    left: int
+    top: int
+    plot_width: int
+    plot_height: int
+    tokens_down: bool
+    tokens_across: bool
+
+    @classmethod
+    def of(cls, panel: Panel) -> _Box:
+        height, width = panel.values.shape
+        cell = max(1, PLOT_SIDE // max(height, width, 1))
+        # a strip of one row or column still has room for its axis title
+        plot_height, plot_width = max(cell * height, 96), max(cell * width, 96)
+        down = _labels_fit(panel.row_labels, panel.rows, plot_height)
+        across = _labels_fit(panel.col_labels, panel.cols, plot_width)
+        left = 28 + (_LABEL_ROOM if down else _NUMBER_ROOM)
+        return cls(left, 56, plot_width, plot_height, down, across)
+
+    @property
+    def width(self) -> int:
+        return max(self.left + self.plot_width + 92, 420)
+
+    @property
+    def height(self) -> int:
+        return self.top + max(self.plot_height, 120) + (_LABEL_ROOM if self.tokens_across else 24) + 28
+
+
+def _labels_fit(labels: Sequence[str], span: tuple[int, int], pixels: int) -> bool:
+    count = span[1] - span[0]
+    return len(labels) == count and pixels >= TOKEN_CELL * count
+
+
+def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> None:
+    x, y = left + box.left, box.top
+    room = box.width - 24
+    scene.add(Text(left + 12, 18, shorten(panel.title, room, 14), 14, theme.text))
+    scene.add(Text(left + 12, 38, shorten(panel.subtitle, room, 11), 11, theme.quiet))
+    unit = unit_values(panel.values, panel.peak, panel.scale, signed=panel.signed)
+    name = DIVERGING if panel.signed else panel.colormap
+    scene.add(Raster(x, y, box.plot_width, box.plot_height, colorize(unit, name)))
+    _draw_rows(scene, panel, box, x, theme)
+    _draw_cols(scene, panel, box, x, theme)
+    scene.add(Text(left + 14, y + box.plot_height / 2, "query (from)", 12, theme.text, "middle", 90))
+    below = y + box.plot_height + (_LABEL_ROOM if box.tokens_across else 24) + 12
+    scene.add(Text(x + box.plot_width / 2, below, "key (to)", 12, theme.text, "middle"))
+    _draw_bar(scene, panel, name, x + box.plot_width + 16, y, max(box.plot_height, 120), theme)
+
+
+def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
+    start, stop = panel.rows
+    step = box.plot_height / (stop - start)
+    if box.tokens_down:
+        for i, label in enumerate(panel.row_labels):
+            middle = box.top + (i + 0.5) * step
+            text = shorten(label, _LABEL_ROOM - 8, 10)
+            scene.add(Text(x - 5, middle, text, 10, theme.quiet, "end"))
+        return
+    for tick in nice_ticks(start, stop):
+        middle = box.top + (tick - start + 0.5) * step
+        scene.add(Line(x - 4, middle, x - 1, middle, theme.quiet))
+        scene.add(Text(x - 6, middle, str(tick), 10, theme.quiet, "end"))
+
+
+def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
+    start, stop = panel.cols
+    step, y = box.plot_width / (stop - start), box.top + box.plot_height
+    if box.tokens_across:
+        for i, label in enumerate(panel.col_labels):
+            text = shorten(label, _LABEL_ROOM - 8, 10)
+            scene.add(Text(x + (i + 0.5) * step, y + 5, text, 10, theme.quiet, "end", 90))
+        return
+    for tick in nice_ticks(start, stop):
+        middle = x + (tick - start + 0.5) * step
+        scene.add(Line(middle, y + 1, middle, y + 4, theme.quiet))
+        scene.add(Text(middle, y + 13, str(tick), 10, theme.quiet, "middle"))
+
+
+def _draw_bar(scene: Scene, panel: Panel, name: str, x: int, y: int, height: int, theme: Theme) -> None:
+    ramp = colorize(np.linspace(1.0, 0.0, height)[:, None], name)
+    scene.add(Raster(x, y, 12, height, ramp))
+    for fraction, label in bar_labels(panel.peak, panel.scale, signed=panel.signed):
+        at = y + (1.0 - fraction) * (height - 1)
+        scene.add(Line(x + 12, at, x + 15, at, theme.quiet), Text(x + 18, at, label, 10, theme.quiet))
+
+
+def bar_labels(peak: float, scale: Scale, *, signed: bool) -> list[tuple[float, str]]:
+    """(place 0..1 on the colour bar, label) pairs, from low to high."""
+    if signed:
+        return [(0.0, f"{-peak:.3g}"), (0.5, "0"), (1.0, f"{peak:+.3g}")]
+    if scale == "row":
+        return [(0.0, "0"), (1.0, "row max")]
+    if scale == "log":
+        ends = range(LOG_DECADES + 1)
+        return [(i / LOG_DECADES, f"{peak * 10.0 ** (i - LOG_DECADES):.2g}") for i in ends]
+    return [(i / 4, f"{peak * i / 4:.3g}") for i in range(5)]
+
+
+def nice_ticks(start: int, stop: int, most: int = 8) -> list[int]:
+    """At most ``most`` round token indices inside [start, stop): steps of 1, 2 or 5 times a power of ten."""
+    span = max(stop - start, 1)
+    step = 1
+    while span / step > most:
+        step = step * 2 if str(step)[0] in "15" else step * 5 // 2
+    first = -(-start // step) * step
+    return list(range(first, stop, step))

@@ -1,0 +1,109 @@
+"""Measurements as one long tidy table: a row a number, with its unit and what tells its run apart."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnlab.describe import run_brief
+from attnlab.views.errors import ViewError
+from attnlab.views.viewport import find_run
+from attnlab_storage import results
+from attnlab_storage.database import Store
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FORMATS = ("csv", "parquet", "json")
+# name of a column -> its Arrow type
+COLUMNS = {
+    "run": "int64",
+    "experiment": "int64",
+    "experiment_name": "string",
+    "mechanism": "string",
+    "parameters": "string",
+    "implementation": "string",
+    "kernels": "string",
+    "model": "string",
+    "sequence_length": "int64",
+    "dtype": "string",
+    "batch_size": "int64",
+    "phase": "string",
+    "outcome": "string",
+    "reason": "string",
+    "name": "string",
+    "layer": "int64",
+    "head": "int64",
+    "sample": "int64",
+    "value": "float64",
+    "unit": "string",
+}
+
+
+def measurement_rows(store: Store, run_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One row a measurement (``sample`` None) and one for each of its samples; the keys are `COLUMNS`.
+
+    A run without a measurement, such as an unsupported one, has one row with ``name`` None: it stays.
+
+    Raises NotFound for an unknown run.
+    """
+    rows = []
+    for run_id in run_ids:
+        run = find_run(store, run_id)
+        brief = run_brief(run)
+        facts = {name: brief.get(name) for name in COLUMNS} | {
+            "run": run.id,
+            "experiment_name": run.experiment_name,
+            "parameters": json.dumps(run.parameters, sort_keys=True),
+            "kernels": "+".join(brief["kernels"]),
+            "outcome": run.state,
+            "reason": run.reason,
+        }
+        measured = results.measurements(store, run_id)
+        for row in measured:
+            one = facts | {"name": row.name, "layer": row.layer, "head": row.head, "unit": row.unit}
+            rows.append(one | {"value": row.value})
+            rows += [one | {"sample": i, "value": sample} for i, sample in enumerate(row.samples or [])]
+        if not measured:
+            rows.append(facts)
+    return rows
+
+
+def measurement_table(store: Store, run_ids: Sequence[int]) -> pyarrow.Table:
+    """`measurement_rows` as an Arrow table."""
+    import pyarrow
+
+    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()])
+    return pyarrow.Table.from_pylist(measurement_rows(store, run_ids), schema=schema)
+
+
+def write_table(store: Store, run_ids: Sequence[int], format: str = "csv") -> bytes:
+    """The measurements of some runs as the bytes of a CSV, Parquet or JSON (list of objects) file.
+
+    Numbers are written in full, so that they read back equal; a number that is not finite is null in JSON.
+
+    Raises ViewError for another format, NotFound for an unknown run.
+    """
+    if format == "json":
+        return json.dumps([_finite(row) for row in measurement_rows(store, run_ids)], indent=1).encode()
+    if format == "csv":
+        from pyarrow import csv
+
+        out = io.BytesIO()
+        csv.write_csv(measurement_table(store, run_ids), out)
+        return out.getvalue()
+    if format == "parquet":
+        from pyarrow import parquet
+
+        out = io.BytesIO()
+        parquet.write_table(measurement_table(store, run_ids), out, compression="zstd")
+        return out.getvalue()
+    raise ViewError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    value = row["value"]
+    return row | {"value": value if value is not None and math.isfinite(value) else None}

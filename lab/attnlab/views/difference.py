@@ -1,0 +1,211 @@
+"""Two maps against each other: their signed difference as pixels, and how far apart they are head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from attnlab.views.errors import ViewError
+from attnlab.views.viewport import Region, Viewport, check_size, load_map, recorded, region_of
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_storage.database import Store
+
+REDUCTIONS = ("signed_max", "mean")
+BLOCK_CELLS = 2**20
+SAMPLE_BLOCK = 8  # neighbouring rows read at once when rows are sampled
+
+
+def difference(
+    store: Store,
+    run_a: int,
+    run_b: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    height: int = 512,
+    width: int = 512,
+    reduce: str = "signed_max",
+    *,
+    layer_b: int | None = None,
+    head_b: int | None = None,
+) -> Viewport:
+    """``A - B`` over a region, for one head of each run (``layer_b``, ``head_b``: where B's differ from A's).
+
+    ``signed_max`` shows the difference of greatest size under each pixel with its sign, so that a single
+    changed cell stays visible; ``mean`` is the mean of A - B. Draw it on -s..s, s = max(|minimum|, maximum).
+
+    Raises ViewError where a map lacks the layer, head or region, or the two maps differ in shape.
+    """
+    check_size(height, width)
+    if reduce not in REDUCTIONS:
+        raise ViewError(f"reduce of a difference must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
+    a = load_map(store, run_a, layer, head)
+    b = load_map(store, run_b, layer if layer_b is None else layer_b, head if head_b is None else head_b)
+    _same_shape(run_a, run_b, a.shape, b.shape)
+    region = region_of(a.shape, rows, cols)
+    values = difference_pixels(a, b, *region, height, width, reduce)
+    return Viewport.of(values, *region, a.shape, reduce)
+
+
+def difference_pixels(
+    a: SoftmaxMap,
+    b: SoftmaxMap,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    height: int,
+    width: int,
+    reduce: str = "signed_max",
+) -> np.ndarray:
+    """float32 [<= height, <= width] of A - B, streamed: no more than a block of rows is ever held."""
+    if reduce == "mean":
+        part = slice(*rows), slice(*cols)
+        return a.pool(*part, height, width, "mean") - b.pool(*part, height, width, "mean")
+    row_edges, col_edges = _edges(*rows, height), _edges(*cols, width)
+    out = np.empty((len(row_edges) - 1, len(col_edges) - 1), np.float32)
+    per_block = max(1, BLOCK_CELLS // ((cols[1] - cols[0]) * int(np.diff(row_edges).max())))
+    for top in range(0, len(out), per_block):
+        edges = row_edges[top : top + per_block + 1]
+        part = slice(int(edges[0]), int(edges[-1])), slice(*cols)
+        gap = a.tile(*part) - b.tile(*part)
+        out[top : top + len(edges) - 1] = _furthest(gap, edges - edges[0], col_edges - col_edges[0])
+    return out
+
+
+@dataclass(frozen=True)
+class MapDistance:
+    """How far the maps of two runs are apart, mean over query rows, for each layer and head.
+
+    Attributes:
+        layers: the layers that both runs recorded.
+        total_variation: float64 [layers, heads], half the sum of |p - q|: 0 equal, 1 disjoint.
+        jensen_shannon: float64 [layers, heads], in bits: 0 equal, 1 disjoint (Lin 1991).
+        rows_used, rows_total: query rows the means are over, and query rows there are.
+        note: the sampling in words.
+    """
+
+    layers: list[int]
+    total_variation: np.ndarray
+    jensen_shannon: np.ndarray
+    rows_used: int
+    rows_total: int
+    note: str
+
+    @property
+    def sampled(self) -> bool:
+        return self.rows_used < self.rows_total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": self.layers,
+            "total_variation": self.total_variation.tolist(),
+            "jensen_shannon": self.jensen_shannon.tolist(),
+            "rows_used": self.rows_used,
+            "rows_total": self.rows_total,
+            "sampled": self.sampled,
+            "note": self.note,
+        }
+
+
+def map_distance(
+    store: Store, run_a: int, run_b: int, layers: Sequence[int] | None = None, max_rows: int = 128
+) -> MapDistance:
+    """Total variation and Jensen-Shannon divergence between two runs' maps, streamed by row blocks.
+
+    Maps with more than ``max_rows`` queries are sampled: evenly spaced blocks of eight rows up to the last.
+
+    Raises ViewError where the runs share no layer, or a layer differs in heads or shape.
+    """
+    if max_rows < 1:
+        raise ViewError(f"max_rows must be at least 1; got {max_rows}")
+    traces_a = {trace.layer: trace for trace in recorded(store, run_a)[1]}
+    traces_b = {trace.layer: trace for trace in recorded(store, run_b)[1]}
+    common = sorted(traces_a.keys() & traces_b.keys())
+    wanted = common if layers is None else list(layers)
+    if not wanted or not set(wanted) <= set(common):
+        raise ViewError(f"layers must be some of those that both runs recorded, {common}; got {list(wanted)}")
+    for layer in wanted:
+        one, other = traces_a[layer], traces_b[layer]
+        if one.heads != other.heads:
+            text = f"layer {layer} has {one.heads} heads in run {run_a} and {other.heads} in run {run_b}"
+            raise ViewError(f"maps are compared head by head; {text}")
+        _same_shape(run_a, run_b, (one.num_queries, one.num_keys), (other.num_queries, other.num_keys))
+    total = max(traces_a[layer].num_queries for layer in wanted)
+    pairs = [
+        [
+            _distances(load_map(store, run_a, layer, head), load_map(store, run_b, layer, head), max_rows)
+            for head in range(traces_a[layer].heads)
+        ]
+        for layer in wanted
+    ]
+    table = np.array(pairs, dtype=np.float64)
+    used = sum(stop - start for start, stop in sample_rows(total, max_rows))
+    note = f"mean over all {total} query rows"
+    if used < total:
+        note = f"mean over {used} of {total} query rows: evenly spaced blocks of {SAMPLE_BLOCK}"
+    return MapDistance(wanted, table[..., 0], table[..., 1], used, total, note)
+
+
+def sample_rows(total: int, most: int) -> list[tuple[int, int]]:
+    """Disjoint row ranges that hold all rows, or about ``most`` of them evenly spread up to the last row."""
+    if total <= most:
+        return [(start, min(start + SAMPLE_BLOCK, total)) for start in range(0, total, SAMPLE_BLOCK)]
+    size = min(SAMPLE_BLOCK, most)
+    starts = np.linspace(0, total - size, max(1, most // size)).astype(int)
+    if len(starts) == 1:
+        starts = np.array([total - size])
+    return [(int(start), int(start) + size) for start in starts]
+
+
+def _distances(a: SoftmaxMap, b: SoftmaxMap, max_rows: int) -> tuple[float, float]:
+    spans = sample_rows(a.shape[0], max_rows)
+    count = sum(stop - start for start, stop in spans)
+    variation = divergence = 0.0
+    for p, q in _row_blocks(a, b, spans):
+        variation += 0.5 * float(np.abs(p - q).sum())
+        middle = _plogp(0.5 * (p + q))
+        divergence += middle - 0.5 * (_plogp(p) + _plogp(q))
+    return variation / count, max(0.0, divergence / count)
+
+
+def _row_blocks(
+    a: SoftmaxMap, b: SoftmaxMap, spans: list[tuple[int, int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of both maps in float64, over the keys that either mask allows there."""
+    size = {"num_queries": a.shape[0], "num_keys": a.shape[1]}
+    for start, stop in spans:
+        ranges = [m.mask.key_range(start, stop, **size, batch=m.batch) for m in (a, b)]
+        ranges = [(lo, hi) for lo, hi in ranges if lo < hi]
+        if ranges:
+            keys = slice(min(lo for lo, _ in ranges), max(hi for _, hi in ranges))
+            part = slice(start, stop)
+            yield a.tile(part, keys).astype(np.float64), b.tile(part, keys).astype(np.float64)
+
+
+def _plogp(p: np.ndarray) -> float:
+    """Entropy in bits, summed over all rows."""
+    return -float((p * np.log2(np.maximum(p, np.finfo(np.float64).tiny))).sum())
+
+
+def _furthest(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
+    pixels = []
+    for fold in (np.maximum, np.minimum):
+        by_row = np.stack([fold.reduce(gap[a:b], axis=0) for a, b in pairwise(row_edges)])
+        pixels.append(fold.reduceat(by_row, col_edges[:-1], axis=1))
+    highest, lowest = pixels
+    return np.where(highest >= -lowest, highest, lowest)
+
+
+def _edges(start: int, stop: int, pixels: int) -> np.ndarray:
+    count = min(pixels, stop - start)
+    return start + np.arange(count + 1) * (stop - start) // count
+
+
+def _same_shape(run_a: int, run_b: int, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:
+    if shape_a != shape_b:
+        sizes = f"run {run_a} has {shape_a[0]} x {shape_a[1]}, run {run_b} {shape_b[0]} x {shape_b[1]}"
+        raise ViewError(f"a difference needs maps of the same size; {sizes}")

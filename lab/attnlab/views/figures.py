@@ -1,0 +1,255 @@
+"""Charts of run documents. Each is two pure functions: what is shown (a NamedTuple), then the Plotly figure.
+
+Runs that did not succeed stay in every chart as a mark with their outcome: they are results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+
+from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol
+from attnlab.views.errors import ViewError
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, series_label
+
+LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
+SCALING_VALUES = {
+    "latency_ms": ("forward pass", "ms"),
+    "attention_latency_ms": ("attention kernel alone", "ms"),
+    "peak_memory_bytes": ("peak memory", "bytes"),
+}
+
+
+class LatencySeries(NamedTuple):
+    label: str
+    samples: list[float]  # milliseconds, in the order they were taken
+    median: float | None
+    outcome: str
+
+
+class LatencyInfo(NamedTuple):
+    title: str
+    series: list[LatencySeries]
+
+
+def latency_info(documents: Sequence[Mapping[str, Any]], value: str = "latency_ms") -> LatencyInfo:
+    """All samples and the median of every run; ``value`` is latency_ms or attention_latency_ms."""
+    if value not in LATENCIES:
+        raise ViewError(f"value must be one of {', '.join(LATENCIES)}; got {value!r}")
+    series = []
+    for document in documents:
+        timing = document.get(value) or {}
+        samples = [float(sample) for sample in timing.get("samples") or []]
+        series.append(LatencySeries(run_label(document), samples, timing.get("median"), document["state"]))
+    return LatencyInfo(f"Time of the {LATENCIES[value]}", series)
+
+
+def latency_figure(info: LatencyInfo) -> go.Figure:
+    """One column a run: a point for every sample, a bar at the median, a word where there is no number."""
+    figure = go.Figure()
+    for i, series in enumerate(info.series):
+        spread = [i + 0.5 * ((7 * k) % 11 - 5) / 11 for k in range(len(series.samples))]
+        name, hover = plain(series.label), "%{y:.4g} ms<extra>" + plain(series.label) + "</extra>"
+        marker = {"color": color(i), "symbol": symbol(i), "size": 6, "opacity": 0.6}
+        figure.add_scatter(
+            x=spread, y=series.samples, mode="markers", marker=marker, name=name, hovertemplate=hover
+        )
+        if series.median is not None:
+            line = {"color": color(i), "width": 3}
+            figure.add_scatter(
+                x=[i - 0.35, i + 0.35],
+                y=[series.median] * 2,
+                mode="lines",
+                line=line,
+                showlegend=False,
+                hovertemplate="median " + hover,
+            )
+    styled(figure, title=info.title, x="", y="milliseconds")
+    _label_columns(figure, [series.label for series in info.series])
+    _mark_outcomes(figure, [(i, s.outcome) for i, s in enumerate(info.series) if s.median is None])
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+class MemoryBar(NamedTuple):
+    label: str
+    peak: float | None  # bytes above inputs and weights
+    floor: float | None  # bytes that any implementation needs (its output), where the probe stated it
+    outcome: str
+
+
+class MemoryInfo(NamedTuple):
+    title: str
+    bars: list[MemoryBar]
+
+
+def memory_info(documents: Sequence[Mapping[str, Any]]) -> MemoryInfo:
+    """Peak memory above weights and inputs of every run, with the floor where the probe stated one."""
+    bars = [
+        MemoryBar(
+            run_label(document),
+            document.get("peak_memory_bytes"),
+            (document.get("peak_memory") or {}).get("floor_bytes"),
+            document["state"],
+        )
+        for document in documents
+    ]
+    return MemoryInfo("Peak memory above weights and inputs", bars)
+
+
+def memory_figure(info: MemoryInfo) -> go.Figure:
+    """One bar a run, with the floor as a line across it."""
+    figure = go.Figure()
+    for i, bar in enumerate(info.bars):
+        if bar.peak is not None:
+            text = format_bytes(bar.peak)
+            hover = text + "<extra>" + plain(bar.label) + "</extra>"
+            figure.add_bar(
+                x=[i],
+                y=[bar.peak],
+                marker_color=color(i),
+                name=plain(bar.label),
+                text=text,
+                hovertemplate=hover,
+            )
+        if bar.floor is not None:
+            figure.add_scatter(
+                x=[i - 0.4, i + 0.4],
+                y=[bar.floor] * 2,
+                mode="lines",
+                line={"color": FONT, "dash": "dot"},
+                showlegend=False,
+                hovertemplate=f"floor {format_bytes(bar.floor)}<extra></extra>",
+            )
+    styled(figure, title=info.title, x="", y="bytes")
+    _label_columns(figure, [bar.label for bar in info.bars])
+    _mark_outcomes(figure, [(i, bar.outcome) for i, bar in enumerate(info.bars) if bar.peak is None])
+    figure.update_yaxes(rangemode="tozero", tickformat=".2s")
+    return figure
+
+
+class StatisticInfo(NamedTuple):
+    title: str
+    unit: str
+    layers: list[int]
+    heads: list[int]
+    values: list[list[float | None]]  # [layer][head]
+
+
+def statistic_info(rows: Iterable[Any], name: str, *, title: str | None = None) -> StatisticInfo:
+    """One number for each layer and head, from measurement rows (with .name .layer .head .value .unit)."""
+    found = [row for row in rows if row.name == name and row.layer is not None and row.head is not None]
+    layers = sorted({row.layer for row in found})
+    heads = sorted({row.head for row in found})
+    at = {(row.layer, row.head): float(row.value) for row in found if row.value is not None}
+    values = [[at.get((layer, head)) for head in heads] for layer in layers]
+    unit = str(found[0].unit or "") if found else ""
+    return StatisticInfo(title or name.replace("_", " "), unit, layers, heads, values)
+
+
+def statistic_figure(info: StatisticInfo, colormap: str = "viridis") -> go.Figure:
+    """Layers down, heads across; hover names the head as L5H2."""
+    names = [[f"L{layer}H{head}" for head in info.heads] for layer in info.layers]
+    figure = go.Figure(
+        go.Heatmap(
+            z=info.values,
+            x=info.heads,
+            y=info.layers,
+            customdata=names,
+            colorscale=colorscale(colormap),
+            hovertemplate="%{customdata}: %{z:.4g} " + plain(info.unit) + "<extra></extra>",
+            colorbar={"title": {"text": plain(info.unit)}, "thickness": 12},
+        )
+    )
+    styled(figure, title=info.title, x="head", y="layer", height=max(240, 60 + 14 * len(info.layers)))
+    figure.update_yaxes(autorange="reversed", dtick=max(1, len(info.layers) // 12), showgrid=False)
+    figure.update_xaxes(dtick=max(1, len(info.heads) // 16), showgrid=False)
+    return figure
+
+
+class ScalingLine(NamedTuple):
+    label: str
+    lengths: list[int]
+    values: list[float]
+    missing: list[tuple[int, str]]  # (length, outcome) of the runs that gave no number
+
+
+class ScalingInfo(NamedTuple):
+    title: str
+    unit: str
+    lines: list[ScalingLine]
+
+
+def scaling_info(documents: Sequence[Mapping[str, Any]], value: str = "latency_ms") -> ScalingInfo:
+    """How a measurement grows with the sequence length, one line for what else differs."""
+    if value not in SCALING_VALUES:
+        raise ViewError(f"value must be one of {', '.join(SCALING_VALUES)}; got {value!r}")
+    title, unit = SCALING_VALUES[value]
+    groups: dict[str, ScalingLine] = {}
+    for document in sorted(documents, key=lambda d: (d["sequence_length"] or 0, d["id"])):
+        label = series_label(document)
+        line = groups.setdefault(label, ScalingLine(label, [], [], []))
+        number = document.get(value)
+        number = number.get("median") if isinstance(number, Mapping) else number
+        if number is None:
+            line.missing.append((document["sequence_length"], document["state"]))
+        else:
+            line.lengths.append(document["sequence_length"])
+            line.values.append(float(number))
+    return ScalingInfo(f"{title.capitalize()} by sequence length", unit, list(groups.values()))
+
+
+def scaling_figure(info: ScalingInfo) -> go.Figure:
+    """Log-log lines; a run without a number is a cross at the top, with its outcome."""
+    figure = go.Figure()
+    top = max((value for line in info.lines for value in line.values), default=1.0)
+    for i, line in enumerate(info.lines):
+        look = {"color": color(i), "symbol": symbol(i), "size": 8}
+        hover = "%{x} tokens: %{y:.4g} " + info.unit + "<extra>" + plain(line.label) + "</extra>"
+        figure.add_scatter(
+            x=line.lengths,
+            y=line.values,
+            mode="lines+markers",
+            marker=look,
+            line_color=color(i),
+            name=plain(line.label),
+            hovertemplate=hover,
+        )
+        if line.missing:
+            words = [OUTCOME_WORDS.get(outcome, outcome) for _, outcome in line.missing]
+            figure.add_scatter(
+                x=[length for length, _ in line.missing],
+                y=[top] * len(line.missing),
+                mode="markers+text",
+                marker={"color": color(i), "symbol": "x", "size": 10},
+                text=words,
+                textposition="top center",
+                showlegend=False,
+                hovertemplate="%{x} tokens: %{text}<extra>" + plain(line.label) + "</extra>",
+            )
+    styled(figure, title=info.title, x="tokens", y=info.unit, height=360)
+    lengths = sorted({n for line in info.lines for n in [*line.lengths, *(m for m, _ in line.missing)]})
+    figure.update_xaxes(type="log", tickvals=lengths, ticktext=[str(length) for length in lengths])
+    figure.update_yaxes(type="log")
+    return figure
+
+
+def _label_columns(figure: go.Figure, labels: list[str]) -> None:
+    figure.update_layout(showlegend=False)
+    texts = [plain(label).replace(" ", "<br>", 1) for label in labels]
+    figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=texts, range=[-0.6, len(labels) - 0.4])
+
+
+def _mark_outcomes(figure: go.Figure, marks: list[tuple[int, str]]) -> None:
+    for position, outcome in marks:
+        word = OUTCOME_WORDS.get(outcome, outcome) if outcome != "succeeded" else "not recorded"
+        figure.add_annotation(
+            x=position,
+            y=0.06,
+            yref="paper",
+            showarrow=False,
+            text="✕ " + plain(word),
+            font={"color": color(position)},
+        )

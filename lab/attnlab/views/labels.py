@@ -1,0 +1,60 @@
+"""Short names of runs for charts, tables and picture titles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OUTCOME_WORDS = {
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "out_of_memory": "out of memory",
+    "unsupported": "unsupported",
+    "timed_out": "timed out",
+    "cancelled": "cancelled",
+    "queued": "queued",
+    "running": "running",
+}
+
+
+def run_label(document: Mapping[str, Any]) -> str:
+    """``#3 sliding_window(window_size=256) flex``: unique by its id, short enough for an axis."""
+    return f"#{document['id']} {mechanism_label(document)} {ran_as(document)}"
+
+
+def mechanism_label(document: Mapping[str, Any]) -> str:
+    """``sliding_window(window_size=256)``, or the bare name of a mechanism without parameters."""
+    parameters = document.get("parameters") or {}
+    inside = ", ".join(f"{name}={value}" for name, value in parameters.items())
+    return f"{document['mechanism']}({inside})" if inside else str(document["mechanism"])
+
+
+def ran_as(document: Mapping[str, Any]) -> str:
+    """The implementation that ran, or the one asked for when the run never got so far."""
+    kernels = document.get("kernels") or []
+    return "+".join(str(kernel) for kernel in kernels) or str(document["implementation"])
+
+
+def series_label(document: Mapping[str, Any]) -> str:
+    """What runs of one line of a scaling chart share: all but the sequence length."""
+    parts = [mechanism_label(document), str(document["implementation"]), str(document["dtype"])]
+    if (document.get("batch_size") or 1) != 1:
+        parts.append(f"batch {document['batch_size']}")
+    if document.get("phase") not in (None, "prefill"):
+        parts.append(str(document["phase"]))
+    return " · ".join([*parts, str(document["model"])] if document.get("model") else parts)
+
+
+def map_label(document: Mapping[str, Any], layer: int, head: int) -> str:
+    """``#3 multi_head · L5H2 · smollm2-135m``."""
+    parts = [f"#{document['id']} {mechanism_label(document)}", f"L{layer}H{head}"]
+    return " · ".join([*parts, str(document["model"])] if document.get("model") else parts)
+
+
+def format_bytes(count: float) -> str:
+    """``188.7 MB``: decimal units, as disks and the documents of this project count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

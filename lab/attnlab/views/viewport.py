@@ -1,0 +1,204 @@
+"""Any region of a stored map at any size, exact: rebuilt from the chunk rows of Q, K and log-sum-exp.
+
+What a pixel shows is a probability (or the maximum or mean of those under it). Scaling by row, logarithms and
+colours belong to whoever draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from attnlab.views.errors import NotFound, NothingRecorded, ViewError
+from attnlab.views.labels import OUTCOME_WORDS
+from attnlab.views.memory import ArrayMemory
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.masks import mask_from_json
+from attnlab_storage import results, tensors
+from attnlab_storage.database import Store
+from attnlab_storage.results import RunRow, TraceRow
+
+REDUCTIONS = ("max", "mean")
+MAX_PIXELS = 4096
+Region: TypeAlias = "tuple[int, int] | slice | None"
+
+MEMORY = ArrayMemory(256 * 2**20)
+
+
+@dataclass(frozen=True)
+class Viewport:
+    """A region of a map as pixels.
+
+    Attributes:
+        values: float32 [height, width]; never more pixels than cells.
+        rows, cols: the region, half-open token ranges (queries, keys).
+        shape: (queries, keys) of the whole map.
+        maximum, minimum: over the pixels; panels that are compared share a scale made of these.
+        reduce: how a pixel sums up its cells: "max", "mean", or "signed_max" (of a difference).
+        exact: True when every pixel is one cell.
+    """
+
+    values: np.ndarray
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    shape: tuple[int, int]
+    maximum: float
+    minimum: float
+    reduce: str
+    exact: bool
+
+    @classmethod
+    def of(
+        cls,
+        values: np.ndarray,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        shape: tuple[int, int],
+        reduce: str,
+    ) -> Viewport:
+        """A viewport over values that were reduced from the region."""
+        cells = (rows[1] - rows[0], cols[1] - cols[0])
+        extremes = float(values.max()), float(values.min())
+        return cls(values, rows, cols, shape, *extremes, reduce, values.shape == cells)
+
+
+class Linked(NamedTuple):
+    """Panels of the same region, and the maximum for the one scale that they share."""
+
+    panels: list[Viewport]
+    maximum: float
+
+
+def viewport(
+    store: Store,
+    run_id: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    height: int = 512,
+    width: int = 512,
+    reduce: str = "max",
+) -> Viewport:
+    """The region ``rows`` x ``cols`` (None: all) reduced to at most ``height`` x ``width`` pixels.
+
+    Raises ViewError for a layer, head, region, size or reduction that the map does not have, NothingRecorded
+    where the run holds no maps.
+    """
+    check_size(height, width)
+    if reduce not in REDUCTIONS:
+        raise ViewError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
+    full_map = load_map(store, run_id, layer, head)
+    region = region_of(full_map.shape, rows, cols)
+    values = full_map.pool(slice(*region[0]), slice(*region[1]), height, width, reduce)
+    return Viewport.of(values, *region, full_map.shape, reduce)
+
+
+def linked_viewports(
+    store: Store,
+    panels: Sequence[tuple[int, int, int]],
+    rows: Region = None,
+    cols: Region = None,
+    height: int = 512,
+    width: int = 512,
+    reduce: str = "max",
+) -> Linked:
+    """The same region of several maps, given as (run id, layer, head), with one maximum for them all."""
+    if not panels:
+        raise ViewError("panels must name at least one (run, layer, head); got none")
+    views = [viewport(store, *panel, rows, cols, height, width, reduce) for panel in panels]
+    return Linked(views, max(view.maximum for view in views))
+
+
+def cell(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> float:
+    """The exact weight (float64 arithmetic) that query ``row`` gives to key ``col``."""
+    full_map = load_map(store, run_id, layer, head)
+    for name, value, size in (("row", row, full_map.shape[0]), ("col", col, full_map.shape[1])):
+        if not 0 <= value < size:
+            raise ViewError(f"{name} must be in 0..{size - 1}; got {value}")
+    return float(full_map.tile(slice(row, row + 1), slice(col, col + 1))[0, 0])
+
+
+def load_map(store: Store, run_id: int, layer: int, head: int) -> SoftmaxMap:
+    """The map of one head (zero-based), from memory when it was looked at lately.
+
+    Raises ViewError naming the layers or heads that there are.
+    """
+    run, trace = find_trace(store, run_id, layer)
+    if not 0 <= head < trace.heads:
+        raise ViewError(f"head must be in 0..{trace.heads - 1} for layer {layer} of run {run_id}; got {head}")
+    kv_head = head // (trace.heads // trace.kv_heads)
+    query = _tensor(store, run, "query", layer, head)
+    key = _tensor(store, run, "key", layer, kv_head)
+    lse = _tensor(store, run, "lse", layer, head)
+    return SoftmaxMap(query, key, lse, trace.scale, mask_from_json(trace.mask))
+
+
+def find_trace(store: Store, run_id: int, layer: int) -> tuple[RunRow, TraceRow]:
+    """The run and what it recorded of one layer; ViewError names the recorded layers."""
+    run, traces = recorded(store, run_id)
+    for trace in traces:
+        if trace.layer == layer:
+            return run, trace
+    raise ViewError(f"layer must be one of {_ranges([t.layer for t in traces])} of run {run_id}; got {layer}")
+
+
+def recorded(store: Store, run_id: int) -> tuple[RunRow, list[TraceRow]]:
+    """The run and its recorded layers in order; NothingRecorded says why there are none."""
+    run = find_run(store, run_id)
+    traces = results.traces(store, run_id)
+    if not traces:
+        ended = OUTCOME_WORDS[run.state]
+        why = f"it is {ended}" if run.state != "succeeded" else "its record does not include maps"
+        raise NothingRecorded(f"run {run_id} holds no attention maps: {why}")
+    return run, traces
+
+
+def find_run(store: Store, run_id: int) -> RunRow:
+    """The run; NotFound when there is none with this id."""
+    run = results.get_run(store, run_id)
+    if run is None:
+        raise NotFound(f"run must be the id of a run in this store; got {run_id}")
+    return run
+
+
+def region_of(shape: tuple[int, int], rows: Region, cols: Region) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The region as two half-open ranges inside the map; ViewError when it is empty or reaches outside."""
+    return _span("rows", rows, shape[0]), _span("cols", cols, shape[1])
+
+
+def check_size(height: int, width: int) -> None:
+    """ViewError unless a picture of this many pixels may be asked for."""
+    for name, value in (("height", height), ("width", width)):
+        if not 1 <= value <= MAX_PIXELS:
+            raise ViewError(f"{name} must be in 1..{MAX_PIXELS} pixels; got {value}")
+
+
+def _span(name: str, part: Region, size: int) -> tuple[int, int]:
+    if part is None:
+        return 0, size
+    if isinstance(part, slice):
+        if part.step not in (None, 1):
+            raise ViewError(f"{name} must be a slice with step 1; got {part}")
+        part = (0 if part.start is None else part.start, size if part.stop is None else part.stop)
+    start, stop = part
+    if not 0 <= start < stop <= size:
+        rule = f"must be a range start:stop with 0 <= start < stop <= {size}"
+        raise ViewError(f"{name} {rule}; got {start}:{stop}")
+    return int(start), int(stop)
+
+
+def _tensor(store: Store, run: RunRow, name: str, layer: int, head: int) -> np.ndarray:
+    # a retry keeps the id and moves the attempt; a purged id may come back with another creation time
+    key = (store.url, run.id, run.created_at, run.attempt, name, layer, head)
+    return MEMORY.get(key, lambda: tensors.read_tensor(store, run.id, name, layer, head))
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """``0..29``, or the list when it has gaps."""
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}..{layers[-1]}"
+    return ", ".join(str(layer) for layer in layers)

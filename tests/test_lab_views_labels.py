@@ -1,0 +1,96 @@
+"""Laws of token labels, run labels and colour maps."""
+
+import numpy as np
+import pytest
+
+from attnlab.views import colormaps, labels, tokens
+from attnlab.views.errors import ViewError
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (["ĠThe", "Ċ", "Ã©"], ["·The", "⏎", "é"]),
+        (["Ġ", "âĢ", "Ļ"], ["·", "⟨E2⟩⟨80⟩", "⟨99⟩"]),
+        (["Ġa", "<|im_start|>", "日本"], ["·a", "<|im_start|>", "日本"]),
+        (["▁The", "end", "<0x0A>"], ["·The", "end", "<0x0A>"]),
+        (["[CLS]", "##ing", "Ã©"], ["[CLS]", "##ing", "Ã©"]),
+        (["a\tb", "\x00", "\x1b[31m"], ["a⇥b", "␀", "␛[31m"]),
+        (["\u202eevil", "\u200b", "\x7f"], ["⟨U+202E⟩evil", "⟨U+200B⟩", "⟨U+007F⟩"]),
+        ([""], ["∅"]),
+        (["<script>"], ["<script>"]),
+        ([], []),
+    ],
+)
+def test_token_labels_show_what_the_tokenizer_means(raw, shown):
+    assert tokens.pretty_tokens(raw) == shown
+
+
+def test_every_byte_has_a_label_without_control_characters():
+    alphabet = tokens._byte_alphabet()
+    assert sorted(alphabet.values()) == list(range(256))
+    for label in tokens.pretty_tokens(["Ġ", *alphabet]):
+        assert label.isprintable()
+        assert label.strip() == label != ""
+
+
+def test_labels_of_a_run_are_those_of_its_input(traced):
+    found = tokens.token_labels(traced.store, traced.run_ids[0])
+    assert found.query[:2] == ["·token0", "·token1"]
+    assert found.query[-2:] == ["<script>alert(1)</script>", "⏎"]
+    assert found.raw_key == traced.tokens
+
+
+def test_a_run_label_is_unique_and_says_what_ran():
+    document = {
+        "id": 7,
+        "mechanism": "sliding_window",
+        "parameters": {"window_size": 256},
+        "implementation": "auto",
+        "kernels": ["banded"],
+        "model": "m",
+        "dtype": "float32",
+        "batch_size": 2,
+        "phase": "decode",
+    }
+    assert labels.run_label(document) == "#7 sliding_window(window_size=256) banded"
+    assert labels.map_label(document, 5, 2) == "#7 sliding_window(window_size=256) · L5H2 · m"
+    assert (
+        labels.series_label(document)
+        == "sliding_window(window_size=256) · auto · float32 · batch 2 · decode · m"
+    )
+    assert labels.run_label(document | {"kernels": [], "parameters": {}}) == "#7 sliding_window auto"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (188_700_000, "188.7 MB"), (4.5e9, "4.5 GB"), (2e15, "2000.0 TB")],
+)
+def test_bytes_are_written_in_decimal_units(count, text):
+    assert labels.format_bytes(count) == text
+
+
+@pytest.mark.parametrize("name", colormaps.SEQUENTIAL)
+def test_lightness_of_a_sequential_map_only_ever_moves_one_way(name):
+    light = colormaps.lightness(colormaps.colormap(name))
+    steps = np.diff(light) if light[-1] > light[0] else -np.diff(light)
+    assert steps.min() > -0.004  # half a step of 8-bit rounding
+    assert abs(light[-1] - light[0]) > 0.5
+
+
+def test_the_diverging_map_is_lightest_in_the_middle_and_as_dark_at_both_ends():
+    light = colormaps.lightness(colormaps.colormap(colormaps.DIVERGING))
+    assert light.argmax() in (127, 128)
+    assert light[0] == pytest.approx(light[-1], abs=0.05)
+    np.testing.assert_allclose(light[:128], light[:127:-1], atol=0.05)
+
+
+def test_colours_clip_and_an_unknown_map_names_the_choices():
+    ends = colormaps.colorize(np.array([-1.0, 0.0, 1.0, 2.0, np.nan]), "viridis")
+    np.testing.assert_array_equal(ends[0], ends[1])
+    np.testing.assert_array_equal(ends[2], ends[3])
+    np.testing.assert_array_equal(ends[4], ends[0])
+    assert bytes(ends[1]) == bytes.fromhex("440154")
+    assert bytes(ends[2]) == bytes.fromhex("fde725")
+    with pytest.raises(ViewError, match="one of viridis, magma, paper, blue_red; got 'jet'"):
+        colormaps.colormap("jet")
