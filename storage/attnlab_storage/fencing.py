@@ -1,17 +1,19 @@
 """What makes a write of an attempt safe: it happens only while that attempt holds the run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
 
 from attnlab_storage.columns import db_now
 from attnlab_storage.errors import LostLease
 from attnlab_storage.tables import Event, Measurement, Run, RunInput, Tensor, Trace
 
 RESULTS = (Measurement, Trace, RunInput, Tensor)
+BATCH = 10_000  # twice in one statement, below the 32,766 bind variables of SQLite
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,48 @@ def fence(session: Session, claim: Claim, values: dict[str, Any] | None = None) 
     else:
         held = session.scalar(update(Run).where(*mine).values(values).returning(Run.id))
     if held is None:
-        raise LostLease(f"run {claim.run_id} is no longer held by {claim.owner} in attempt {claim.attempt}")
+        raise lost(claim)
+
+
+def lost(claim: Claim) -> LostLease:
+    """The error of a claim that holds no more."""
+    return LostLease(f"run {claim.run_id} is no longer held by {claim.owner} in attempt {claim.attempt}")
+
+
+def locked(*conditions: ColumnElement[bool]) -> Any:
+    """The ids of runs, locked in their order (PostgreSQL), so that two statements cannot deadlock."""
+    return select(Run.id).where(*conditions).order_by(Run.id).with_for_update(key_share=True)
+
+
+def change_runs(
+    session: Session,
+    run_ids: Iterable[int],
+    conditions: Sequence[ColumnElement[bool]],
+    values: dict[str, Any],
+) -> list[int]:
+    """Updates those of the runs that meet the conditions; returns their ids in order."""
+    changed: list[int] = []
+    for some in in_batches(sorted(set(run_ids))):
+        those = (Run.id.in_(some), *conditions)
+        statement = update(Run).where(Run.id.in_(locked(*those)), *those).values(values).returning(Run.id)
+        changed += session.scalars(statement, execution_options={"synchronize_session": False})
+    return sorted(changed)
+
+
+def in_batches(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The ids in pieces that fit the bind variables of one statement."""
+    for start in range(0, len(ids), BATCH):
+        yield ids[start : start + BATCH]
 
 
 def discard_results(session: Session, run_ids: Sequence[int], *, keep_attempt: int | None = None) -> None:
     """Deletes what the runs' attempts stored (logs and history stay), but for one attempt if it is named."""
-    for table in RESULTS:
-        statement = delete(table).where(table.run_id.in_(run_ids))
-        if keep_attempt is not None:
-            statement = statement.where(table.attempt != keep_attempt)
-        session.execute(statement, execution_options={"synchronize_session": False})
+    for some in in_batches(run_ids):
+        for table in RESULTS:
+            statement = delete(table).where(table.run_id.in_(some))
+            if keep_attempt is not None:
+                statement = statement.where(table.attempt != keep_attempt)
+            session.execute(statement, execution_options={"synchronize_session": False})
 
 
 def record_event(
@@ -62,10 +96,7 @@ def record_event(
 ) -> None:
     """Appends to the audit trail: one event a run (None: the whole queue)."""
     told = {key: value for key, value in detail.items() if value is not None} or None
-    rows = [
-        {"run_id": run_id, "attempt": attempt, "at": db_now(), "kind": kind, "detail": told}
-        for run_id in run_ids
-    ]
-    if rows:
-        now = session.scalar(select(db_now()))
-        session.execute(insert(Event), [row | {"at": now} for row in rows])
+    if not run_ids:
+        return
+    event = {"attempt": attempt, "at": session.scalar(select(db_now())), "kind": kind, "detail": told}
+    session.execute(insert(Event), [event | {"run_id": run_id} for run_id in run_ids])

@@ -5,10 +5,11 @@ from typing import Any
 
 from sqlalchemy import CursorResult, case, delete, exists, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql import ColumnElement
 
 from attnlab_storage.columns import db_now
 from attnlab_storage.database import Store
-from attnlab_storage.fencing import record_event
+from attnlab_storage.fencing import change_runs, in_batches, record_event
 from attnlab_storage.tables import Environment, Experiment, Run
 
 KEPT_SECONDS = 30 * 24 * 3600.0
@@ -42,7 +43,7 @@ def delete_runs(store: Store, run_ids: Iterable[int]) -> list[int]:
     """
     pinned = select(Experiment.id).where(Experiment.pinned)
     with store.write() as session:
-        return _hide(session, _now(session), Run.id.in_(list(run_ids)), Run.experiment_id.not_in(pinned))
+        return _hide(session, _now(session), run_ids, Run.experiment_id.not_in(pinned))
 
 
 def delete_experiments(store: Store, experiment_ids: Iterable[int]) -> list[int]:
@@ -50,24 +51,23 @@ def delete_experiments(store: Store, experiment_ids: Iterable[int]) -> list[int]
     running = exists().where(Run.experiment_id == Experiment.id, Run.state == "running")
     with store.write() as session:
         now = _now(session)
-        statement = update(Experiment).where(
-            Experiment.id.in_(list(experiment_ids)),
-            Experiment.pinned.is_(False),
-            Experiment.deleted_at.is_(None),
-            ~running,
-        )
-        ids = sorted(session.scalars(statement.values(deleted_at=now).returning(Experiment.id)))
-        _hide(session, now, Run.experiment_id.in_(ids))
-        return ids
+        deletable = (Experiment.pinned.is_(False), Experiment.deleted_at.is_(None), ~running)
+        ids: list[int] = []
+        for some in in_batches(sorted(set(experiment_ids))):
+            statement = update(Experiment).where(Experiment.id.in_(some), *deletable)
+            ids += session.scalars(statement.values(deleted_at=now).returning(Experiment.id))
+            runs = session.scalars(select(Run.id).where(Run.experiment_id.in_(some))).all()
+            _hide(session, now, runs, Run.experiment_id.in_(ids))
+        return sorted(ids)
 
 
 def restore_runs(store: Store, run_ids: Iterable[int]) -> list[int]:
     """Shows deleted runs again, and their experiments with them; returns the ids."""
     with store.write() as session:
-        statement = update(Run).where(Run.id.in_(list(run_ids)), Run.deleted_at.is_not(None))
-        ids = sorted(session.scalars(statement.values(deleted_at=None).returning(Run.id)))
-        owners = select(Run.experiment_id).where(Run.id.in_(ids))
-        session.execute(update(Experiment).where(Experiment.id.in_(owners)).values(deleted_at=None))
+        ids = change_runs(session, run_ids, [Run.deleted_at.is_not(None)], {"deleted_at": None})
+        for some in in_batches(ids):
+            owners = select(Run.experiment_id).where(Run.id.in_(some))
+            session.execute(update(Experiment).where(Experiment.id.in_(owners)).values(deleted_at=None))
         record_event(session, ids, "restored")
         return ids
 
@@ -104,21 +104,15 @@ def purge(store: Store, *, older_than_seconds: float = KEPT_SECONDS) -> int:
         return gone
 
 
-def _hide(session: Session, now: float, *conditions: Any) -> list[int]:
+def _hide(session: Session, now: float, run_ids: Iterable[int], condition: ColumnElement[bool]) -> list[int]:
     queued = Run.state == "queued"
-    statement = (
-        update(Run)
-        .where(*conditions, Run.state != "running", Run.deleted_at.is_(None))
-        .values(
-            deleted_at=now,
-            state=case((queued, "cancelled"), else_=Run.state),
-            reason=case((queued, "deleted before it started"), else_=Run.reason),
-            finished_at=case((queued, now), else_=Run.finished_at),
-        )
-        .returning(Run.id)
-        .execution_options(synchronize_session=False)
-    )
-    ids = sorted(session.scalars(statement))
+    values = {
+        "deleted_at": now,
+        "state": case((queued, "cancelled"), else_=Run.state),
+        "reason": case((queued, "deleted before it started"), else_=Run.reason),
+        "finished_at": case((queued, now), else_=Run.finished_at),
+    }
+    ids = change_runs(session, run_ids, [condition, Run.state != "running", Run.deleted_at.is_(None)], values)
     record_event(session, ids, "deleted")
     return ids
 

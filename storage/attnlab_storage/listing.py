@@ -211,6 +211,26 @@ def count_runs(store: Store, *, filters: Mapping[str, Any] | None = None, search
         return session.scalar(query) or 0
 
 
+def run_ids(
+    store: Store, *, filters: Mapping[str, Any] | None = None, search: str = "", deleted: bool = False
+) -> list[int]:
+    """The ids of all the runs that `list_runs` would page through, the latest first."""
+    query = select(Run.id).where(*_conditions(filters or {}, search, deleted)).order_by(Run.id.desc())
+    with store.read() as session:
+        return list(session.scalars(query))
+
+
+def run_values(store: Store, column: str) -> list[Any]:
+    """The values that a filter column has in the runs (deleted ones left out), sorted: a filter's menu."""
+    if column not in FILTERS or column in ("experiment", "tag"):
+        choices = [name for name in FILTERS if name not in ("experiment", "tag")]
+        raise ListingError(f"column must be a filter of runs, got {column!r}; choices: {', '.join(choices)}")
+    values = getattr(Run, column)
+    query = select(values).where(Run.deleted_at.is_(None), values.is_not(None)).distinct().order_by(values)
+    with store.read() as session:
+        return list(session.scalars(query))
+
+
 def counts_by_state(store: Store, *, experiment_id: int | None = None) -> dict[str, int]:
     """How many runs (deleted ones left out) are in each of the states, zero included."""
     query = select(Run.state, func.count()).where(Run.deleted_at.is_(None)).group_by(Run.state)

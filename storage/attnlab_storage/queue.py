@@ -33,7 +33,7 @@ from attnlab_storage.control import (
 )
 from attnlab_storage.database import Store
 from attnlab_storage.errors import LostLease
-from attnlab_storage.fencing import Claim, discard_results, fence, record_event
+from attnlab_storage.fencing import Claim, change_runs, discard_results, fence, locked, lost, record_event
 from attnlab_storage.tables import OUTCOMES, Attempt, Experiment, LogChunk, Run, Setting
 
 __all__ = [
@@ -205,7 +205,7 @@ def beat(store: Store, owner: str) -> list[Beat]:
     held = (Run.owner == owner, Run.state == "running")
     statement = (
         update(Run)
-        .where(Run.id.in_(_locked(*held)), *held)
+        .where(Run.id.in_(locked(*held)), *held)
         .values(lease_until=db_now() + settings.lease_seconds())
         .returning(Run.id, Run.attempt, Run.cancel_requested_at)
     )
@@ -224,11 +224,17 @@ def progress(
 
 
 def append_log(store: Store, claim: Claim, text: str) -> None:
-    """Adds to the run's log; text over `MAX_LOG_CHARS` loses its middle, visibly. Raises LostLease."""
+    """Adds to the attempt's log, even just after its end; over `MAX_LOG_CHARS` it loses its middle, visibly.
+
+    Raises:
+        LostLease: the run was queued again or is another attempt's.
+    """
     if not text:
         return
+    mine = (Run.id == claim.run_id, Run.attempt == claim.attempt, Run.state != "queued")
     with store.write() as session:
-        fence(session, claim)
+        if session.scalar(select(Run.id).where(*mine)) is None:  # not locked: a log is no result
+            raise lost(claim)
         session.add(LogChunk(run_id=claim.run_id, attempt=claim.attempt, at=db_now(), text=_shortened(text)))
 
 
@@ -273,11 +279,13 @@ def give_back(
     reason: str,
     error_detail: str | None = None,
     backoff_seconds: float | None = None,
+    extra_attempts: int = 0,
 ) -> str:
     """Ends the attempt: the run is queued again, or failed with attempts used up, or cancelled if asked for.
 
     Args:
         backoff_seconds: None doubles from 2 to 60 seconds with the attempts.
+        extra_attempts: how many more attempts the run may have than before; 1 if this one was not its fault.
 
     Returns:
         The new state.
@@ -286,7 +294,7 @@ def give_back(
         LostLease: the run is no longer this attempt's.
     """
     with store.write() as session:
-        fence(session, claim)
+        fence(session, claim, {"max_attempts": Run.max_attempts + extra_attempts})
         run = session.get_one(Run, claim.run_id)
         return _close(session, run, error_kind, reason, error_detail, backoff_seconds)
 
@@ -307,33 +315,22 @@ def reap(store: Store) -> list[int]:
 
 def cancel(store: Store, run_ids: Iterable[int]) -> int:
     """Cancels queued runs and asks running ones to end. Returns how many runs that newly concerned."""
-    live = (
-        Run.id.in_(list(run_ids)),
-        Run.state.in_(("queued", "running")),
-        Run.cancel_requested_at.is_(None),
-    )
     queued = Run.state == "queued"
-    statement = (
-        update(Run)
-        .where(Run.id.in_(_locked(*live)), *live)
-        .values(
-            cancel_requested_at=db_now(),
-            state=case((queued, "cancelled"), else_=Run.state),
-            finished_at=case((queued, db_now()), else_=Run.finished_at),
-            reason=case((queued, "cancelled before it started"), else_=Run.reason),
-        )
-        .returning(Run.id)
-        .execution_options(synchronize_session=False)
-    )
+    values = {
+        "cancel_requested_at": db_now(),
+        "state": case((queued, "cancelled"), else_=Run.state),
+        "finished_at": case((queued, db_now()), else_=Run.finished_at),
+        "reason": case((queued, "cancelled before it started"), else_=Run.reason),
+    }
+    live = (Run.state.in_(("queued", "running")), Run.cancel_requested_at.is_(None))
     with store.write() as session:
-        ids = sorted(session.scalars(statement))
+        ids = change_runs(session, run_ids, live, values)
         record_event(session, ids, "cancel_requested")
         return len(ids)
 
 
 def retry(store: Store, run_ids: Iterable[int], *, extra_attempts: int = 3) -> list[int]:
     """Queues ended runs again, but none that succeeded; returns the ids. What they had stored is dropped."""
-    ended = (Run.id.in_(list(run_ids)), Run.state.in_(RETRIABLE), Run.deleted_at.is_(None))
     values = _BLANK | {
         "state": "queued",
         "max_attempts": Run.attempt + extra_attempts,
@@ -341,15 +338,8 @@ def retry(store: Store, run_ids: Iterable[int], *, extra_attempts: int = 3) -> l
         "cancel_requested_at": None,
         "started_at": None,
     }
-    statement = (
-        update(Run)
-        .where(Run.id.in_(_locked(*ended)), *ended)
-        .values(values)
-        .returning(Run.id)
-        .execution_options(synchronize_session=False)
-    )
     with store.write() as session:
-        ids = sorted(session.scalars(statement))
+        ids = change_runs(session, run_ids, (Run.state.in_(RETRIABLE), Run.deleted_at.is_(None)), values)
         discard_results(session, ids)
         record_event(session, ids, "retried")
         return ids
@@ -386,11 +376,6 @@ def _claimable(free_gpus: int, run_id: int | None) -> Any:
     else:
         fits += [Run.run_after <= db_now(), Run.gpus <= free_gpus, ~exists().where(Setting.key == PAUSED)]
     return select(Run.id).where(*fits).order_by(Run.priority.desc(), Run.id).limit(1)
-
-
-def _locked(*conditions: ColumnElement[bool]) -> Any:
-    """The ids, locked in their order on PostgreSQL, so that two statements over many runs cannot deadlock."""
-    return select(Run.id).where(*conditions).order_by(Run.id).with_for_update(key_share=True)
 
 
 def _ended(

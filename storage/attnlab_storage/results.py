@@ -1,7 +1,7 @@
 """What runs yield: written under the claim's fence, read back for the attempt that counts.
 
 ``with recording(store, claim) as session:`` is one transaction that holds the run; the ``record_`` functions
-and `tensors.write_tensor` are called inside. Nothing of it is visible before the block ends, nothing stays if it
+and `tensors.write_tensor` are called inside. Nothing is visible before the block ends, nothing stays if it
 raises. Keep it to a layer or so: the run's lease cannot be renewed meanwhile.
 """
 
@@ -31,11 +31,14 @@ from attnlab_storage.listing import (
     ExperimentRow,
     RunPage,
     RunRow,
+    count_runs,
     counts_by_state,
     get_experiment,
     get_run,
     list_experiments,
     list_runs,
+    run_ids,
+    run_values,
     runs_of,
 )
 from attnlab_storage.tables import Attempt, Environment, Event, LogChunk, Measurement, Run, RunInput, Trace
@@ -53,6 +56,7 @@ __all__ = [
     "TraceRow",
     "attempts",
     "change_experiment",
+    "count_runs",
     "counts_by_state",
     "delete_experiments",
     "delete_runs",
@@ -73,7 +77,9 @@ __all__ = [
     "restore_experiments",
     "restore_runs",
     "revision",
+    "run_ids",
     "run_input",
+    "run_values",
     "runs_of",
     "traces",
 ]

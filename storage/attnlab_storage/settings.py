@@ -44,8 +44,10 @@ def run_threads() -> int | None:
 
 
 def run_memory_bytes() -> int | None:
-    """``ATTNLAB_RUN_MEMORY_BYTES``: main memory a run may allocate. Default: what is free when it starts on a CPU,
-    no limit on a GPU."""
+    """``ATTNLAB_RUN_MEMORY_BYTES``: main memory a run may allocate.
+
+    Default: what is free when it starts on a CPU, no limit on a GPU.
+    """
     if not os.environ.get("ATTNLAB_RUN_MEMORY_BYTES"):
         return None
     return int(_positive("ATTNLAB_RUN_MEMORY_BYTES", 1.0))
