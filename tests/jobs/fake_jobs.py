@@ -29,14 +29,14 @@ def answer() -> dict[str, object]:
 
 def do_succeed(store: Store, claim: Claim) -> str:
     print(f"hello from attempt {claim.attempt}", flush=True)
-    _record(store, claim)
+    _record(store, claim, "latency")
     queue.finish(store, claim, "succeeded", summary={"pid": os.getpid()})
     return "succeeded"
 
 
 def do_sleep(store: Store, claim: Claim, seconds: float) -> str:
     """Record first and finish last: whoever interrupts it leaves half a run."""
-    _record(store, claim)
+    _record(store, claim, "begun")
     started = time.monotonic()
     while time.monotonic() < started + seconds:
         queue.progress(store, claim, "sleeping", time.monotonic() - started, seconds)
@@ -51,7 +51,7 @@ def do_sleep_once(store: Store, claim: Claim, seconds: float) -> str:
 
 def do_signal(store: Store, claim: Claim, number: int, attempts: int = 99) -> str:
     """Die of a signal in the first attempts."""
-    _record(store, claim)
+    _record(store, claim, "begun")
     if claim.attempt <= attempts:
         os.kill(os.getpid(), number)
     return do_succeed(store, claim)
@@ -113,6 +113,6 @@ def do_chatter(store: Store, claim: Claim, lines: int) -> str:
     return do_succeed(store, claim)
 
 
-def _record(store: Store, claim: Claim) -> None:
+def _record(store: Store, claim: Claim, name: str) -> None:
     with recording(store, claim) as session:
-        record_measurements(session, claim, [MeasurementRow("latency", float(claim.attempt), "ms")])
+        record_measurements(session, claim, [MeasurementRow(name, float(claim.attempt), "ms")])
