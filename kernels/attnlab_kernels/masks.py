@@ -7,7 +7,7 @@ A row that may attend to nothing is dead: zero output, log-sum-exp of minus infi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Band:
             return 0, num_keys
         if len(self.ranges) > 1 and not 0 <= batch < len(self.ranges):
             raise MaskError(
-                f"batch must be one of 0..{len(self.ranges) - 1}, the sequences of the padding mask; got {batch}"
+                f"batch must be one of 0..{len(self.ranges) - 1}, the padding mask's sequences; got {batch}"
             )
         start, stop = self.ranges[batch if len(self.ranges) > 1 else 0]
         return min(start, num_keys), min(stop, num_keys)
@@ -63,7 +63,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Mask:
-    """Base of the algebra. Combine with ``&``; ``allowed`` gives a dense tile, ``key_range`` what to visit."""
+    """Base of the algebra. Combine with ``&``; ``allowed`` is a dense tile, ``key_range`` what to visit."""
 
     def band(self) -> Band:
         """This mask in normal form."""
@@ -79,7 +79,7 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         """Keys that both masks allow, simplified to the fewest parts."""
-        return _intersect((self, other))
+        return mask_from_band(And((self, other)).band())
 
     def allowed(
         self,
@@ -90,7 +90,7 @@ class Mask:
         num_keys: int,
         batch: int = 0,
     ) -> NDArray[np.bool_]:
-        """Dense tile ``[len(rows), len(cols)]``, True where query ``rows[i]`` may attend to key ``cols[j]``."""
+        """Dense tile ``[rows, cols]``, True where query ``rows[i]`` may attend to key ``cols[j]``."""
         first, last = self.band().row_limits(rows, num_queries=num_queries, num_keys=num_keys, batch=batch)
         keys = np.asarray(cols, np.int64)[None, :]
         return (keys >= first[:, None]) & (keys < last[:, None])
@@ -242,8 +242,8 @@ def mask_from_json(value: Mapping[str, Any]) -> Mask:
     raise MaskError(f"kind must be one of {', '.join(MASK_KINDS)}; got {value!r}")
 
 
-def _intersect(masks: Iterable[Mask]) -> Mask:
-    band = And(tuple(masks)).band()
+def mask_from_band(band: Band) -> Mask:
+    """The mask with this normal form, in the fewest parts. A right end other than 0 needs a left one."""
     parts: list[Mask] = []
     if band.left is not None:
         parts.append(Window(band.left, band.right or 0))

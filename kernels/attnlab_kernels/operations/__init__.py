@@ -1,0 +1,1 @@
+"""Operations: what is computed, each with its reference and its implementations."""

@@ -1,0 +1,1 @@
+"""Softmax attention. Start at ``api``; ``eager`` is the reference."""

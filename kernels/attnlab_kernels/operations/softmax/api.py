@@ -1,0 +1,296 @@
+"""Softmax attention: the one call, the choice of implementation, and why.
+
+``attend`` fixes the meaning; every implementation gives the reference's answer or refuses with a reason. Only
+``implementation="auto"`` chooses, and it says what it chose and why. Nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnlab_kernels.masks import Causal, Full, Mask, Window, mask_from_band
+from attnlab_kernels.operations.softmax import banded, eager, flex, sdpa, triton_forward
+from attnlab_kernels.operations.softmax.support import Implementation, Support
+from attnlab_kernels.output import AttentionOutput
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttendCall",
+    "Implementation",
+    "Support",
+    "Unsupported",
+    "attend",
+    "choose",
+    "observing",
+    "supports",
+    "survey",
+]
+
+
+class Unsupported(ValueError):
+    """The implementation that was asked for cannot run this call; the text says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttendCall:
+    """One finished call of ``attend``, as an observer sees it. Tensors are the caller's own: do not write."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    scale: float
+    bias: Tensor | None
+    output: Tensor
+    lse: Tensor
+    implementation: str
+
+
+def _any_call(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool
+) -> Support:
+    return Support(True, "the reference: keeps every score in memory")
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("eager", "PyTorch eager (reference)", eager.run, _any_call, "any device"),
+        Implementation("sdpa_math", "SDPA math", sdpa.run_math, sdpa.supports_math, "any device"),
+        Implementation(
+            "sdpa_flash",
+            "SDPA flash",
+            sdpa.run_flash,
+            sdpa.supports_flash,
+            "a CPU, or an NVIDIA GPU from Ampere (sm80) with half types",
+        ),
+        Implementation(
+            "sdpa_efficient",
+            "SDPA memory-efficient",
+            sdpa.run_efficient,
+            sdpa.supports_efficient,
+            "an NVIDIA GPU from Maxwell (sm50)",
+        ),
+        Implementation(
+            "sdpa_cudnn",
+            "SDPA cuDNN",
+            sdpa.run_cudnn,
+            sdpa.supports_cudnn,
+            "an NVIDIA GPU from Ampere (sm80) with cuDNN 9 and half types",
+        ),
+        Implementation(
+            "flex", "FlexAttention", flex.run, flex.supports, "any device; fused on an NVIDIA GPU"
+        ),
+        Implementation(
+            "triton",
+            "attnlab Triton forward",
+            triton_forward.run,
+            triton_forward.supports,
+            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
+        ),
+        Implementation("banded", "Banded flash tiles", banded.run, banded.supports, "a CPU and a window"),
+    )
+}
+
+# what auto tries, best first; eager always runs
+AUTO_ORDER = {
+    "cpu": ("banded", "sdpa_flash", "sdpa_math", "eager"),
+    "cuda": ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "triton", "flex", "sdpa_math", "eager"),
+}
+# where tiles outside the mask can be skipped, the kernels that skip them go first
+AUTO_ORDER_WINDOW = {
+    "cpu": AUTO_ORDER["cpu"],
+    "cuda": ("triton", "flex", "sdpa_efficient", "sdpa_cudnn", "sdpa_math", "eager"),
+}
+
+_observers = threading.local()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention, ``softmax(scale * q k^T + bias, where mask) v``.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``.
+        k: ``[B, Hkv, Sk, D]``, Hq a multiple of Hkv; query head h reads key head ``h // (Hq // Hkv)``.
+        v: ``[B, Hkv, Sk, Dv]``.
+        mask: who may attend to whom (default: all); query row i sits at position ``Sk - Sq + i``.
+        scale: default ``1 / sqrt(D)``.
+        bias: added to the scaled scores, broadcasts to ``[B, Hq, Sq, Sk]``; minus infinity forbids a pair.
+        dropout: share of probabilities dropped (only eager does it).
+        implementation: a key of ``IMPLEMENTATIONS``, or "auto".
+
+    Returns:
+        output ``[B, Hq, Sq, Dv]`` in q's dtype; lse ``[B, Hq, Sq]`` natural log, float32 (float64 for
+        float64), detached; ``aux`` with the implementation that ran and the reason. A dead row is zero with lse -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or an unknown implementation.
+        Unsupported: the named implementation cannot run this call.
+    """
+    mask = Full() if mask is None else mask
+    _check(q, k, v, mask, bias, dropout)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    tight = tighten(mask, q.shape[2], k.shape[2])
+    need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    if implementation == "auto":
+        name, reason = choose(q, k, v, mask=tight, bias=bias, need_grad=need_grad, dropout=dropout)
+    else:
+        name = implementation
+        support = supports(
+            name, q, k, v, mask=tight, scale=factor, bias=bias, dropout=dropout, need_grad=need_grad
+        )
+        if not support:
+            raise Unsupported(f"implementation {name!r} cannot run this call: {support.reason}")
+        reason = "asked for" if not support.reason else f"asked for; {support.reason}"
+    extra = {"dropout": dropout} if dropout else {}
+    if 0 in (q.shape[0], q.shape[2], k.shape[2]):
+        # no kernel is called on nothing: the CPU flash operator divides by a length
+        output = q.new_zeros(*q.shape[:3], v.shape[-1])
+        lse = q.new_full(q.shape[:3], -torch.inf)
+    else:
+        output, lse = IMPLEMENTATIONS[name].run(q, k, v, mask=tight, scale=factor, bias=bias, **extra)
+    lse = lse.detach() if q.dtype == torch.float64 else lse.detach().float()
+    for observer in tuple(getattr(_observers, "stack", ())):
+        observer(AttendCall(q, k, v, mask, factor, bias, output, lse, name))
+    return AttentionOutput(output, lse=lse, aux={"implementation": name, "reason": reason})
+
+
+def supports(
+    implementation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    need_grad: bool = False,
+) -> Support:
+    """Whether this implementation gives the reference's answer for this call, or why not."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {implementation!r}"
+        )
+    if dropout and implementation != "eager":
+        return Support(False, f"only eager drops probabilities; got dropout {dropout}")
+    if scale is not None and not scale > 0 and implementation == "triton":
+        return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
+    tight = tighten(mask or Full(), q.shape[2], k.shape[2])
+    return IMPLEMENTATIONS[implementation].supports(q, k, v, mask=tight, bias=bias, need_grad=need_grad)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    need_grad: bool = False,
+) -> tuple[str, str]:
+    """What auto runs for this call, and why: the first that supports it, and who was passed over."""
+    if dropout:
+        return "eager", "auto: only eager drops probabilities"
+    orders = AUTO_ORDER if mask.band().left is None else AUTO_ORDER_WINDOW
+    order = orders.get(q.device.type, ("sdpa_math", "eager"))
+    passed: list[str] = []
+    for name in order:
+        support = IMPLEMENTATIONS[name].supports(q, k, v, mask=mask, bias=bias, need_grad=need_grad)
+        if support:
+            skipped = f" (passed over {'; '.join(passed)})" if passed else ""
+            return name, f"auto: first of {', '.join(order)} that runs this call{skipped}"
+        passed.append(f"{name}: {support.reason}")
+    raise AssertionError("eager runs every call")
+
+
+@contextmanager
+def observing(callback: Callable[[AttendCall], None]) -> Iterator[None]:
+    """Call ``callback`` after every ``attend`` of this thread, inside the block."""
+    stack: list[Callable[[AttendCall], None]] = [*getattr(_observers, "stack", ()), callback]
+    _observers.stack = stack
+    try:
+        yield
+    finally:
+        _observers.stack = [entry for entry in stack if entry is not callback]
+
+
+def survey(device: str = "cpu") -> list[dict[str, Any]]:
+    """What can run on this device, with the reason for what cannot: asked with one small call each."""
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    q = torch.zeros(1, 4, 128, 64, dtype=dtype, device=device)
+    k = torch.zeros(1, 2, 128, 64, dtype=dtype, device=device)
+    rows = []
+    for implementation in IMPLEMENTATIONS.values():
+        mask = Window(31) if implementation.name == "banded" else Causal()
+        support = implementation.supports(q, k, k, mask=mask, bias=None, need_grad=False)
+        rows.append(
+            {
+                "name": implementation.name,
+                "label": implementation.label,
+                "available": support.ok,
+                "reason": support.reason,
+                "requires": implementation.requires,
+            }
+        )
+    return rows
+
+
+def tighten(mask: Mask, num_queries: int, num_keys: int) -> Mask:
+    """The same allowed pairs without limits that these lengths never reach (a window as long as the keys)."""
+    band = mask.band()
+    if band.left is None or band.left < num_keys - 1:
+        return mask
+    if band.right is not None and band.right >= num_queries - 1:
+        band = replace(band, right=None)
+    if band.right not in (0, None):
+        return mask
+    return mask_from_band(replace(band, left=None))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dropout: float) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, tokens, dim]; got shape {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype or tensor.device != q.device or not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"q, k and v must share one float dtype and device; {name} is {tensor.dtype} "
+                f"on {tensor.device}, q is {q.dtype} on {q.device}"
+            )
+    batch, heads, num_queries, dim = q.shape
+    if k.shape[0] != batch or k.shape[3] != dim or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "shapes must be q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads; got {heads} and {k.shape[1]}")
+    ranges = mask.band().ranges
+    if ranges is not None and len(ranges) not in (1, batch):
+        raise ValueError(f"mask must describe 1 or {batch} sequences, as q has; got {len(ranges)}")
+    if bias is not None:
+        target = (batch, heads, num_queries, k.shape[2])
+        sizes = zip(reversed(bias.shape), reversed(target), strict=False)
+        if bias.dim() > 4 or any(size not in (1, full) for size, full in sizes):
+            raise ValueError(f"bias must broadcast to {target}; got shape {tuple(bias.shape)}")
+    if not 0 <= dropout < 1 or math.isnan(dropout):
+        raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")

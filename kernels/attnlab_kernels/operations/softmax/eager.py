@@ -1,0 +1,68 @@
+"""The reference: softmax attention as the formula says it; any device, float32 or float64, autograd.
+
+Scaled dot-product attention of Vaswani et al., "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attnlab_kernels.masks import Mask
+from attnlab_kernels.operations.softmax import lower
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attend with every score in memory; scores and softmax in float32 (float64 for float64 inputs).
+
+    Args:
+        q: ``[B, Hq, Sq, D]``; k ``[B, Hkv, Sk, D]``; v ``[B, Hkv, Sk, Dv]``; heads as in ``attend``.
+        bias: added to the scaled scores, broadcasts to ``[B, Hq, Sq, Sk]``; minus infinity forbids a pair.
+        dropout: share of probabilities dropped after the softmax, the rest scaled up.
+
+    Returns:
+        output ``[B, Hq, Sq, Dv]`` in q's dtype and natural log-sum-exp ``[B, Hq, Sq]``, detached.
+    """
+    batch, heads, num_queries, _ = q.shape
+    num_keys = k.shape[2]
+    scores = _per_head(q, _wide(lower.hide_padding(k, mask)).transpose(-1, -2)) * scale
+    if bias is not None:
+        scores = scores + bias
+    allowed = lower.dense_batch(
+        mask, num_queries=num_queries, num_keys=num_keys, batch_size=batch, device=q.device
+    )
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if num_keys == 0:
+        return q.new_zeros(batch, heads, num_queries, v.shape[-1]), scores.new_full(q.shape[:3], -torch.inf)
+    top = scores.detach().amax(dim=-1, keepdim=True)
+    # a dead row has no finite score: subtract 0 there, so that its exponentials are 0 and not NaN
+    top = torch.where(torch.isneginf(top), 0, top)
+    weights = torch.exp(scores - top)
+    total = weights.sum(dim=-1, keepdim=True)
+    probabilities = weights / torch.where(total == 0, 1, total)
+    if dropout:
+        probabilities = functional.dropout(probabilities, dropout)
+    output = _per_head(probabilities, _wide(lower.hide_padding(v, mask)))
+    return output.to(q.dtype), (top + total.detach().log()).squeeze(-1)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _per_head(left: Tensor, right: Tensor) -> Tensor:
+    """``left [B, Hq, S, X] @ right [B, Hkv, X, Y]``: a group's rows are stacked, so no key head is copied."""
+    batch, heads, rows, inner = left.shape
+    stacked = _wide(left).reshape(batch, right.shape[1], -1, inner)
+    return (stacked @ right).reshape(batch, heads, rows, right.shape[-1])

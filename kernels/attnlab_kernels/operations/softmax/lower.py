@@ -1,0 +1,164 @@
+"""From a mask to what kernels take: full and causal blocks, dense tiles, key slots that do not exist.
+
+Kernels disagree about what causal means when Sq != Sk (top-left or bottom-right). So a causal mask is cut
+into rectangles without a mask and *square* triangles, where both readings are the same, and the parts are
+merged by their log-sum-exp. Padding becomes slices, so what lies in a padded slot is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnlab_kernels.masks import Mask
+
+Kind = Literal["full", "causal", "masked"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attend rows of some batch elements to a slice of keys; blocks with equal batch and rows are merged."""
+
+    batch: slice
+    rows: slice
+    keys: slice
+    kind: Kind
+
+
+def key_groups(mask: Mask, num_keys: int, batch_size: int) -> Iterator[tuple[slice, int, int]]:
+    """Runs of batch elements with the same keys: ``(batch, start, stop)``."""
+    band = mask.band()
+    if band.ranges is None or len(band.ranges) == 1:
+        yield slice(0, batch_size), *band.key_interval(num_keys)
+        return
+    intervals = [band.key_interval(num_keys, index) for index in range(batch_size)]
+    first = 0
+    for index in range(1, batch_size + 1):
+        if index == batch_size or intervals[index] != intervals[first]:
+            yield slice(first, index), *intervals[first]
+            first = index
+
+
+def plan(
+    mask: Mask, *, num_queries: int, num_keys: int, batch_size: int, has_bias: bool, merge: bool
+) -> list[Block]:
+    """Blocks that cover the mask exactly; rows that no block covers are dead.
+
+    A window or a bias gives ``masked`` blocks, which need a dense tile. ``merge=False`` keeps each row in one
+    block (merging through log-sum-exp would lose gradients), at the price of a dense tile where Sq != Sk.
+    """
+    band = mask.band()
+    offset = num_keys - num_queries
+    blocks: list[Block] = []
+    for batch, start, stop in key_groups(mask, num_keys, batch_size):
+        lo, hi = _live_rows(mask, num_queries, num_keys, batch.start)
+        if lo >= hi:
+            continue
+        if band.left is not None or has_bias:
+            blocks.append(Block(batch, slice(lo, hi), slice(start, stop), "masked"))
+        elif band.right is None:
+            blocks.append(Block(batch, slice(lo, hi), slice(start, stop), "full"))
+        else:
+            blocks += _causal_blocks(batch, lo, hi, start, stop, offset, merge)
+    return blocks
+
+
+def _causal_blocks(
+    batch: slice, lo: int, hi: int, start: int, stop: int, offset: int, merge: bool
+) -> list[Block]:
+    # rows lo..turn meet a new key each, rows turn..hi lie past the last key and see all of them
+    turn = min(hi, max(lo, stop - offset))
+    blocks: list[Block] = []
+    if turn - lo == 1:
+        blocks.append(Block(batch, slice(lo, turn), slice(start, offset + turn), "full"))
+    elif turn > lo:
+        diagonal = offset + lo
+        rows = slice(lo, turn)
+        if diagonal > start and not merge:
+            blocks.append(Block(batch, rows, slice(start, offset + turn), "masked"))
+        else:
+            if diagonal > start:
+                blocks.append(Block(batch, rows, slice(start, diagonal), "full"))
+            blocks.append(Block(batch, rows, slice(diagonal, offset + turn), "causal"))
+    if turn < hi:
+        blocks.append(Block(batch, slice(turn, hi), slice(start, stop), "full"))
+    return blocks
+
+
+def _live_rows(mask: Mask, num_queries: int, num_keys: int, batch: int) -> tuple[int, int]:
+    live = np.flatnonzero(~mask.dead_rows(num_queries, num_keys, batch))
+    return (int(live[0]), int(live[-1]) + 1) if len(live) else (0, 0)
+
+
+def dense(
+    mask: Mask,
+    rows: slice,
+    keys: slice,
+    *,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    batch: int = 0,
+) -> Tensor:
+    """Bool tile ``[rows, keys]`` on the device, True where attention is allowed."""
+    first, last = mask.band().row_limits(
+        np.arange(rows.start, rows.stop), num_queries=num_queries, num_keys=num_keys, batch=batch
+    )
+    limits = torch.from_numpy(np.stack([first, last])).to(device)
+    columns = torch.arange(keys.start, keys.stop, device=device)
+    return (columns >= limits[0, :, None]) & (columns < limits[1, :, None])
+
+
+def dense_batch(
+    mask: Mask, *, num_queries: int, num_keys: int, batch_size: int, device: torch.device
+) -> Tensor | None:
+    """Bool ``[1 or B, 1, Sq, Sk]``, or None where everything is allowed."""
+    band = mask.band()
+    if band.left is None and band.right is None and band.ranges is None:
+        return None
+    count = batch_size if band.ranges is not None and len(band.ranges) > 1 else 1
+    size = {"num_queries": num_queries, "num_keys": num_keys, "device": device}
+    tiles = [
+        dense(mask, slice(0, num_queries), slice(0, num_keys), batch=index, **size) for index in range(count)
+    ]
+    return torch.stack(tiles)[:, None]
+
+
+def hide_padding(keys: Tensor, mask: Mask) -> Tensor:
+    """Keys or values ``[B, H, Sk, D]`` with zeros in padded slots (0 * NaN would be NaN)."""
+    ranges = mask.band().ranges
+    if ranges is None:
+        return keys
+    batch_size, num_keys = keys.shape[0], keys.shape[2]
+    limits = torch.tensor(ranges, device=keys.device).expand(batch_size, 2)
+    slots = torch.arange(num_keys, device=keys.device)
+    exists = (slots >= limits[:, :1]) & (slots < limits[:, 1:])
+    return torch.where(exists[:, None, :, None], keys, keys.new_zeros(()))
+
+
+def bias_tile(bias: Tensor, batch: slice, rows: slice, keys: slice) -> Tensor:
+    """Slice of a bias that broadcasts to ``[B, Hq, Sq, Sk]``, as 4-D."""
+    bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    parts = [
+        slice(None) if size == 1 else part
+        for size, part in zip(bias.shape, (batch, slice(None), rows, keys), strict=True)
+    ]
+    return bias[tuple(parts)]
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join attention over disjoint keys: outputs ``[..., S, Dv]`` weighted by log-sum-exp ``[..., S]``."""
+    if len(parts) == 1:
+        return parts[0]
+    lse = torch.logsumexp(torch.stack([part for _, part in parts]), dim=0)
+    safe = torch.where(torch.isneginf(lse), 0, lse)
+    out = sum(
+        (torch.exp(part - safe)[..., None] * value for value, part in parts),
+        torch.zeros((), device=lse.device),
+    )
+    return out.to(parts[0][0].dtype), lse
