@@ -161,3 +161,21 @@ def test_memory_is_shared_by_threads_without_losing_count():
     for thread in threads:
         thread.join()
     assert memory.used == 800
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["causal", "window"])
+@pytest.mark.parametrize("region", [((0, 77), (0, 77)), ((20, 77), (3, 60))])
+@pytest.mark.parametrize("size", [(77, 77), (9, 13), (1, 5)])
+def test_a_pixel_is_allowed_if_any_of_its_cells_is(traced, which, region, size):
+    run_id = traced.run_ids[which]
+    rows, cols = region
+    height, width = min(size[0], rows[1] - rows[0]), min(size[1], cols[1] - cols[0])
+    one = viewport.load_map(traced.store, run_id, 0, 0)
+    found = viewport.allowed_pixels(one, rows, cols, height, width)
+    weights = traced.arrays[run_id, 0]["allowed"][slice(*rows), slice(*cols)]
+    down = [slice(y * len(weights) // height, (y + 1) * len(weights) // height) for y in range(height)]
+    across = weights.shape[1]
+    for y in range(height):
+        for x in range(width):
+            part = weights[down[y], x * across // width : (x + 1) * across // width]
+            assert found[y, x] == part.any()

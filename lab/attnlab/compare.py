@@ -40,7 +40,7 @@ _MEASURED: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "attention_latency_ms": lambda document: (document["attention_latency_ms"] or {}).get("median"),
     "peak_memory_bytes": lambda document: document["peak_memory_bytes"],
     "capture_overhead": lambda document: document["capture_overhead"],
-    "stored_bytes": lambda document: document["stored_bytes"],
+    "stored_bytes": lambda document: document["stored_bytes"] or None,
     "row_sum_defect": lambda document: document["map_check"]["row_sum_defect"],
     "output_defect": lambda document: document["map_check"]["output_defect"],
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from attnlab.describe import run_brief
 from attnlab.export.panel import PLOT_SIDE, Panel, Scale, draw_panels
 from attnlab.export.scene import Scene, to_png, to_svg
@@ -11,7 +13,7 @@ from attnlab.views.difference import difference
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import map_label, ran_as
 from attnlab.views.tokens import TokenLabels, token_labels
-from attnlab.views.viewport import Region, Viewport, find_run, linked_viewports
+from attnlab.views.viewport import Region, Viewport, allowed_pixels, find_run, linked_viewports, load_map
 from attnlab_storage.database import Store
 
 FORMATS = ("png", "svg")
@@ -118,7 +120,13 @@ def _panel(
         col_labels=_part(labels, view.cols, "key"),
         colormap=colormap,
         scale=scale,
+        allowed=_allowed(store, run_id, layer, head, view),
     )
+
+
+def _allowed(store: Store, run_id: int, layer: int, head: int, view: Viewport) -> np.ndarray:
+    height, width = view.values.shape
+    return allowed_pixels(load_map(store, run_id, layer, head), view.rows, view.cols, height, width)
 
 
 def _difference_panel(
@@ -138,6 +146,7 @@ def _difference_panel(
         row_labels=_part(labels, gap.rows, "query"),
         col_labels=_part(labels, gap.cols, "key"),
         signed=True,
+        allowed=_allowed(store, a, layer, head, gap) | _allowed(store, b, layer, head, gap),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from attnlab.export.scene import Line, Raster, Scene, Text, shorten
+from attnlab.export.scene import Line, Raster, Scene, Text, shorten, text_width
 from attnlab.views.colormaps import COLORMAPS, DIVERGING, colorize
 from attnlab.views.errors import ViewError
 
@@ -28,11 +28,12 @@ class Theme:
     background: str
     text: str
     quiet: str
+    masked: tuple[int, int, int]
 
 
 THEMES = {
-    "light": Theme("#ffffff", "#1f2328", "#6e7781"),
-    "dark": Theme("#0d1117", "#e6edf3", "#8b949e"),
+    "light": Theme("#ffffff", "#1f2328", "#6e7781", (225, 228, 232)),
+    "dark": Theme("#0d1117", "#e6edf3", "#8b949e", (38, 44, 54)),
 }
 
 
@@ -43,6 +44,7 @@ class Panel:
     ``values`` float [h, w] are the pixels of the region ``rows`` x ``cols`` (half-open token ranges);
     ``peak`` is the value at the end of the colour scale, the same for all panels that are compared. Signed
     panels run from -peak to peak. Labels hold one entry for every token of the region, or are empty.
+    Pixels that are False in ``allowed`` bool [h, w] are grey: the mask forbids them.
     """
 
     values: np.ndarray
@@ -56,6 +58,7 @@ class Panel:
     colormap: str = "viridis"
     scale: Scale = "linear"
     signed: bool = False
+    allowed: np.ndarray | None = None
 
 
 def unit_values(values: np.ndarray, peak: float, scale: Scale, *, signed: bool) -> np.ndarray:
@@ -103,8 +106,8 @@ class _Box:
     top: int
     plot_width: int
     plot_height: int
-    tokens_down: bool
-    tokens_across: bool
+    room_down: int  # pixels beside the plot for row labels, zero where numbers are written instead
+    room_across: int
 
     @classmethod
     def of(cls, panel: Panel) -> _Box:
@@ -112,10 +115,9 @@ class _Box:
         cell = max(1, PLOT_SIDE // max(height, width, 1))
         # a strip of one row or column still has room for its axis title
         plot_height, plot_width = max(cell * height, 96), max(cell * width, 96)
-        down = _labels_fit(panel.row_labels, panel.rows, plot_height)
-        across = _labels_fit(panel.col_labels, panel.cols, plot_width)
-        left = 28 + (_LABEL_ROOM if down else _NUMBER_ROOM)
-        return cls(left, 56, plot_width, plot_height, down, across)
+        down = _label_room(panel.row_labels, panel.rows, plot_height)
+        across = _label_room(panel.col_labels, panel.cols, plot_width)
+        return cls(28 + (down or _NUMBER_ROOM), 56, plot_width, plot_height, down, across)
 
     @property
     def width(self) -> int:
@@ -123,12 +125,15 @@ class _Box:
 
     @property
     def height(self) -> int:
-        return self.top + max(self.plot_height, 120) + (_LABEL_ROOM if self.tokens_across else 24) + 28
+        return self.top + max(self.plot_height, 120) + (self.room_across or 24) + 28
 
 
-def _labels_fit(labels: Sequence[str], span: tuple[int, int], pixels: int) -> bool:
+def _label_room(labels: Sequence[str], span: tuple[int, int], pixels: int) -> int:
+    """Pixels that the longest label needs; zero when there are none or the cells are too small for them."""
     count = span[1] - span[0]
-    return len(labels) == count and pixels >= TOKEN_CELL * count
+    if len(labels) != count or pixels < TOKEN_CELL * count:
+        return 0
+    return round(min(_LABEL_ROOM, max(text_width(label, 10) for label in labels) + 10))
 
 
 def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> None:
@@ -138,11 +143,14 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> Non
     scene.add(Text(left + 12, 38, shorten(panel.subtitle, room, 11), 11, theme.quiet))
     unit = unit_values(panel.values, panel.peak, panel.scale, signed=panel.signed)
     name = DIVERGING if panel.signed else panel.colormap
-    scene.add(Raster(x, y, box.plot_width, box.plot_height, colorize(unit, name)))
+    pixels = colorize(unit, name)
+    if panel.allowed is not None:
+        pixels = np.where(panel.allowed[..., None], pixels, np.array(theme.masked, np.uint8))
+    scene.add(Raster(x, y, box.plot_width, box.plot_height, pixels))
     _draw_rows(scene, panel, box, x, theme)
     _draw_cols(scene, panel, box, x, theme)
     scene.add(Text(left + 14, y + box.plot_height / 2, "query (from)", 12, theme.text, "middle", 90))
-    below = y + box.plot_height + (_LABEL_ROOM if box.tokens_across else 24) + 12
+    below = y + box.plot_height + (box.room_across or 24) + 12
     scene.add(Text(x + box.plot_width / 2, below, "key (to)", 12, theme.text, "middle"))
     _draw_bar(scene, panel, name, x + box.plot_width + 16, y, max(box.plot_height, 120), theme)
 
@@ -150,7 +158,7 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> Non
 def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
     start, stop = panel.rows
     step = box.plot_height / (stop - start)
-    if box.tokens_down:
+    if box.room_down:
         for i, label in enumerate(panel.row_labels):
             middle = box.top + (i + 0.5) * step
             text = shorten(label, _LABEL_ROOM - 8, 10)
@@ -165,7 +173,7 @@ def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> N
 def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
     start, stop = panel.cols
     step, y = box.plot_width / (stop - start), box.top + box.plot_height
-    if box.tokens_across:
+    if box.room_across:
         for i, label in enumerate(panel.col_labels):
             text = shorten(label, _LABEL_ROOM - 8, 10)
             scene.add(Text(x + (i + 0.5) * step, y + 5, text, 10, theme.quiet, "end", 90))

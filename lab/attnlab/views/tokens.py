@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-from attnlab_storage.database import Store
-
 from attnlab_storage import results
+from attnlab_storage.database import Store
 
 SPACE = "·"
 NEWLINE = "⏎"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -135,6 +136,20 @@ def load_map(store: Store, run_id: int, layer: int, head: int) -> SoftmaxMap:
     key = _tensor(store, run, "key", layer, kv_head)
     lse = _tensor(store, run, "lse", layer, head)
     return SoftmaxMap(query, key, lse, trace.scale, mask_from_json(trace.mask))
+
+
+def allowed_pixels(
+    full_map: SoftmaxMap, rows: tuple[int, int], cols: tuple[int, int], height: int, width: int
+) -> np.ndarray:
+    """bool [height, width]: whether the mask allows any cell under the pixel, cut as `viewport` does."""
+    size = {"num_queries": full_map.shape[0], "num_keys": full_map.shape[1], "batch": full_map.batch}
+    if (height, width) == (rows[1] - rows[0], cols[1] - cols[0]):
+        return full_map.mask.allowed(np.arange(*rows), np.arange(*cols), **size)
+    row_edges = rows[0] + np.arange(height + 1) * (rows[1] - rows[0]) // height
+    col_edges = cols[0] + np.arange(width + 1) * (cols[1] - cols[0]) // width
+    ranges = [full_map.mask.key_range(int(a), int(b), **size) for a, b in pairwise(row_edges)]
+    first, last = (np.array(side)[:, None] for side in zip(*ranges, strict=True))
+    return (col_edges[:-1] < last) & (col_edges[1:] > first)
 
 
 def find_trace(store: Store, run_id: int, layer: int) -> tuple[RunRow, TraceRow]:

@@ -1,0 +1,182 @@
+"""Laws of pictures: right pixels, true labels, one scale, no markup from users, honest captions."""
+
+import base64
+import io
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attnlab.export import image, panel, scene, strips
+from attnlab.views.colormaps import colorize
+from attnlab.views.errors import ViewError
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def made_panel(values, **changes):
+    height, width = values.shape
+    base = {"rows": (0, height), "cols": (0, width), "peak": float(values.max()), "title": "a title"}
+    return panel.Panel(values, **(base | changes))
+
+
+def pixels_of(picture):
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+
+
+def texts_of(document):
+    return [node.text for node in ElementTree.fromstring(document).iter(f"{SVG}text")]
+
+
+def rasters_of(document):
+    uris = [node.attrib["href"] for node in ElementTree.fromstring(document).iter(f"{SVG}image")]
+    return [pixels_of(base64.b64decode(uri.removeprefix("data:image/png;base64,"))) for uri in uris]
+
+
+def test_every_cell_is_drawn_in_the_colour_of_its_weight():
+    values = np.linspace(0, 1, 7 * 5, dtype=np.float32).reshape(7, 5)
+    drawn = panel.draw_panels([made_panel(values)])
+    cells = next(part for part in drawn.parts if isinstance(part, scene.Raster))
+    picture = pixels_of(scene.to_png(drawn))
+    for row in range(7):
+        for col in range(5):
+            y = cells.y + int((row + 0.5) * cells.height / 7)
+            x = cells.x + int((col + 0.5) * cells.width / 5)
+            np.testing.assert_array_equal(picture[y, x], colorize(values[row, col] / values.max(), "viridis"))
+    np.testing.assert_array_equal(rasters_of(scene.to_svg(drawn))[0], colorize(values, "viridis"))
+
+
+def test_forbidden_cells_are_grey_and_not_a_weight_of_zero():
+    allowed = np.tril(np.ones((5, 5), bool))
+    document = scene.to_svg(panel.draw_panels([made_panel(np.zeros((5, 5)), peak=1.0, allowed=allowed)]))
+    cells = rasters_of(document)[0]
+    assert (cells[~allowed] == panel.THEMES["light"].masked).all()
+    assert (cells[allowed] == colorize(np.array(0.0), "viridis")).all()
+
+
+@pytest.mark.parametrize("cells", [1, 7, 46, 47, 512])
+def test_token_labels_are_written_where_they_fit_and_numbers_elsewhere(cells):
+    labels = [f"word{i}" for i in range(cells)]
+    one = made_panel(np.ones((cells, cells)), row_labels=labels, col_labels=labels)
+    written = texts_of(scene.to_svg(panel.draw_panels([one])))
+    fits = cells <= 46  # 11 of 512 pixels
+    assert [word for word in ("word0", "0") if word in written[2:4]] == ["word0" if fits else "0"]
+    assert "query (from)" in written
+    assert "key (to)" in written
+
+
+def test_labels_that_do_not_belong_to_the_region_are_never_shown():
+    one = made_panel(np.ones((5, 5)), row_labels=["wrong"] * 4, col_labels=["wrong"] * 6)
+    assert "wrong" not in texts_of(scene.to_svg(panel.draw_panels([one])))
+
+
+@pytest.mark.parametrize(
+    ("span", "ticks"),
+    [
+        ((0, 2048), [0, 500, 1000, 1500, 2000]),
+        ((100, 108), list(range(100, 108))),
+        ((5, 6), [5]),
+        ((3, 20), [5, 10, 15]),
+    ],
+)
+def test_ticks_are_round_token_indices_inside_the_region(span, ticks):
+    assert panel.nice_ticks(*span) == ticks
+
+
+@pytest.mark.parametrize("length", [1, 9, 77, 1000, 131_072])
+def test_ticks_are_few(length):
+    assert 1 <= len(panel.nice_ticks(17, 17 + length)) <= 9
+
+
+def test_scales_map_zero_and_the_peak_to_the_ends():
+    values = np.array([[0.0, 0.5, 1e-3], [0.25, 0.05, 0.0]])
+    linear = panel.unit_values(values, 0.5, "linear", signed=False)
+    log = panel.unit_values(values, 0.5, "log", signed=False)
+    row = panel.unit_values(values, 0.5, "row", signed=False)
+    signed = panel.unit_values(values - 0.25, 0.25, "linear", signed=True)
+    assert (linear[0, 0], linear[0, 1], linear[1, 0]) == (0, 1, 0.5)
+    assert (log[0, 0], log[0, 1]) == (0, 1)
+    assert log[0, 2] == pytest.approx(1 + np.log10(2e-3) / 5)
+    np.testing.assert_array_equal(row.max(axis=1), [1, 1])
+    assert (signed[0, 0], signed[0, 1], signed[1, 0]) == (0, 1, 0.5)
+    assert np.isfinite(panel.unit_values(np.zeros((2, 2)), 0.0, "log", signed=False)).all()
+
+
+def test_the_picture_of_a_view_names_run_head_kernel_and_what_a_pixel_is(traced):
+    run_id = traced.run_ids[1]
+    whole = texts_of(image.render_view(traced.store, run_id, 1, 3, format="svg"))
+    assert f"#{run_id} sliding_window(window_size=16) · L1H3 · made-up" in whole
+    assert "banded · float32 · exact weights" in whole
+    part = texts_of(image.render_view(traced.store, run_id, 1, 3, (75, 77), (70, 77), "svg"))
+    assert any(word and word.startswith("<script>aler") for word in part)
+    assert "⏎" in part
+    assert "·token70" in part
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("scale", ["linear", "log", "row"])
+def test_png_and_svg_have_the_same_size_and_cells(traced, theme, scale):
+    arguments = (traced.store, traced.run_ids[0], 0, 1, (0, 13), (0, 9))
+    png = image.render_view(*arguments, "png", theme=theme, scale=scale)
+    svg = image.render_view(*arguments, "svg", theme=theme, scale=scale)
+    root = ElementTree.fromstring(svg)
+    assert Image.open(io.BytesIO(png)).size == (int(root.attrib["width"]), int(root.attrib["height"]))
+    ground = scene.Scene(1, 1, panel.THEMES[theme].background)
+    np.testing.assert_array_equal(pixels_of(png)[-1, -1], pixels_of(scene.to_png(ground))[0, 0])
+
+
+def test_compared_panels_share_one_scale_and_two_runs_get_their_difference(traced):
+    a, b = traced.run_ids
+    document = image.render_comparison(traced.store, [a, b], 0, 2, (40, 77), (0, 9), "svg")
+    written = texts_of(document)
+    assert f"#{a} − #{b} · L0H2" in written
+    peak = max(traced.reference(run, 0, 2)[40:77, :9].max() for run in (a, b))
+    assert written.count(f"{peak:.3g}") == 2
+    assert len(rasters_of(document)) == 6
+    three = texts_of(image.render_comparison(traced.store, [a, b, a], 0, 2, (40, 77), (0, 9), "svg"))
+    assert not any(word and "−" in word for word in three)
+
+
+def test_a_pooled_picture_says_that_it_is_pooled(traced, monkeypatch):
+    monkeypatch.setattr(image, "PLOT_SIDE", 11)
+    for reduce, word in (("max", "maximum"), ("mean", "mean")):
+        picture = image.render_view(traced.store, traced.run_ids[0], 0, 0, format="svg", reduce=reduce)
+        assert f"sdpa_flash · float32 · {word} of 7 x 7 weights a pixel" in texts_of(picture)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": "pdf"}, "format must be one of png, svg; got 'pdf'"),
+        ({"colormap": "jet"}, "colormap must be one of"),
+        ({"scale": "cube"}, "scale must be one of linear, log, row; got 'cube'"),
+        ({"theme": "pink"}, "theme must be one of light, dark; got 'pink'"),
+        ({"head": 9}, "head must be in 0..3"),
+        ({"rows": (9, 99)}, "rows must be a range"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(traced, change, says):
+    arguments = {"store": traced.store, "run_id": traced.run_ids[0], "layer": 0, "head": 0} | change
+    with pytest.raises(ViewError, match=re.escape(says)):
+        image.render_view(**arguments)
+
+
+def test_a_title_from_a_user_is_text_in_svg():
+    evil = '"><script>alert(1)</script>\x00\ud800'
+    document = scene.to_svg(panel.draw_panels([made_panel(np.ones((3, 3)), title=evil)]))
+    assert b"<script" not in document
+    assert any("<script>alert(1)</script>" in (word or "") for word in texts_of(document))
+
+
+def test_characters_without_a_glyph_are_spelled_out_in_png():
+    assert scene._drawable("abc é") == "abc é"
+    assert scene._drawable("\U0001fae8") in ("\U0001fae8", "\\u1FAE8")
+    assert scene.shorten("a very long title", 40, 12).endswith("…")
+    assert scene.text_width(scene.shorten("a very long title", 40, 12), 12) <= 40
+
+
+def test_a_strip_shows_every_head_of_the_layer(traced):
+    picture = pixels_of(strips.head_strip(traced.store, traced.run_ids[0], 1, 32))
+    assert picture.shape == (32 + 18 + 8 + 8, 4 * 40 + 8, 3)
