@@ -1,1 +1,76 @@
-"""What attention is: mechanisms, operations, masks, caches."""
+"""What attention is: mechanisms, operations, masks, caches.
+
+Masks, the effective map and the catalog need numpy only. Everything that needs torch is looked up on first use, so
+``import attnlab_kernels`` loads neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter, validate_parameters
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.masks import And, Causal, Full, Mask, MaskError, Padding, Window, mask_from_json
+
+if TYPE_CHECKING:
+    from attnlab_kernels.mechanisms.build import build_mechanism
+    from attnlab_kernels.mechanisms.flash import FlashAttention
+    from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
+    from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
+    from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
+    from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
+    from attnlab_kernels.output import AttentionOutput
+
+_LAZY = {
+    "AttentionOutput": "attnlab_kernels.output",
+    "FlashAttention": "attnlab_kernels.mechanisms.flash",
+    "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
+    "MultiHeadAttention": "attnlab_kernels.mechanisms.multi_head",
+    "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
+    "Unsupported": "attnlab_kernels.operations.softmax.api",
+    "attend": "attnlab_kernels.operations.softmax.api",
+    "build_mechanism": "attnlab_kernels.mechanisms.build",
+    "observing": "attnlab_kernels.operations.softmax.api",
+    "supports": "attnlab_kernels.operations.softmax.api",
+    "survey": "attnlab_kernels.operations.softmax.api",
+}
+
+__all__ = [
+    "MECHANISMS",
+    "And",
+    "AttentionOutput",
+    "Causal",
+    "FlashAttention",
+    "Full",
+    "GroupedQueryAttention",
+    "Mask",
+    "MaskError",
+    "Mechanism",
+    "MultiHeadAttention",
+    "Padding",
+    "Parameter",
+    "SlidingWindowAttention",
+    "SoftmaxMap",
+    "Unsupported",
+    "Window",
+    "attend",
+    "build_mechanism",
+    "mask_from_json",
+    "observing",
+    "supports",
+    "survey",
+    "validate_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
