@@ -104,6 +104,12 @@ def _administer(url: str, statement: str) -> None:
     engine.dispose()
 
 
+@pytest.fixture
+def point() -> Callable[..., dict[str, Any]]:
+    """Makes a point of a grid: ``point(mechanism="flash")``."""
+    return lambda **changed: _point("multi_head", {}, 7) | {"kind": "inspect"} | changed
+
+
 @dataclass
 class Traced:
     """A recorded experiment and the numbers it was made of: arrays by (run id, layer) and name."""

@@ -78,7 +78,7 @@ def restore_experiments(store: Store, experiment_ids: Iterable[int]) -> list[int
         deleted = select(Experiment.id, Experiment.deleted_at).where(
             Experiment.id.in_(list(experiment_ids)), Experiment.deleted_at.is_not(None)
         )
-        found = session.execute(deleted.order_by(Experiment.id)).tuples().all()
+        found = session.execute(deleted.order_by(Experiment.id)).all()
         for experiment_id, deleted_at in found:
             together = (Run.experiment_id == experiment_id, Run.deleted_at == deleted_at)
             ids = sorted(

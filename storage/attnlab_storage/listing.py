@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from sqlalchemy import Select, Text, asc, cast, desc, func, or_, select, tuple_
@@ -11,6 +11,7 @@ from sqlalchemy.sql import ColumnElement
 
 from attnlab_storage.columns import json_list_has
 from attnlab_storage.database import Store
+from attnlab_storage.rows import ExperimentPage, ExperimentRow, RunPage, RunRow
 from attnlab_storage.tables import STATES, Experiment, Run
 
 FILTERS = (
@@ -46,99 +47,6 @@ MAX_LIMIT = 1000
 
 class ListingError(ValueError):
     """A filter, a sort or a page cursor that cannot be used; the text names it and the choices."""
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """A run as it stands, with the name and tags of its experiment."""
-
-    id: int
-    experiment_id: int
-    experiment_name: str
-    tags: list[str]
-    position: int
-    mechanism: str
-    parameters: dict[str, Any]
-    implementation: str
-    sequence_length: int
-    dtype: str
-    batch_size: int
-    phase: str
-    model: str | None
-    kind: str
-    gpus: int
-    state: str
-    reason: str | None
-    error_kind: str | None
-    error_detail: str | None
-    priority: int
-    run_after: float
-    attempt: int
-    max_attempts: int
-    owner: str | None
-    lease_until: float | None
-    cancel_requested_at: float | None
-    timeout_seconds: float
-    phase_name: str | None
-    progress_done: float | None
-    progress_total: float | None
-    progress_at: float | None
-    environment_id: int | None
-    created_at: float
-    started_at: float | None
-    finished_at: float | None
-    deleted_at: float | None
-    latency_ms: float | None
-    peak_memory_bytes: int | None
-    summary: dict[str, Any] | None
-
-    @property
-    def ended(self) -> bool:
-        """Whether the run has an outcome."""
-        return self.state not in ("queued", "running")
-
-
-@dataclass(frozen=True)
-class RunPage:
-    """One page of runs; ``next`` is the ``after`` of the page that follows, None on the last."""
-
-    rows: list[RunRow]
-    next: str | None
-
-
-@dataclass(frozen=True)
-class ExperimentRow:
-    """An experiment, with how many of its runs are in which state."""
-
-    id: int
-    name: str
-    spec: dict[str, Any]
-    spec_hash: str
-    note: str
-    tags: list[str]
-    pinned: bool
-    created_by: str | None
-    created_at: float
-    deleted_at: float | None
-    states: dict[str, int]
-
-    @property
-    def runs(self) -> int:
-        """How many runs it has."""
-        return sum(self.states.values())
-
-    @property
-    def ended(self) -> bool:
-        """Whether every run has an outcome."""
-        return not (self.states.get("queued") or self.states.get("running"))
-
-
-@dataclass(frozen=True)
-class ExperimentPage:
-    """One page of experiments; ``next`` is the ``after`` of the page that follows, None on the last."""
-
-    rows: list[ExperimentRow]
-    next: str | None
 
 
 _OF_EXPERIMENT = {"experiment_name": Experiment.name, "tags": Experiment.tags}
@@ -237,7 +145,7 @@ def counts_by_state(store: Store, *, experiment_id: int | None = None) -> dict[s
     if experiment_id is not None:
         query = query.where(Run.experiment_id == experiment_id)
     with store.read() as session:
-        found = dict(session.execute(query).tuples().all())
+        found = dict(session.execute(query).all())
     return {state: found.get(state, 0) for state in STATES}
 
 

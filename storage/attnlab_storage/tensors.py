@@ -96,8 +96,7 @@ def write_tensor(
         for head in range(heads)
         for block, start in enumerate(range(0, tokens, chunk_tokens))
     ]
-    if rows:
-        session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
+    session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
     return array.nbytes
 
 
@@ -171,7 +170,7 @@ def _info(session: Session, run_id: int, name: str, layer: int) -> TensorInfo:
     if row is not None:
         return TensorInfo(*row)
     query = select(Tensor.layer, Tensor.name).join(Run, _COUNTS).where(Run.id == run_id)
-    there = sorted(session.execute(query).tuples())
+    there = sorted(session.execute(query))
     layers, names = sorted({layer for layer, _ in there}), sorted({name for _, name in there})
     choices = (
         f"layers {layers[0]} to {layers[-1]}, names {', '.join(names)}"
@@ -192,6 +191,8 @@ def _check(array: np.ndarray, dtype: str, chunk_tokens: int) -> None:
         raise TensorError(
             f"array must be [heads, tokens, head_dim] or [heads, tokens], got shape {array.shape}"
         )
+    if array.size == 0:
+        raise TensorError(f"array must hold numbers, got shape {array.shape}")
     if chunk_tokens < 1:
         raise TensorError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
 
