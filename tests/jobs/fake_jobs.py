@@ -49,6 +49,15 @@ def do_sleep_once(store: Store, claim: Claim, seconds: float) -> str:
     return do_sleep(store, claim, seconds if claim.attempt == 1 else 0.0)
 
 
+def do_wait_once(store: Store, claim: Claim) -> str:
+    """Say who we are and wait for a murderer, in the first attempt only."""
+    _record(store, claim, "begun")
+    if claim.attempt == 1:
+        queue.progress(store, claim, "waiting", os.getpid())
+        time.sleep(60)
+    return do_succeed(store, claim)
+
+
 def do_signal(store: Store, claim: Claim, number: int, attempts: int = 99) -> str:
     """Die of a signal in the first attempts."""
     _record(store, claim, "begun")

@@ -23,6 +23,7 @@ from attnlab_storage.database import Store, open_store
 from attnlab_storage.errors import StoreError
 from attnlab_storage.queue import Claim
 from attnlab_workers import backlog, ray_cluster, settle
+from attnlab_workers.arguments import SLOTS
 from attnlab_workers.capacity import Capacity, Node, Share
 from attnlab_workers.executor import Ended, Executor
 from attnlab_workers.exits import exit_from_dict
@@ -110,9 +111,9 @@ class Dispatcher:
         if self._reap.due(now):
             for run_id in queue.reap(self.store):
                 log.warning("run %s: its lease ran out", run_id)
+        self._show(now)
         if self.capacity.has_room() and not queue.paused(self.store):
             self._fill(now)
-        self._show(now)
         for ended in self.executor.wait(seconds):
             self._collect(ended)
 
@@ -272,19 +273,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="attnlab dispatch", description="Take runs from the queue and have Ray do them."
     )
     parser.add_argument(
-        "--slots", type=_positive, help="runs at once on a node; default one for each GPU, or one"
+        "--slots", type=SLOTS, help="runs at once on a node; default one for each GPU, or one"
     )
     parser.add_argument(
         "--address", default="local", help="local (default), auto, or HOST:PORT of a Ray cluster"
     )
     parser.add_argument("--job", default=EXECUTE, help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":
