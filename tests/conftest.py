@@ -187,8 +187,9 @@ def _point(mechanism: str, parameters: dict[str, Any], tokens: int) -> dict[str,
 
 def _summary(claim: queue.Claim, layers: int) -> dict[str, Any]:
     swap = "exact" if claim.point["mechanism"] == "multi_head" else "approximate"
-    kernels = ["sdpa_flash" if swap == "exact" else "banded"]
-    return {"layers": layers, "heads": 4, "kernels": kernels, "swap": swap, "latency_ms": 2.0}
+    chosen = "sdpa_flash" if swap == "exact" else "banded"
+    facts = {"layers": layers, "heads": 4, "kernels": ["aten::bmm"], "swap": swap, "latency_ms": 2.0}
+    return facts | {"implementation": chosen}
 
 
 def _write_run(traced: Traced, claim: queue.Claim, mask: Mask, layers: int, rng: np.random.Generator) -> None:
@@ -238,6 +239,7 @@ def _measured(layers: int, rng: np.random.Generator) -> list[results.Measurement
         results.MeasurementRow("latency", float(np.median(samples)), "ms", samples=samples),
         results.MeasurementRow("attention_latency", 0.25, "ms", samples=[0.2, 0.25, 0.3]),
         results.MeasurementRow("peak_memory", 3_000_000.0, "bytes", detail={"method": "made up"}),
+        results.MeasurementRow("attention_peak_memory", 2e6, "bytes", detail={"floor_bytes": 1_000_000}),
         results.MeasurementRow("kl", 0.01, "nats"),
         results.MeasurementRow("logit_error", 1e-5, "1"),
     ]

@@ -31,7 +31,8 @@ def test_a_run_document_says_all_that_the_contract_names(made, documents):
     document = documents[1]
     samples = document["latency_ms"]["samples"]
     assert document["outcome"] == "succeeded"
-    assert document["kernels"] == ["banded"]
+    assert document["kernels"] == ["aten::bmm"]
+    assert document["chosen"] == "banded"
     assert document["implementation"] == "auto"
     assert len(samples) == 5
     assert min(samples) <= document["latency_ms"]["p10"] <= document["latency_ms"]["median"]
@@ -118,10 +119,12 @@ def test_the_latency_chart_shows_every_sample_and_the_failed_runs(documents):
 
 
 def test_the_memory_chart_draws_the_floor_where_the_probe_stated_it(documents):
-    documents[0]["peak_memory"]["floor_bytes"] = 1_000_000
-    info = figures.memory_info(documents)
-    assert [bar.peak for bar in info.bars] == [3_000_000, 3_000_000, None, None]
-    assert [bar.floor for bar in info.bars] == [1_000_000, None, None, None]
+    whole = figures.memory_info(documents)
+    assert [bar.peak for bar in whole.bars] == [3_000_000, 3_000_000, None, None]
+    assert [bar.floor for bar in whole.bars] == [None] * 4
+    info = figures.memory_info(documents, "attention_peak_memory_bytes")
+    assert [bar.peak for bar in info.bars] == [2_000_000, 2_000_000, None, None]
+    assert [bar.floor for bar in info.bars] == [1_000_000, 1_000_000, None, None]
     figure = drawn(figures.memory_figure(info))
     lines = [trace for trace in figure["data"] if trace["type"] == "scatter"]
     assert lines[0]["y"] == [1_000_000, 1_000_000]

@@ -28,6 +28,7 @@ _SPEC = (
     "model",
     "mechanism",
     "implementation",
+    "chosen",
     "kernels",
     "sequence_length",
     "dtype",
@@ -39,12 +40,19 @@ _MEASURED: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "latency_ms": lambda document: (document["latency_ms"] or {}).get("median"),
     "attention_latency_ms": lambda document: (document["attention_latency_ms"] or {}).get("median"),
     "peak_memory_bytes": lambda document: document["peak_memory_bytes"],
+    "attention_peak_memory_bytes": lambda document: document["attention_peak_memory_bytes"],
     "capture_overhead": lambda document: document["capture_overhead"],
     "stored_bytes": lambda document: document["stored_bytes"] or None,
     "row_sum_defect": lambda document: document["map_check"]["row_sum_defect"],
     "output_defect": lambda document: document["map_check"]["output_defect"],
 }
-_RATIOS = ("latency_ms", "attention_latency_ms", "peak_memory_bytes", "stored_bytes")
+_RATIOS = (
+    "latency_ms",
+    "attention_latency_ms",
+    "peak_memory_bytes",
+    "attention_peak_memory_bytes",
+    "stored_bytes",
+)
 # what may differ between two environments without making their numbers incomparable
 _HARMLESS = ("created", "time", "started", "pid", "hostname")
 

@@ -15,15 +15,15 @@ from attnlab_storage.database import Store
 from attnlab_storage.results import ExperimentRow, MeasurementRow, RunRow, TraceRow
 from attnlab_storage.tables import OUTCOMES
 
-ACCURACY = ("logit_error", "kl", "perplexity", "attention_error", "lse_error")
-STATISTICS = ("entropy", "sink_mass", "previous_token", "max_weight")
+ACCURACY = ("check_error", "logit_error", "kl", "perplexity", "attention_error", "lse_error")
+STATISTICS = ("entropy", "sink_mass", "previous_token", "max_weight", "mean_distance")
 
 
 def run_document(store: Store, run_id: int) -> dict[str, Any]:
     """Everything that is known of a run except its per-head numbers and its maps; every value is plain JSON.
 
-    ``outcome`` is None until the run has ended; ``kernels`` is what really ran, ``implementation`` what was
-    asked for. A measurement that was not taken is None.
+    ``outcome`` is None until the run has ended. ``implementation`` is what was asked for, ``chosen`` what it
+    came to, ``kernels`` the operators or GPU kernels that really ran. A measurement not taken is None.
 
     Raises NotFound when there is no such run.
     """
@@ -47,7 +47,9 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "latency_ms": _timing(whole.get("latency")),
         "attention_latency_ms": _timing(whole.get("attention_latency")),
         "peak_memory_bytes": _whole_number(whole.get("peak_memory")),
-        "peak_memory": (whole["peak_memory"].detail or {}) if "peak_memory" in whole else None,
+        "peak_memory": _detail(whole.get("peak_memory")),
+        "attention_peak_memory_bytes": _whole_number(whole.get("attention_peak_memory")),
+        "attention_peak_memory": _detail(whole.get("attention_peak_memory")),
         "capture_overhead": _number(whole.get("capture_overhead")),
         "accuracy": {name: _worst(rows, name) for name in ACCURACY if any(r.name == name for r in rows)},
         "statistics": [name for name in STATISTICS if any(row.name == name for row in rows)],
@@ -96,6 +98,7 @@ def run_brief(run: RunRow) -> dict[str, Any]:
         "mechanism": run.mechanism,
         "parameters": dict(run.parameters),
         "implementation": run.implementation,
+        "chosen": (run.summary or {}).get("implementation"),
         "kernels": list((run.summary or {}).get("kernels") or []),
         "model": run.model,
         "sequence_length": run.sequence_length,
@@ -144,6 +147,10 @@ def _number(row: MeasurementRow | None) -> float | None:
 def _whole_number(row: MeasurementRow | None) -> int | None:
     value = _number(row)
     return None if value is None else int(value)
+
+
+def _detail(row: MeasurementRow | None) -> dict[str, Any] | None:
+    return None if row is None else row.detail or {}
 
 
 def _worst(rows: Iterable[MeasurementRow], name: str) -> float | None:

@@ -127,8 +127,11 @@ def _charts(runs: Sequence[Mapping[str, Any]]) -> list[Markup]:
         for value in figures.LATENCIES
         if any(run[value] for run in runs)
     ]
-    if any(run["peak_memory_bytes"] is not None for run in runs):
-        charts.append(_chart(figures.memory_figure(figures.memory_info(runs))))
+    charts += [
+        _chart(figures.memory_figure(figures.memory_info(runs, value)))
+        for value in figures.MEMORIES
+        if any(run[value] is not None for run in runs)
+    ]
     if len({run["sequence_length"] for run in runs}) > 1:
         for value in figures.SCALING_VALUES:
             info = figures.scaling_info(runs, value)

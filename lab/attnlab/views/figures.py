@@ -15,10 +15,15 @@ from attnlab.views.errors import ViewError
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, series_label
 
 LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
+MEMORIES = {
+    "peak_memory_bytes": "forward pass",
+    "attention_peak_memory_bytes": "attention kernel alone",
+}
 SCALING_VALUES = {
     "latency_ms": ("forward pass", "ms"),
     "attention_latency_ms": ("attention kernel alone", "ms"),
     "peak_memory_bytes": ("peak memory", "bytes"),
+    "attention_peak_memory_bytes": ("peak memory of the attention kernel alone", "bytes"),
 }
 
 
@@ -85,18 +90,23 @@ class MemoryInfo(NamedTuple):
     bars: list[MemoryBar]
 
 
-def memory_info(documents: Sequence[Mapping[str, Any]]) -> MemoryInfo:
-    """Peak memory above weights and inputs of every run, with the floor where the probe stated one."""
+def memory_info(documents: Sequence[Mapping[str, Any]], value: str = "peak_memory_bytes") -> MemoryInfo:
+    """Peak memory of every run beyond what was held before, with the floor that the probe stated.
+
+    ``value`` is peak_memory_bytes (a whole forward pass) or attention_peak_memory_bytes (one kernel call).
+    """
+    if value not in MEMORIES:
+        raise ViewError(f"value must be one of {', '.join(MEMORIES)}; got {value!r}")
     bars = [
         MemoryBar(
             run_label(document),
-            document.get("peak_memory_bytes"),
-            (document.get("peak_memory") or {}).get("floor_bytes"),
+            document.get(value),
+            (document.get(value.removesuffix("_bytes")) or {}).get("floor_bytes"),
             document["state"],
         )
         for document in documents
     ]
-    return MemoryInfo("Peak memory above weights and inputs", bars)
+    return MemoryInfo(f"Peak memory of the {MEMORIES[value]}, above weights and inputs", bars)
 
 
 def memory_figure(info: MemoryInfo) -> go.Figure:

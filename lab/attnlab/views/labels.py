@@ -31,8 +31,7 @@ def mechanism_label(document: Mapping[str, Any]) -> str:
 
 def ran_as(document: Mapping[str, Any]) -> str:
     """The implementation that ran, or the one asked for when the run never got so far."""
-    kernels = document.get("kernels") or []
-    return "+".join(str(kernel) for kernel in kernels) or str(document["implementation"])
+    return str(document.get("chosen") or document["implementation"])
 
 
 def series_label(document: Mapping[str, Any]) -> str:
