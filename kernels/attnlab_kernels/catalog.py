@@ -1,36 +1,49 @@
-"""What each mechanism is: the one place that pages, command line, advice and documents read. No torch.
+"""The seventeen mechanisms, one record each: the one place that pages, command line and docs read from. No torch."""
 
->>> MECHANISMS["sliding_window"].cache_bytes(
-...     heads=32, kv_heads=8, head_dim=128, tokens=32768, layers=32, bytes_per_element=2, window_size=4096)
-536870912
-"""
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from attnlab_kernels.mechanism_record import Mechanism, Parameter
-from attnlab_kernels.records import cached, efficient, specialized, standard
+from attnlab_kernels.catalog_efficient import EFFICIENT_RECORDS
+from attnlab_kernels.catalog_record import CatalogError, Mechanism, Parameter
+from attnlab_kernels.catalog_special import SPECIAL_RECORDS
+from attnlab_kernels.catalog_standard import STANDARD_RECORDS
 
-__all__ = ["MECHANISMS", "Mechanism", "Parameter", "validate_parameters"]
+__all__ = ["MECHANISMS", "CatalogError", "Mechanism", "Parameter", "mechanism", "validate_parameters"]
 
-MECHANISMS: dict[str, Mechanism] = {
-    record.id: record
-    for record in (*standard.RECORDS, *efficient.RECORDS, *cached.RECORDS, *specialized.RECORDS)
-}
+IDS = (
+    "multi_head",
+    "self",
+    "cross",
+    "flash",
+    "linear",
+    "sparse",
+    "sliding_window",
+    "efficient",
+    "grouped_query",
+    "multi_head_latent",
+    "paged",
+    "flash_attention_3",
+    "ring",
+    "differential",
+    "neighborhood",
+    "switch_head",
+    "chunked_prefill",
+)
+_records = {record.id: record for record in (*STANDARD_RECORDS, *EFFICIENT_RECORDS, *SPECIAL_RECORDS)}
+
+MECHANISMS: dict[str, Mechanism] = {mechanism_id: _records[mechanism_id] for mechanism_id in IDS}
+"""every record by its id, in the order of the catalog"""
 
 
-def validate_parameters(mechanism: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every parameter of a mechanism with its value or its default.
+def mechanism(mechanism_id: str) -> Mechanism:
+    """The record, or CatalogError with the choices."""
+    if mechanism_id not in MECHANISMS:
+        raise CatalogError(f"mechanism must be one of {', '.join(MECHANISMS)}; got {mechanism_id!r}")
+    return MECHANISMS[mechanism_id]
 
-    Raises:
-        ValueError: an unknown mechanism or parameter, or a value outside its range; the text names the
-            argument, the rule, the value and the choices.
-    """
-    if mechanism not in MECHANISMS:
-        raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}; got {mechanism!r}")
-    known = {parameter.name: parameter for parameter in MECHANISMS[mechanism].parameters}
-    for name in given:
-        if name not in known:
-            choices = ", ".join(known) or "none, it has no parameters"
-            raise ValueError(f"{mechanism} has no parameter {name!r}; choices: {choices}")
-    return {name: parameter.check(given.get(name, parameter.default)) for name, parameter in known.items()}
+
+def validate_parameters(mechanism_id: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a mechanism, defaults filled in; CatalogError names what does not fit and the choices."""
+    return mechanism(mechanism_id).validate(parameters)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from attnlab_kernels.catalog import MECHANISMS, validate_parameters
+from attnlab_kernels.catalog import MECHANISMS, CatalogError, mechanism, validate_parameters
 from attnlab_kernels.mechanisms.flash import FlashAttention
 from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
 from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
@@ -31,11 +31,12 @@ def build_mechanism(mechanism_id: str, *, dim: int, num_heads: int, **parameters
         parameters: the catalog's parameters, and any of ``SHARED``. Without dropout unless asked for.
 
     Raises:
-        ValueError: unknown or not built yet, or a parameter that does not fit; the text has the choices.
+        CatalogError: unknown or not built yet, or a parameter that does not fit; ValueError from the module.
     """
-    if mechanism_id in MECHANISMS and mechanism_id not in BUILT:
+    record = mechanism(mechanism_id)
+    if mechanism_id not in BUILT:
         built = ", ".join(name for name in MECHANISMS if name in BUILT)
-        raise ValueError(f"mechanism {mechanism_id!r} is in the catalog but not built yet; built are {built}")
+        raise CatalogError(f"mechanism {record.id!r} is in the catalog but not built yet; built are {built}")
     shared = {"dropout": 0.0} | {name: parameters.pop(name) for name in SHARED if name in parameters}
     own = validate_parameters(mechanism_id, parameters)
     if mechanism_id == "grouped_query" and own["num_kv_heads"] is None:

@@ -32,25 +32,52 @@ class Config:
     num_stages: int
 
 
+FLOAT32 = {
+    16: Config(32, 32, 4, 2),
+    32: Config(32, 32, 4, 2),
+    64: Config(32, 32, 4, 2),
+    128: Config(32, 16, 4, 2),
+    256: Config(16, 16, 4, 1),
+}
+FLOAT32_FEW_ROWS = {dim: Config(16, 16, 4, 1 if dim == 256 else 2) for dim in FLOAT32}
+_SMALL = (16, 32, 64)
+# padded head dimension -> tile, for many rows, up to 64 and up to 16
+HALF = {
+    80: (
+        {dim: Config(128, 64, 4, 3) for dim in _SMALL}
+        | {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+        {dim: Config(64, 64, 4, 3) for dim in (*_SMALL, 128)} | {256: Config(64, 32, 8, 2)},
+        {dim: Config(16, 64, 4, 3) for dim in (*_SMALL, 128)} | {256: Config(16, 32, 4, 2)},
+    ),
+    90: (
+        {dim: Config(128, 128, 8, 2) for dim in (*_SMALL, 128)} | {256: Config(128, 32, 8, 2)},
+        {dim: Config(64, 128, 4, 2) for dim in _SMALL}
+        | {128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},
+        {dim: Config(16, 128, 4, 2) for dim in _SMALL}
+        | {128: Config(16, 64, 4, 3), 256: Config(16, 64, 4, 2)},
+    ),
+    100: (
+        {dim: Config(128, 128, 8, 2) for dim in _SMALL}
+        | {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+        {dim: Config(64, 128, 4, 2) for dim in _SMALL}
+        | {128: Config(64, 64, 4, 3), 256: Config(64, 32, 4, 2)},
+        {dim: Config(16, 128, 4, 2) for dim in _SMALL}
+        | {128: Config(16, 64, 4, 3), 256: Config(16, 64, 4, 2)},
+    ),
+}
+
+
 def choose_config(block_d: int, element_size: int, num_queries: int, capability: int) -> Config:
     """Tile for a padded head dimension, bytes of a number, query rows and compute capability (80, 90, 100).
 
-    The widest tiles whose accumulators stay in registers, checked without a GPU by compiling every one of them.
+    The widest tiles that were seen to keep everything in registers; a test compiles every one for every target.
     """
     if element_size == 4:
         # float32 products run on the plain cores, where small tiles lose nothing
-        block_m, block_n, warps, stages = (64, 32, 4, 2) if block_d <= 128 else (32, 16, 4, 1)
-    elif capability >= 90:
-        block_m, block_n, warps, stages = (128, 64, 8, 2) if block_d == 256 else (128, 128, 8, 2)
-    else:
-        block_m, block_n, warps, stages = (
-            (64, 32, 4, 2) if block_d == 256 else (128, 64, 8 if block_d > 64 else 4, 3)
-        )
-    if num_queries <= 16:
-        block_m, warps = 16, 4
-    elif num_queries <= 64:
-        block_m, warps = min(block_m, 64), 4
-    return Config(block_m, block_n, warps, stages)
+        return FLOAT32[block_d] if num_queries > 16 else FLOAT32_FEW_ROWS[block_d]
+    generation = min(100, max(80, capability // 10 * 10))
+    wide, medium, few = HALF[generation]
+    return (few if num_queries <= 16 else medium if num_queries <= 64 else wide)[block_d]
 
 
 def padded(dim: int) -> int:
@@ -71,7 +98,7 @@ def run(
     out = torch.empty(batch, heads, num_queries, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
     ranges = _ranges(mask, batch, k.shape[2], q.device)
-    capability = 10 * torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 80
+    capability = _capability(q) if q.device.type == "cuda" else 80
     config = choose_config(max(padded(dim), padded(value_dim)), q.element_size(), num_queries, capability)
     if kernel.INTERPRETED:
         config = Config(min(config.block_m, 32), min(config.block_n, 32), 1, 1)
@@ -144,6 +171,11 @@ def _platform_refusal(q: Tensor) -> str | None:
     if q.dtype == torch.bfloat16:
         return "Triton's interpreter is silently wrong in bfloat16; use float32 or float16 there"
     return None
+
+
+def _capability(q: Tensor) -> int:
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return 10 * major + minor
 
 
 def _kernel() -> ModuleType:
