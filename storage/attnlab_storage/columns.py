@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Dialect, Double, LargeBinary, Text, TypeDecorator
+from sqlalchemy import Dialect, Double, LargeBinary, Text, TypeDecorator, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import ColumnElement
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -62,9 +62,18 @@ def clean_text(value: str) -> str:
 def dump_json(value: Any, *, sort_keys: bool = False) -> str:
     """JSON that every parser reads: numpy values become plain, a float that is not finite its name."""
     try:
-        return json.dumps(value, allow_nan=False, default=_plain, sort_keys=sort_keys)
+        text = _dump(value, sort_keys=sort_keys)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False, default=_plain, sort_keys=sort_keys)
+        text = _dump(_finite(value), sort_keys=sort_keys)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate can only stand as an escape
+        text = json.dumps(json.loads(text), sort_keys=sort_keys)
+    return text
+
+
+def _dump(value: Any, *, sort_keys: bool) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain, sort_keys=sort_keys)
 
 
 def _plain(value: Any) -> Any:
@@ -125,6 +134,28 @@ def _postgres_list_has(element: json_list_has, compiler: SQLCompiler, **kw: Any)
     return f"jsonb_exists(CAST({column} AS jsonb), CAST({text} AS text))"
 
 
-def _both(element: json_list_has, compiler: SQLCompiler, **kw: Any) -> tuple[str, str]:
+class mentions(FunctionElement[bool]):
+    """``mentions(column, text)``: whether the column holds the text, ASCII letters in either case."""
+
+    inherit_cache = True
+
+    def __init__(self, column: Any, text: str) -> None:
+        escaped = text.replace("/", "//").replace("%", "/%").replace("_", "/_")
+        super().__init__(column, literal(f"%{clean_text(escaped)}%"))
+
+
+@compiles(mentions, "sqlite")
+def _sqlite_mentions(element: mentions, compiler: SQLCompiler, **kw: Any) -> str:
+    column, pattern = _both(element, compiler, **kw)
+    return f"{column} LIKE {pattern} ESCAPE '/'"
+
+
+@compiles(mentions, "postgresql")
+def _postgres_mentions(element: mentions, compiler: SQLCompiler, **kw: Any) -> str:
+    column, pattern = _both(element, compiler, **kw)
+    return f"CAST({column} AS text) ILIKE CAST({pattern} AS text) ESCAPE '/'"
+
+
+def _both(element: FunctionElement[bool], compiler: SQLCompiler, **kw: Any) -> tuple[str, str]:
     clauses: list[ColumnElement[Any]] = list(element.clauses)
     return compiler.process(clauses[0], **kw), compiler.process(clauses[1], **kw)

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Select, Text, asc, cast, desc, func, or_, select, tuple_
+from sqlalchemy import RowMapping, Select, asc, desc, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from attnlab_storage.columns import json_list_has
+from attnlab_storage.columns import json_list_has, mentions
 from attnlab_storage.database import Store
 from attnlab_storage.rows import ExperimentPage, ExperimentRow, RunPage, RunRow
 from attnlab_storage.tables import STATES, Experiment, Run
@@ -49,8 +49,8 @@ class ListingError(ValueError):
     """A filter, a sort or a page cursor that cannot be used; the text names it and the choices."""
 
 
-_OF_EXPERIMENT = {"experiment_name": Experiment.name, "tags": Experiment.tags}
-_COLUMNS = [_OF_EXPERIMENT.get(field.name) or getattr(Run, field.name) for field in fields(RunRow)]
+_OF_EXPERIMENT = ("experiment_name", "tags")
+_COLUMNS = [getattr(Run, field.name) for field in fields(RunRow) if field.name not in _OF_EXPERIMENT]
 
 
 def get_run(store: Store, run_id: int) -> RunRow | None:
@@ -63,13 +63,13 @@ def runs_of(
     store: Store, *, experiment_id: int | None = None, run_ids: Sequence[int] | None = None
 ) -> list[RunRow]:
     """All runs of an experiment in grid order, deleted ones left out; or runs by id, in that order."""
-    query = select(*_COLUMNS).join(Experiment, Run.experiment_id == Experiment.id)
+    query = select(*_COLUMNS)
     if experiment_id is not None:
         query = query.where(Run.experiment_id == experiment_id, Run.deleted_at.is_(None))
     if run_ids is not None:
         query = query.where(Run.id.in_(list(run_ids)))
     with store.read() as session:
-        rows = [RunRow(*values) for values in session.execute(query.order_by(Run.position)).all()]
+        rows = _run_rows(session, session.execute(query.order_by(Run.position)).mappings().all())
     if run_ids is None:
         return rows
     by_id = {row.id: row for row in rows}
@@ -104,9 +104,8 @@ def list_runs(
             f"sort must be a column, got {sort!r}; choices: {', '.join(SORTS)}, each also with -"
         )
     _check_limit(limit)
-    query = select(*_COLUMNS).join(Experiment, Run.experiment_id == Experiment.id)
-    query = query.where(*_conditions(filters or {}, search, deleted))
     with store.read() as session:
+        query = select(*_COLUMNS).where(*_conditions(session, filters or {}, search, deleted))
         rows = _page(session, query, getattr(Run, name), descending, limit + 1, _position(after))
     cursor = json.dumps([getattr(rows[limit - 1], name), rows[limit - 1].id]) if len(rows) > limit else None
     return RunPage(rows[:limit], cursor)
@@ -114,8 +113,9 @@ def list_runs(
 
 def count_runs(store: Store, *, filters: Mapping[str, Any] | None = None, search: str = "") -> int:
     """How many runs `list_runs` would page through."""
-    query = select(func.count()).select_from(Run).where(*_conditions(filters or {}, search, False))
     with store.read() as session:
+        conditions = _conditions(session, filters or {}, search, False)
+        query = select(func.count()).select_from(Run).where(*conditions)
         return session.scalar(query) or 0
 
 
@@ -123,8 +123,9 @@ def run_ids(
     store: Store, *, filters: Mapping[str, Any] | None = None, search: str = "", deleted: bool = False
 ) -> list[int]:
     """The ids of all the runs that `list_runs` would page through, the latest first."""
-    query = select(Run.id).where(*_conditions(filters or {}, search, deleted)).order_by(Run.id.desc())
     with store.read() as session:
+        query = select(Run.id).where(*_conditions(session, filters or {}, search, deleted))
+        query = query.order_by(Run.id.desc())
         return list(session.scalars(query))
 
 
@@ -133,10 +134,8 @@ def run_values(store: Store, column: str) -> list[Any]:
     if column not in FILTERS or column in ("experiment", "tag"):
         choices = [name for name in FILTERS if name not in ("experiment", "tag")]
         raise ListingError(f"column must be a filter of runs, got {column!r}; choices: {', '.join(choices)}")
-    values = getattr(Run, column)
-    query = select(values).where(Run.deleted_at.is_(None), values.is_not(None)).distinct().order_by(values)
     with store.read() as session:
-        return list(session.scalars(query))
+        return _values(session, column)
 
 
 def counts_by_state(store: Store, *, experiment_id: int | None = None) -> dict[str, int]:
@@ -171,7 +170,7 @@ def list_experiments(
         Experiment.deleted_at.is_not(None) if deleted else Experiment.deleted_at.is_(None)
     )
     if search:
-        query = query.where(_mentions(search, Experiment.name, Experiment.note, Experiment.tags))
+        query = query.where(_mentioned(search))
     if tag:
         query = query.where(json_list_has(Experiment.tags, tag))
     if after is not None:
@@ -182,7 +181,19 @@ def list_experiments(
     return ExperimentPage(rows[:limit], cursor)
 
 
-def _conditions(filters: Mapping[str, Any], search: str, deleted: bool) -> list[ColumnElement[bool]]:
+def _values(session: Session, column: str) -> list[Any]:
+    """The distinct values, by leaping from one to the next in the index instead of reading all of it."""
+    value = getattr(Run, column)
+    smallest = select(func.min(value).label("value")).where(Run.deleted_at.is_(None))
+    found = smallest.cte("found", recursive=True)
+    following = smallest.where(value > found.c.value).scalar_subquery()
+    found = found.union_all(select(following).where(found.c.value.is_not(None)))
+    return list(session.scalars(select(found.c.value).where(found.c.value.is_not(None))))
+
+
+def _conditions(
+    session: Session, filters: Mapping[str, Any], search: str, deleted: bool
+) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = [
         Run.deleted_at.is_not(None) if deleted else Run.deleted_at.is_(None)
     ]
@@ -193,7 +204,7 @@ def _conditions(filters: Mapping[str, Any], search: str, deleted: bool) -> list[
         if values and values != [None] and values != [""]:
             conditions.append(_filter(name, values))
     if search.strip():
-        conditions.append(_search(search.strip()))
+        conditions.append(_search(session, search.strip()))
     return conditions
 
 
@@ -206,14 +217,21 @@ def _filter(name: str, values: list[Any]) -> ColumnElement[bool]:
     return getattr(Run, "experiment_id" if name == "experiment" else name).in_(values)
 
 
-def _search(text: str) -> ColumnElement[bool]:
-    named = select(Experiment.id).where(_mentions(text, Experiment.name, Experiment.note, Experiment.tags))
-    found = or_(Run.experiment_id.in_(named), _mentions(text, Run.mechanism, Run.implementation, Run.model))
-    return or_(found, Run.id == int(text)) if text.isdecimal() and len(text) < 10 else found
+def _search(session: Session, text: str) -> ColumnElement[bool]:
+    named = select(Experiment.id).where(_mentioned(text))
+    found: list[ColumnElement[bool]] = [Run.experiment_id.in_(named)]
+    for column in ("mechanism", "implementation", "model"):
+        known = _values(session, column)
+        matching = [value for value in known if text.casefold() in value.casefold()]
+        if matching:
+            found.append(getattr(Run, column).in_(matching))
+    if text.isdecimal() and len(text) < 10:
+        found.append(Run.id == int(text))
+    return or_(*found)
 
 
-def _mentions(text: str, *columns: Any) -> ColumnElement[bool]:
-    return or_(*(cast(column, Text).icontains(text, autoescape=True) for column in columns))
+def _mentioned(text: str) -> ColumnElement[bool]:
+    return or_(*(mentions(column, text) for column in (Experiment.name, Experiment.note, Experiment.tags)))
 
 
 def _page(
@@ -229,20 +247,28 @@ def _page(
     In two queries, because each then follows an index on both databases; NULLS LAST does so on neither.
     """
     direction = desc if descending else asc
-    rows: list[RunRow] = []
+    rows: list[RowMapping] = []
     if position is None or position[0] is not None:
         valued = query.where(column.is_not(None)).order_by(direction(column), direction(Run.id))
         if position is not None:
             here, there = tuple_(column, Run.id), tuple_(*position)
             valued = valued.where(here < there if descending else here > there)
             position = None
-        rows += (RunRow(*values) for values in session.execute(valued.limit(count)).all())
+        rows += session.execute(valued.limit(count)).mappings()
     if len(rows) < count and column.nullable:
         rest = query.where(column.is_(None)).order_by(direction(Run.id))
         if position is not None:
             rest = rest.where(Run.id < position[1] if descending else Run.id > position[1])
-        rows += (RunRow(*values) for values in session.execute(rest.limit(count - len(rows))).all())
-    return rows
+        rows += session.execute(rest.limit(count - len(rows))).mappings()
+    return _run_rows(session, rows)
+
+
+def _run_rows(session: Session, rows: Sequence[RowMapping]) -> list[RunRow]:
+    """Adds name and tags of the experiments; a join would be planned before the page is cut."""
+    ids = {row["experiment_id"] for row in rows}
+    query = select(Experiment.id, Experiment.name, Experiment.tags).where(Experiment.id.in_(ids))
+    named = {key: {"experiment_name": name, "tags": tags} for key, name, tags in session.execute(query)}
+    return [RunRow(**row, **named[row["experiment_id"]]) for row in rows]
 
 
 def _position(after: str | None) -> tuple[Any, int] | None:

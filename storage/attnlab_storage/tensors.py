@@ -3,12 +3,15 @@
 A tensor is ``[H, S, D]`` (query, key) or ``[H, S]`` (lse, value_norm). bfloat16 is its bits in uint16.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, insert, select
+from psycopg.rows import namedtuple_row
+from sqlalchemy import BigInteger, bindparam, cast, func, insert, select
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from attnlab_storage.database import Store
@@ -18,6 +21,7 @@ from attnlab_storage.tables import Run, Tensor, TensorChunk
 # stored dtype -> dtype of the array that is written and of the bytes in the rows
 DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 CODEC = "raw"
+MOST_TOKENS = 2**31 - 1
 
 
 class TensorError(ValueError):
@@ -114,25 +118,23 @@ def read_tensor(
     Raises:
         TensorError: the run's current attempt has no such tensor, or no such head or tokens.
     """
+    span = {"start": 0 if start is None else start, "stop": MOST_TOKENS if stop is None else stop}
     with store.read() as session:
-        info = _info(session, run_id, name, layer)
-        start, stop = 0 if start is None else start, info.tokens if stop is None else stop
-        if not 0 <= head < info.heads:
-            raise TensorError(f"head must be from 0 to {info.heads - 1}, got {head}")
-        if not 0 <= start <= stop <= info.tokens:
-            raise TensorError(f"tokens must be a range within 0:{info.tokens}, got {start}:{stop}")
-        first, last = start // info.chunk_tokens, -(-stop // info.chunk_tokens)
-        query = (
-            select(TensorChunk.data)
-            .where(TensorChunk.tensor_id == info.id, TensorChunk.head == head)
-            .where(TensorChunk.block >= first, TensorChunk.block < last)
-            .order_by(TensorChunk.block)
-        )
-        pieces = [np.frombuffer(data, DTYPES[info.dtype]) for data in session.scalars(query)]
-    values = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, DTYPES[info.dtype]), *pieces])
-    if info.head_dim is not None:
-        values = values.reshape(-1, info.head_dim)
-    return _decoded(values[start - first * info.chunk_tokens :][: stop - start], info.dtype)
+        rows = _fetch(session, {"run_id": run_id, "name": name, "layer": layer, "head": head} | span)
+        if not rows or not 0 <= span["start"] <= (rows[0].tokens if stop is None else stop) <= rows[0].tokens:
+            return _none(session, run_id, name, layer, head, start, stop)
+    dtype, head_dim, chunk_tokens, first = (
+        rows[0].dtype,
+        rows[0].head_dim,
+        rows[0].chunk_tokens,
+        rows[0].block,
+    )
+    pieces = [np.frombuffer(row.data, DTYPES[dtype]) for row in rows]
+    values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    if head_dim is not None:
+        values = values.reshape(-1, head_dim)
+    offset = first * chunk_tokens
+    return _decoded(values[span["start"] - offset : span["stop"] - offset], dtype)
 
 
 def tensor_info(store: Store, run_id: int) -> list[TensorInfo]:
@@ -160,6 +162,56 @@ def iter_chunks(session: Session, tensor_id: int) -> Iterator[Chunk]:
 
 _COUNTS = (Tensor.run_id == Run.id) & (Tensor.attempt == Run.attempt)
 _INFO = [getattr(Tensor, name) for name in TensorInfo.__dataclass_fields__]
+
+
+_first_token = cast(TensorChunk.block, BigInteger) * Tensor.chunk_tokens
+# built once: making it takes longer than reading the row
+_READ = (
+    select(
+        Tensor.tokens,
+        Tensor.head_dim,
+        Tensor.dtype,
+        Tensor.chunk_tokens,
+        TensorChunk.block,
+        TensorChunk.data,
+    )
+    .join(Run, _COUNTS)
+    .join(TensorChunk, TensorChunk.tensor_id == Tensor.id)
+    .where(
+        Run.id == bindparam("run_id"),
+        Tensor.layer == bindparam("layer"),
+        Tensor.name == bindparam("name"),
+        TensorChunk.head == bindparam("head"),
+        _first_token < bindparam("stop"),
+        _first_token + Tensor.chunk_tokens > bindparam("start"),
+    )
+    .order_by(TensorChunk.block)
+)
+_READ_POSTGRES = str(_READ.compile(dialect=postgresql.psycopg.dialect()))
+
+
+def _fetch(session: Session, values: dict[str, Any]) -> Sequence[Any]:
+    connection = session.connection()
+    if connection.dialect.name != "postgresql":
+        return connection.execute(_READ, values).all()
+    # as text the bytes would come in hexadecimal
+    cursor = connection.connection.cursor(binary=True, row_factory=namedtuple_row)
+    with contextlib.closing(cursor):
+        cursor.execute(_READ_POSTGRES, values)
+        return cursor.fetchall()
+
+
+def _none(
+    session: Session, run_id: int, name: str, layer: int, head: int, start: int | None, stop: int | None
+) -> np.ndarray:
+    """No tokens of a tensor that is there; else the error that says what is wrong."""
+    info = _info(session, run_id, name, layer)
+    start, stop = 0 if start is None else start, info.tokens if stop is None else stop
+    if not 0 <= head < info.heads:
+        raise TensorError(f"head must be from 0 to {info.heads - 1}, got {head}")
+    if not 0 <= start <= stop <= info.tokens:
+        raise TensorError(f"tokens must be a range within 0:{info.tokens}, got {start}:{stop}")
+    return np.empty((0,) if info.head_dim is None else (0, info.head_dim), "<f4")
 
 
 def _info(session: Session, run_id: int, name: str, layer: int) -> TensorInfo:

@@ -33,7 +33,6 @@ def upgrade() -> None:
         "experiment",
         sa.Column("id", ROW_ID, nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("spec", sa.JSON(), nullable=False),
         sa.Column("spec_hash", sa.Text(), nullable=False),
         sa.Column("note", sa.Text(), server_default="", nullable=False),
         sa.Column("tags", sa.JSON(), server_default="[]", nullable=False),
@@ -41,6 +40,7 @@ def upgrade() -> None:
         sa.Column("created_by", sa.Text(), nullable=True),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("deleted_at", sa.Double(), nullable=True),
+        sa.Column("spec", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_experiment"),
     )
     op.create_index("ix_experiment_created_at", "experiment", ["created_at"])
@@ -115,20 +115,8 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("id", name="pk_run"),
     )
-    op.create_index("ix_run_batch_size", "run", ["batch_size"])
-    op.create_index("ix_run_created_at", "run", ["created_at"])
-    op.create_index("ix_run_dtype", "run", ["dtype"])
     op.create_index("ix_run_environment_id", "run", ["environment_id"])
-    op.create_index("ix_run_experiment_id", "run", ["experiment_id"])
-    op.create_index("ix_run_finished_at", "run", ["finished_at"])
-    op.create_index("ix_run_implementation", "run", ["implementation"])
-    op.create_index("ix_run_latency_ms", "run", ["latency_ms"])
-    op.create_index("ix_run_mechanism", "run", ["mechanism"])
-    op.create_index("ix_run_model", "run", ["model"])
-    op.create_index("ix_run_peak_memory_bytes", "run", ["peak_memory_bytes"])
-    op.create_index("ix_run_sequence_length", "run", ["sequence_length"])
-    op.create_index("ix_run_started_at", "run", ["started_at"])
-    op.create_index("ix_run_state", "run", ["state"])
+    op.create_index("ix_run_experiment", "run", ["experiment_id"])
 
     op.create_table(
         "attempt",
@@ -248,6 +236,26 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("tensor_id", "head", "block", name="pk_tensor_chunk"),
     )
+    shown = sa.text("deleted_at IS NULL")
+    for column in (
+        "id",
+        "experiment_id",
+        "state",
+        "mechanism",
+        "implementation",
+        "sequence_length",
+        "dtype",
+        "batch_size",
+        "model",
+        "created_at",
+        "started_at",
+        "finished_at",
+        "latency_ms",
+        "peak_memory_bytes",
+    ):
+        op.create_index(
+            f"ix_run_{column}", "run", [*{column: 0, "id": 0}], sqlite_where=shown, postgresql_where=shown
+        )
     op.create_index("ix_run_queue", "run", ["state", sa.text("priority DESC"), "id"])
     revision_table = sa.table("revision", sa.column("shard"), sa.column("value"))
     op.bulk_insert(revision_table, [{"shard": shard, "value": 0} for shard in range(16)])
