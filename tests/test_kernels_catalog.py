@@ -1,5 +1,8 @@
 """The catalog: seventeen records, parameters that check themselves, cache bytes of known models."""
 
+import subprocess
+import sys
+
 import pytest
 
 from attnlab_kernels.catalog import MECHANISMS, validate_parameters
@@ -16,16 +19,47 @@ KIB = 1024
 
 def test_all_seventeen_mechanisms_are_recorded():
     assert sorted(MECHANISMS) == sorted(SEVENTEEN)
+    built = [record.id for record in MECHANISMS.values() if record.built]
+    assert sorted(built) == ["flash", "grouped_query", "multi_head", "sliding_window"]
+
+
+def test_what_is_built_is_what_can_be_built():
+    from attnlab_kernels.mechanisms.build import BUILT, build_mechanism
+
+    assert set(BUILT) == {record.id for record in MECHANISMS.values() if record.built}
+    for record in MECHANISMS.values():
+        if record.built:
+            assert type(build_mechanism(record.id, dim=32, num_heads=4)).__name__ == record.class_name
+        else:
+            with pytest.raises(ValueError, match="not built yet; built are multi_head"):
+                build_mechanism(record.id, dim=32, num_heads=4)
+
+
+def test_the_catalog_loads_neither_torch_nor_triton():
+    code = (
+        "import sys, attnlab_kernels, attnlab_kernels.catalog, attnlab_kernels.effective_map\n"
+        "assert not {'torch', 'triton', 'ray'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("record", [r for r in MECHANISMS.values() if r.built], ids=lambda record: record.id)
+def test_the_snippet_of_what_is_built_runs(record):
+    names: dict[str, object] = {}
+    exec(record.snippet, names)
+    output = names["output"]
+    assert tuple(getattr(output, "shape", ()))[:2] == (1, 64)
 
 
 @pytest.mark.parametrize("record", MECHANISMS.values(), ids=lambda record: record.id)
 def test_every_record_is_whole(record):
     assert record.summary.endswith(".")
-    assert record.not_for.endswith(".")
+    assert record.not_for
+    assert record.swap_note
     assert record.use_cases
     assert record.paper_url.startswith("https://arxiv.org/abs/")
     assert record.class_name in record.snippet
-    assert 2017 <= record.year <= 2026
+    assert 2014 <= record.year <= 2026
     compile(record.snippet, record.id, "exec")
 
 
@@ -55,6 +89,24 @@ def test_window_and_linear_caches_stop_growing():
         assert cache(name, tokens=100_000) == cache(name, tokens=1_000_000)
 
 
+@pytest.mark.parametrize("mechanism", ["multi_head", "grouped_query", "sliding_window"])
+@pytest.mark.parametrize("tokens", [1, 13, 40])
+def test_the_formula_is_what_the_cache_weighs(mechanism, tokens):
+    import torch
+
+    from attnlab_kernels.mechanisms.build import build_mechanism
+
+    parameters = {
+        "multi_head": {},
+        "grouped_query": {"num_kv_heads": 2},
+        "sliding_window": {"num_kv_heads": 4, "window_size": 16},
+    }[mechanism]
+    module = build_mechanism(mechanism, dim=64, num_heads=8, **parameters)
+    held = module(torch.randn(1, tokens, 64), use_cache=True, return_dict=True).cache
+    shape = {"heads": 8, "kv_heads": 8, "head_dim": 8, "layers": 1, "bytes_per_element": 4}
+    assert held.nbytes() == MECHANISMS[mechanism].cache_bytes(tokens=tokens, **shape, **parameters)
+
+
 def test_paged_cache_wastes_less_than_a_block_and_a_table():
     exact = cache("grouped_query", tokens=33)
     assert exact < cache("paged", tokens=33) <= cache("grouped_query", tokens=33 + 15) + 4 * 3
@@ -63,7 +115,7 @@ def test_paged_cache_wastes_less_than_a_block_and_a_table():
 @pytest.mark.parametrize(
     ("mechanism", "given", "words"),
     [
-        ("sliding_window", {"window_size": 0}, ["window_size", "from 1", "0"]),
+        ("sliding_window", {"window_size": 0}, ["window_size", "at least 1", "0"]),
         ("sliding_window", {"window_size": 2.5}, ["window_size", "whole number", "2.5"]),
         ("sliding_window", {"window_size": True}, ["window_size", "True"]),
         ("sliding_window", {"window": 4}, ["window", "choices", "window_size"]),
