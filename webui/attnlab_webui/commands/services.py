@@ -1,0 +1,62 @@
+"""`up`, `web`, `dispatch`, `migrate`: the services, and the database they meet in."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from attnlab_storage.database import migrate as migrate_store
+from attnlab_storage.database import open_store
+from attnlab_webui.commands.console import JsonOption, print_document, reading_store, say
+from attnlab_webui.guard import check_bind
+
+Host = Annotated[str, typer.Option(help="Address to listen on. Anything but loopback needs ATTNLAB_TOKEN.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def up(ctx: typer.Context) -> None:
+    """Start everything on this machine: database, Ray, dispatcher and web page. Ctrl-C ends all of it.
+
+    Options after `up` go to `python -m attnlab_workers.launch` (see `attnlab up --help-all`).
+    """
+    become("attnlab_workers.launch", ctx.args)
+
+
+def dispatch(ctx: typer.Context) -> None:
+    """Start the dispatcher: it takes queued runs and has Ray execute them.
+
+    Options after `dispatch` go to `python -m attnlab_workers.dispatcher`, for example --address HOST:PORT.
+    """
+    become("attnlab_workers.dispatcher", ctx.args)
+
+
+def web(host: Host = "127.0.0.1", port: Port = 7860) -> None:
+    """Start only the web page and its HTTP API."""
+    check_bind(host)
+    store = reading_store()
+    import uvicorn
+
+    from attnlab_webui.app import build_app
+
+    say(f"attnlab on http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}")
+    uvicorn.run(build_app(store), host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+
+
+def migrate(json: JsonOption = False) -> None:
+    """Create the database, or bring it to this program's version."""
+    store = open_store(check=False)
+    revision = migrate_store(store)
+    if json:
+        print_document({"database": store.label, "revision": revision})
+    else:
+        say(f"{store.label} is at version {revision}")
+
+
+def become(module: str, arguments: list[str]) -> None:
+    """Replaces this process by `python -m module`, so that signals and exit codes are the service's own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
