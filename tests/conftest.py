@@ -3,12 +3,15 @@
 import os
 import shutil
 import tempfile
+import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -95,6 +98,106 @@ def sqlite_store(sqlite_url: str) -> Iterator[Store]:
     """A fresh SQLite store, for tests of the floors above."""
     with open_store(sqlite_url) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """A Chromium or Chrome on this machine."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            found = playwright.chromium.executable_path
+    if not Path(found).exists():
+        pytest.skip("needs Chromium: apt-get install chromium, or python -m playwright install chromium")
+    return found
+
+
+@pytest.fixture(scope="session")
+def chromium(chromium_path: str) -> Iterator[Any]:
+    """One headless browser for all tests of the session; each test opens a context of its own."""
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium_path, args=[*quiet, "--disable-sync", "--no-first-run"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Store], str]]:
+    """Serves a store's web pages on a free loopback port until the test ends; gives the address."""
+    import uvicorn
+
+    from attnlab_webui.app import build_app
+
+    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(store: Store) -> str:
+        config = uvicorn.Config(
+            build_app(store), host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        deadline = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive(), "the web server ended"
+            assert time.monotonic() < deadline, "the web server did not start within 30 s"
+            time.sleep(0.02)
+        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Opens pages that may neither complain (console, uncaught errors) nor ask for anything off loopback."""
+    contexts: list[Any] = []
+    problems: list[str] = []
+
+    def watch(page: Any) -> None:
+        page.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
+        page.on(
+            "console", lambda line: problems.append(f"console: {line.text}") if line.type == "error" else None
+        )
+        page.on("dialog", lambda dialog: (problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+    def check(request: Any) -> None:
+        address = urlsplit(request.url)
+        if address.scheme not in ("data", "blob") and address.hostname != "127.0.0.1":
+            problems.append(f"request off this machine: {request.url}")
+
+    def open_page(
+        url: str, *, dark: bool = False, width: int = 1280, height: int = 800, expect: Sequence[str] = ()
+    ) -> Any:
+        """A new page at the address; problems that contain one of ``expect`` are part of the test."""
+        expected.extend(expect)
+        context = chromium.new_context(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
+        )
+        contexts.append(context)
+        context.on("request", check)
+        context.on("page", watch)
+        page = context.new_page()
+        page.goto(url)
+        return page
+
+    expected: list[str] = []
+    yield open_page
+    for context in contexts:
+        context.close()
+    left = [problem for problem in problems if not any(part in problem for part in expected)]
+    assert not left, "\n".join(left)
 
 
 def _administer(url: str, statement: str) -> None:

@@ -120,7 +120,7 @@ def pack(arrays: Mapping[str, np.ndarray], facts: Mapping[str, object], format: 
         ) from None
     words = {name: array.tolist() for name, array in arrays.items() if array.dtype.kind == "U"}
     metadata = {"facts": json.dumps(facts), **{name: json.dumps(value) for name, value in words.items()}}
-    numbers = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name not in words}
+    numbers = {name: np.asarray(array, order="C") for name, array in arrays.items() if name not in words}
     return writer.save(numbers, metadata=metadata)
 
 

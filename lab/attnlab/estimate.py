@@ -1,0 +1,209 @@
+"""What an experiment will cost before it is queued: runs, bytes in the store, memory, and about how long."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from attnlab.bundled import BUNDLED, describe_model
+from attnlab.spec import ExperimentSpec, RunPoint
+from attnlab.views.labels import format_bytes
+from attnlab_kernels.masks import Causal, Full, Mask, Window
+from attnlab_storage import results
+from attnlab_storage.database import Store
+
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+PROCESS_BYTES = 700_000_000  # a worker that has imported torch and transformers
+START_SECONDS = 5.0  # a child takes the run, the model is loaded and checked
+CPU_FLOPS, GPU_FLOPS = 5e10, 2e13  # what a forward of a small model reaches; the rough in a rough guess
+STATISTICS_ROW_BYTES = 120
+STATISTICS = 5
+HISTORY_POINTS = 64  # with more runs than this no history is looked up
+_DENSE = ("eager", "sdpa_math")  # implementations that hold heads x n x n scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of an experiment.
+
+    Attributes:
+        runs: how many runs its grid has.
+        stored_bytes: what all of them will add to the store.
+        peak_bytes: what the process of the largest run will hold at most.
+        seconds: all runs one after another; None where too little is known of the model.
+        basis: where the seconds are from: "history", "rough", or "" when there are none.
+        notes: what the numbers leave open.
+        refusals: why it should not be queued, such as a disk that is too small.
+    """
+
+    runs: int
+    stored_bytes: int
+    peak_bytes: int
+    seconds: float | None
+    basis: str
+    notes: list[str]
+    refusals: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of the network that a run goes through; weights in float32 bytes."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    causal: bool
+    weight_bytes: int
+
+
+def estimate(spec: ExperimentSpec, store: Store | None = None) -> Estimate:
+    """The cost of an experiment; with a store also from its history, and against its free disk."""
+    points = spec.points()
+    shape = shape_of(spec)
+    if shape is None:
+        where = f"nothing is known of {spec.model_name} on this machine: only the number of runs is"
+        return Estimate(len(points), 0, 0, None, "", [f"{where} certain"], [])
+    notes: list[str] = []
+    unknown = [point for point in points if not point.sequence_length]
+    if unknown:
+        notes.append("the text's length in tokens is not known here: counted as the model's whole context")
+        points = [_with_length(point, spec) for point in points]
+    stored = sum(stored_bytes(spec, point, shape) for point in points)
+    peak = max(peak_bytes(point, shape) for point in points)
+    seconds, basis = _seconds(spec, points, shape, store)
+    if basis == "rough":
+        notes.append("the time is rough (no like run in the history): right within ten times, not closer")
+    if any(point.implementation in _DENSE for point in points):
+        notes.append("eager and sdpa_math hold a score for every query and key: memory grows with the square")
+    return Estimate(len(points), stored, peak, seconds, basis, notes, disk_refusals(stored, store))
+
+
+def shape_of(spec: ExperimentSpec) -> Shape | None:
+    """The network's shape, or None where nothing on this machine says."""
+    if spec.module is not None:
+        dim, heads = spec.module.dim, spec.module.num_heads
+        kv_heads = spec.module.num_kv_heads or heads
+        return Shape(1, heads, kv_heads, dim // heads, dim, True, 4 * 4 * dim * dim)
+    facts = describe_model(spec.model or "")
+    if facts is None or not (facts.layers and facts.heads and facts.head_dim and facts.hidden):
+        return None
+    known = BUNDLED.get(spec.model or "")
+    weights = known.disk_bytes if known else 4 * 12 * facts.layers * facts.hidden**2
+    kv_heads = facts.kv_heads or facts.heads
+    return Shape(
+        facts.layers, facts.heads, kv_heads, facts.head_dim, facts.hidden, facts.causal is not False, weights
+    )
+
+
+def stored_bytes(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> int:
+    """Q, K, log-sum-exp and value norms of the layers kept (of batch element 0), and the rows of statistics."""
+    layers = shape.layers if spec.layers == "all" else len([x for x in spec.layers if int(x) < shape.layers])
+    kv_heads = min(shape.kv_heads, int(point.parameters.get("num_kv_heads") or shape.kv_heads))
+    keys = point.sequence_length
+    queries = 1 if point.phase == "decode" else keys
+    size = min(BYTES[point.dtype], 4)  # float64 is kept as float32
+    maps = (shape.heads * queries + kv_heads * keys) * shape.head_dim * size
+    maps += (shape.heads * queries + kv_heads * keys) * 4
+    rows = shape.layers * shape.heads * STATISTICS * STATISTICS_ROW_BYTES
+    return layers * maps * ("maps" in spec.record) + rows * ("statistics" in spec.record)
+
+
+def peak_bytes(point: RunPoint, shape: Shape) -> int:
+    """Weights, activations of one layer, scores where the implementation holds them, and the process itself."""
+    size = BYTES[point.dtype]
+    tokens = point.batch_size * point.sequence_length
+    weights = shape.weight_bytes * size // 4
+    # residual, Q, K, V, output and a feed-forward of four times the width with its gate
+    activations = 14 * tokens * shape.hidden * size
+    if point.phase == "train":
+        activations *= shape.layers
+        weights *= 2
+    queries = 1 if point.phase == "decode" else point.sequence_length
+    scores = 0
+    if point.implementation in _DENSE:
+        scores = 2 * point.batch_size * shape.heads * queries * point.sequence_length * size
+        scores *= shape.layers if point.phase == "train" else 1
+    return PROCESS_BYTES + weights + activations + scores
+
+
+def forward_flops(point: RunPoint, shape: Shape) -> float:
+    """Operations of one forward pass: two for each weight and token, four for each allowed pair and head entry."""
+    tokens = 1 if point.phase == "decode" else point.sequence_length
+    pairs = _mask(point, shape).count(tokens, point.sequence_length)
+    if point.implementation in _DENSE:
+        pairs = tokens * point.sequence_length
+    attention = 4 * pairs * shape.head_dim * shape.heads * shape.layers
+    return point.batch_size * (2 * (shape.weight_bytes / 4) * tokens + attention)
+
+
+def disk_refusals(needed: int, store: Store | None) -> list[str]:
+    """A sentence where the results would not fit on the disk of an embedded store."""
+    if store is None or store.path is None:
+        return []
+    free = shutil.disk_usage(store.path.parent).free
+    if needed <= free:
+        return []
+    sizes = f"the results need {format_bytes(needed)}, the disk of {store.path} has {format_bytes(free)} free"
+    return [f"{sizes}: record fewer layers, shorter sequences or a smaller dtype, or make room"]
+
+
+def _seconds(
+    spec: ExperimentSpec, points: list[RunPoint], shape: Shape, store: Store | None
+) -> tuple[float, str]:
+    told: list[float | None] = [None] * len(points)
+    if store is not None and len(points) <= HISTORY_POINTS:
+        told = [_from_history(store, spec, point) for point in points]
+    rough = [_rough_seconds(spec, point, shape) for point in points]
+    total = sum(guess if known is None else known for known, guess in zip(told, rough, strict=True))
+    return total, "rough" if None in told else "history"
+
+
+def _rough_seconds(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> float:
+    record = set(spec.record)
+    passes = ("maps" in record) + 2 * ("memory" in record) + 2 * bool(record & {"accuracy", "statistics"})
+    passes += (spec.repeats + 1) * ("timing" in record)
+    if point.phase == "train":
+        passes *= 3
+    return START_SECONDS + passes * forward_flops(point, shape) / (GPU_FLOPS if point.gpus else CPU_FLOPS)
+
+
+def _from_history(store: Store, spec: ExperimentSpec, point: RunPoint) -> float | None:
+    """The median time of finished runs that did the same work; None if there are none."""
+    keys = ("model", "mechanism", "implementation", "sequence_length", "dtype", "batch_size", "phase")
+    filters = {key: getattr(point, key) for key in keys} | {"state": "succeeded"}
+    took = []
+    for run in results.list_runs(store, filters=filters, limit=20).rows:
+        same = run.parameters == point.parameters and run.gpus == point.gpus
+        if same and run.started_at is not None and run.finished_at is not None:
+            before = results.get_experiment(store, run.experiment_id)
+            if before is not None and _same_work(before.spec, spec):
+                took.append(run.finished_at - run.started_at)
+    return statistics.median(took) if took else None
+
+
+def _same_work(before: dict[str, Any], spec: ExperimentSpec) -> bool:
+    now = spec.to_dict()
+    same = all(before.get(key) == now.get(key) for key in ("repeats", "layers"))
+    return same and set(before.get("record") or ()) == set(spec.record)
+
+
+def _mask(point: RunPoint, shape: Shape) -> Mask:
+    window = point.parameters.get("window_size")
+    if window:
+        return Window(int(window) - 1, 0 if shape.causal else int(window) - 1)
+    return Causal() if shape.causal else Full()
+
+
+def _with_length(point: RunPoint, spec: ExperimentSpec) -> RunPoint:
+    if point.sequence_length:
+        return point
+    facts = describe_model(spec.model or "")
+    longest = (facts and facts.context) or 2048
+    return replace(point, sequence_length=min(longest, spec.input.max_tokens or longest))

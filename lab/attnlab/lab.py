@@ -1,0 +1,250 @@
+"""The Python API: `open_lab`, then experiments and runs as objects, maps as arrays.
+
+    lab = attnlab.open_lab()
+    run = lab.run_by_id(3)
+    run.map(layer=5, head=2, rows=slice(0, 64), cols=slice(0, 64))
+
+Nothing here loads torch except `Lab.run`, which does the work in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnlab.compare import Comparison, compare_runs
+from attnlab.describe import experiment_document, find_experiment, run_document
+from attnlab.estimate import Estimate, estimate
+from attnlab.export.bundle import read_bundle, write_bundle
+from attnlab.spec import ExperimentSpec, parse_spec
+from attnlab.views.tokens import TokenLabels, token_labels
+from attnlab.views.viewport import Region, Viewport, find_run, load_map, recorded, region_of, viewport
+from attnlab_storage import queue, results
+from attnlab_storage.database import Store, migrate, open_store
+from attnlab_storage.results import MeasurementRow, RunRow
+
+Spec = ExperimentSpec | Mapping[str, Any] | str | Path
+
+
+def open_lab(url: str | None = None) -> Lab:
+    """The lab over a database: an SQLAlchemy URL, or None for ATTNLAB_DATABASE_URL and then ATTNLAB_HOME.
+
+    An embedded database that does not exist yet is made; one that is older or newer than this program is not
+    touched.
+
+    Raises StoreURLError, StoreOutdated, StoreNewer (run `attnlab migrate`, or a newer attnlab).
+    """
+    store = open_store(url, check=False)
+    if store.path is not None and not store.path.exists():
+        migrate(store)
+    store.close()
+    return Lab(open_store(url))
+
+
+class Lab:
+    """Everything in one store. Use it as a context manager, or close it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Lab({self.store.label})"
+
+    def close(self) -> None:
+        """Closes the connections to the database."""
+        self.store.close()
+
+    def experiments(self, search: str = "", limit: int = 50) -> list[Experiment]:
+        """The latest experiments, those first that were submitted last."""
+        rows = results.list_experiments(self.store, search=search, limit=limit).rows
+        return [Experiment(self, row.id) for row in rows]
+
+    def experiment(self, experiment_id: int) -> Experiment:
+        """One experiment. Raises NotFound."""
+        return Experiment(self, find_experiment(self.store, experiment_id).id)
+
+    def runs(self, search: str = "", *, sort: str = "-id", limit: int = 50, **filters: Any) -> list[Run]:
+        """Runs by state, mechanism, model, dtype, sequence_length and so on; raises ListingError.
+
+        ``lab.runs(state="succeeded", mechanism=["flash", "multi_head"], sort="latency_ms")``
+        """
+        page = results.list_runs(self.store, filters=filters, search=search, sort=sort, limit=limit)
+        return [Run(self, row.id) for row in page.rows]
+
+    def run_by_id(self, run_id: int) -> Run:
+        """One run. Raises NotFound."""
+        return Run(self, find_run(self.store, run_id).id)
+
+    def submit(self, spec: Spec, *, created_by: str | None = None, priority: int = 0) -> Experiment:
+        """Queues an experiment for the workers: YAML or JSON text, a path, plain values, or a parsed spec.
+
+        Raises SpecError with everything that is wrong with it; nothing is queued then.
+        """
+        parsed = as_spec(spec)
+        queued = queue.submit(
+            self.store,
+            name=parsed.name,
+            spec=parsed.to_dict(),
+            spec_hash=parsed.hash(),
+            points=[point.to_dict() for point in parsed.points()],
+            created_by=created_by,
+            priority=priority,
+        )
+        return Experiment(self, queued.experiment_id)
+
+    def run(self, spec: Spec, *, created_by: str | None = None) -> Experiment:
+        """Runs an experiment here and now, in this process, without workers. Raises SpecError."""
+        from attnlab.run import run_here  # the only way into torch from here
+
+        return Experiment(self, run_here(self.store, as_spec(spec), created_by=created_by))
+
+    def estimate(self, spec: Spec) -> Estimate:
+        """What an experiment would cost. Raises SpecError."""
+        return estimate(as_spec(spec), self.store)
+
+    def compare(self, *runs: Run | int) -> Comparison:
+        """What differs between two or more runs. Raises CompareError, NotFound."""
+        return compare_runs(self.store, [run.id if isinstance(run, Run) else run for run in runs])
+
+    def import_bundle(self, path: str | Path) -> Experiment:
+        """Stores the experiment in a zip that `Experiment.export_bundle` wrote. Raises BundleError."""
+        return Experiment(self, read_bundle(self.store, path))
+
+
+class Experiment:
+    """A spec and its runs."""
+
+    def __init__(self, lab: Lab, experiment_id: int) -> None:
+        self.lab = lab
+        self.id = experiment_id
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.id}, {self.name!r}, {self.states})"
+
+    @property
+    def name(self) -> str:
+        return find_experiment(self.lab.store, self.id).name
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return find_experiment(self.lab.store, self.id).spec
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many runs are in each state, those with none left out."""
+        return {
+            state: count for state, count in find_experiment(self.lab.store, self.id).states.items() if count
+        }
+
+    @property
+    def runs(self) -> list[Run]:
+        """Its runs in the order of the grid."""
+        return [Run(self.lab, row.id) for row in results.runs_of(self.lab.store, experiment_id=self.id)]
+
+    def document(self) -> dict[str, Any]:
+        """Everything about it and its runs as plain JSON values."""
+        return experiment_document(self.lab.store, self.id)
+
+    def export_bundle(self, path: str | Path) -> None:
+        """Writes it, with its maps, as one zip that `Lab.import_bundle` reads."""
+        write_bundle(self.lab.store, self.id, path)
+
+
+class Run:
+    """One run: its outcome, its numbers and its maps. Layers and heads are zero-based."""
+
+    def __init__(self, lab: Lab, run_id: int) -> None:
+        self.lab = lab
+        self.id = run_id
+
+    def __repr__(self) -> str:
+        row = self.row
+        return f"Run({self.id}, {row.mechanism}, {row.sequence_length} tokens, {row.state})"
+
+    @property
+    def row(self) -> RunRow:
+        """The run as it stands in the store now."""
+        return find_run(self.lab.store, self.id)
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended; None while it has not."""
+        row = self.row
+        return row.state if row.ended else None
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose maps are kept. Raises NothingRecorded where there are none."""
+        return [trace.layer for trace in recorded(self.lab.store, self.id)[1]]
+
+    @property
+    def heads(self) -> int:
+        """How many heads a layer has. Raises NothingRecorded where no maps are kept."""
+        return recorded(self.lab.store, self.id)[1][0].heads
+
+    @property
+    def tokens(self) -> TokenLabels:
+        """The text and its tokens, readable and raw, for queries and keys."""
+        return token_labels(self.lab.store, self.id)
+
+    def document(self) -> dict[str, Any]:
+        """Everything but per-head numbers and maps as plain JSON values: `attnlab show --json`."""
+        return run_document(self.lab.store, self.id)
+
+    def measurements(self, name: str | None = None, layer: int | None = None) -> list[MeasurementRow]:
+        """Its numbers with units, samples and details, all of them or those of one name or layer."""
+        find_run(self.lab.store, self.id)
+        return results.measurements(self.lab.store, self.id, name, layer)
+
+    def map(self, layer: int, head: int, rows: Region = None, cols: Region = None) -> np.ndarray:
+        """The exact probabilities of a region: float32 [queries, keys].
+
+        Raises ViewError naming the layers, heads or tokens that there are.
+        """
+        full_map = load_map(self.lab.store, self.id, layer, head)
+        region = region_of(full_map.shape, rows, cols)
+        return full_map.tile(slice(*region[0]), slice(*region[1]))
+
+    def viewport(
+        self,
+        layer: int,
+        head: int,
+        rows: Region = None,
+        cols: Region = None,
+        size: tuple[int, int] = (512, 512),
+        reduce: str = "max",
+    ) -> Viewport:
+        """A region reduced to at most ``size`` (height, width) pixels by maximum or mean."""
+        return viewport(self.lab.store, self.id, layer, head, rows, cols, *size, reduce)
+
+    def query(self, layer: int, head: int) -> np.ndarray:
+        """The queries as the kernel saw them, after position encoding: float32 [queries, head_dim]."""
+        return np.asarray(load_map(self.lab.store, self.id, layer, head).query)
+
+    def key(self, layer: int, head: int) -> np.ndarray:
+        """The keys that query head ``head`` reads (shared in its group): float32 [keys, head_dim]."""
+        return np.asarray(load_map(self.lab.store, self.id, layer, head).key)
+
+    def lse(self, layer: int, head: int) -> np.ndarray:
+        """The kernel's natural log-sum-exp of each row: float32 [queries]."""
+        return np.asarray(load_map(self.lab.store, self.id, layer, head).lse)
+
+
+def as_spec(spec: Spec) -> ExperimentSpec:
+    """A parsed spec from YAML or JSON text, a path, plain values, or itself. Raises SpecError, OSError."""
+    if isinstance(spec, ExperimentSpec):
+        return spec
+    if isinstance(spec, Path):
+        return parse_spec(spec.read_bytes(), folder=spec.parent)
+    if isinstance(spec, Mapping | str):
+        return parse_spec(spec, folder=Path.cwd())
+    raise TypeError(f"spec must be text, a path, a mapping or an ExperimentSpec; got {type(spec).__name__}")
