@@ -1,0 +1,58 @@
+"""Laws of the map's bytes: what is masked travels as NaN, everything else as the exact number."""
+
+import json
+
+import numpy as np
+import pytest
+
+from attnlab.views.viewport import viewport
+from attnlab_kernels.masks import Causal, Full, Padding, Window
+from attnlab_webui import heatmap
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [Full(), Causal(), Window(3), Window(2, 4), Padding(((2, 9),)), Causal() & Padding(((3, 20),))],
+    ids=str,
+)
+@pytest.mark.parametrize(("rows", "cols"), [((0, 17), (0, 23)), ((5, 12), (3, 20)), ((16, 17), (0, 1))])
+@pytest.mark.parametrize("pixels", [(17, 23), (4, 7), (1, 1), (3, 23)])
+def test_a_pixel_is_masked_exactly_when_no_pair_in_it_is_allowed(mask, rows, cols, pixels):
+    shape = (17, 23)
+    allowed = mask.allowed(np.arange(17), np.arange(23), num_queries=17, num_keys=23)
+    height, width = min(pixels[0], rows[1] - rows[0]), min(pixels[1], cols[1] - cols[0])
+    found = heatmap.masked_pixels(mask, rows, cols, shape, (height, width))
+    assert found.shape == (height, width)
+    part = allowed[slice(*rows), slice(*cols)]
+    for y in range(height):
+        for x in range(width):
+            down = slice(y * part.shape[0] // height, (y + 1) * part.shape[0] // height)
+            across = slice(x * part.shape[1] // width, (x + 1) * part.shape[1] // width)
+            assert found[y, x] == (not part[down, across].any())
+
+
+def test_the_bytes_are_the_viewport_with_nan_for_masked(traced):
+    run_id = traced.run_ids[1]
+    view = viewport(traced.store, run_id, 1, 3)
+    body, headers = heatmap.encode(view, [Window(15)])
+    values = np.frombuffer(body, "<f4").reshape(77, 77)
+    allowed = traced.arrays[run_id, 1]["allowed"]
+    assert np.isnan(values[~allowed]).all()
+    np.testing.assert_array_equal(values[allowed], view.values[allowed])
+    assert headers["X-Attnlab-Shape"] == "77,77"
+    assert headers["X-Attnlab-Exact"] == "1"
+    assert float(headers["X-Attnlab-Max"]) == view.maximum
+
+
+def test_a_difference_is_masked_only_where_neither_map_allows_a_pair(traced):
+    view = viewport(traced.store, traced.run_ids[0], 0, 0)
+    body, _ = heatmap.encode(view, [Causal(), Window(15)])
+    values = np.frombuffer(body, "<f4").reshape(77, 77)
+    np.testing.assert_array_equal(np.isnan(values), ~np.tri(77, dtype=bool))
+
+
+def test_the_value_of_the_component_is_json_that_a_run_cannot_break_out_of():
+    text = heatmap.message("</script><script>alert(1)</script>")
+    assert json.loads(text) == {"message": "</script><script>alert(1)</script>"}
+    config = json.loads(heatmap.config([3, 7], mode="compare", pair=[3, 7], stamp="1"))
+    assert config == {"mode": "compare", "runs": [3, 7], "pair": [3, 7], "stamp": "1"}

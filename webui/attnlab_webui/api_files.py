@@ -1,0 +1,205 @@
+"""Downloads and imports over HTTP: tables, arrays, pictures, the report and the bundle.
+
+Every download is an attachment, so that nothing a person can write is ever rendered as a page of this server.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import IO, Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+
+from attnlab.export import arrays, image, table
+from attnlab.export.bundle import read_bundle, write_bundle
+from attnlab.export.panel import SCALES, THEMES
+from attnlab.export.report import write_report
+from attnlab.views.colormaps import COLORMAPS
+from attnlab_storage import results, settings
+from attnlab_storage.database import Store
+from attnlab_webui.answers import Refused, StoreDep, find_experiment, find_run, ids, span
+
+router = APIRouter()
+CHUNK = 2**20
+MOST_RUNS = 16
+MEDIA = {
+    "csv": "text/csv; charset=utf-8",
+    "parquet": "application/vnd.apache.parquet",
+    "json": "application/json",
+    "html": "text/html; charset=utf-8",
+    "zip": "application/zip",
+    "npz": "application/octet-stream",
+    "safetensors": "application/octet-stream",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+}
+RUN_FORMATS = (*table.FORMATS, *arrays.FORMATS, *image.FORMATS)
+EXPERIMENT_FORMATS = (*table.FORMATS, "html", "zip")
+COMPARE_FORMATS = (*table.FORMATS, "npz", *image.FORMATS)
+
+Layer = Annotated[int | None, Query(ge=0)]
+Text = Annotated[str | None, Query(max_length=40)]
+
+
+@router.get("/runs/{run_id}/export/{form}")
+def export_run(
+    run_id: int,
+    form: str,
+    store: StoreDep,
+    layer: Layer = None,
+    head: Layer = None,
+    rows: Text = None,
+    cols: Text = None,
+    scale: str = "linear",
+    reduce: str = "max",
+    colormap: str = "viridis",
+    theme: str = "light",
+) -> Response:
+    """One run: measurements (csv, parquet, json), a map or a layer's Q, K and LSE (npz, safetensors), a picture.
+
+    npz and safetensors hold the map of `layer` and `head`, or the layer's tensors when no head is given.
+    """
+    _check("format", form, RUN_FORMATS)
+    find_run(store, run_id)
+    if form in table.FORMATS:
+        return _file(table.write_table(store, [run_id], form), f"attnlab-run-{run_id}", form)
+    if layer is None:
+        raise Refused(f"layer must be given for {form}")
+    region = span("rows", rows), span("cols", cols)
+    if form in arrays.FORMATS and head is None:
+        body = arrays.write_trace(store, run_id, layer, form)
+        return _file(body, f"attnlab-run-{run_id}-L{layer}-qk-lse", form)
+    if head is None:
+        raise Refused(f"head must be given for {form}")
+    name = f"attnlab-run-{run_id}-L{layer}H{head}"
+    if form in arrays.FORMATS:
+        return _file(arrays.write_map(store, run_id, layer, head, *region, form), name, form)
+    look = _look(scale, colormap, theme)
+    body = image.render_view(store, run_id, layer, head, *region, form, reduce=reduce, **look)
+    return _file(body, name, form)
+
+
+@router.get("/compare/export/{form}")
+def export_comparison(
+    runs: Annotated[str, Query(max_length=400)],
+    form: str,
+    store: StoreDep,
+    layer: Layer = None,
+    head: Layer = None,
+    rows: Text = None,
+    cols: Text = None,
+    scale: str = "linear",
+    reduce: str = "max",
+    colormap: str = "viridis",
+    theme: str = "light",
+) -> Response:
+    """Several runs: measurements in one table, the same region of their maps as arrays or as one picture."""
+    _check("format", form, COMPARE_FORMATS)
+    run_ids = ids("runs", runs)
+    if len(run_ids) > MOST_RUNS:
+        raise Refused(f"runs must be at most {MOST_RUNS} run ids, got {len(run_ids)}")
+    for run_id in run_ids:
+        find_run(store, run_id)
+    name = "attnlab-runs-" + "-".join(str(run_id) for run_id in run_ids)
+    if form in table.FORMATS:
+        return _file(table.write_table(store, run_ids, form), name, form)
+    if layer is None or head is None:
+        raise Refused(f"layer and head must be given for {form}")
+    region = span("rows", rows), span("cols", cols)
+    name = f"{name}-L{layer}H{head}"
+    if form in arrays.FORMATS:
+        return _file(_several_maps(store, run_ids, layer, head, *region, form), name, form)
+    look = _look(scale, colormap, theme)
+    body = image.render_comparison(store, run_ids, layer, head, *region, form, reduce=reduce, **look)
+    return _file(body, name, form)
+
+
+@router.get("/experiments/{experiment_id}/export/{form}")
+def export_experiment(experiment_id: int, form: str, store: StoreDep) -> Response:
+    """A whole experiment: measurements (csv, parquet, json), an offline report (html), everything (zip)."""
+    _check("format", form, EXPERIMENT_FORMATS)
+    find_experiment(store, experiment_id)
+    name = f"attnlab-experiment-{experiment_id}"
+    if form == "html":
+        return _file(write_report(store, experiment_id).encode(), name, form)
+    if form == "zip":
+        return _spooled(lambda file: write_bundle(store, experiment_id, file), name)
+    run_ids = [run.id for run in results.runs_of(store, experiment_id=experiment_id)]
+    return _file(table.write_table(store, run_ids, form), name, form)
+
+
+@router.post("/import")
+async def import_bundle(request: Request, store: StoreDep) -> JSONResponse:
+    """Store the experiment in a zip of `export/zip` (the body); all of it or nothing."""
+    limit = settings.max_upload_bytes()
+    with tempfile.TemporaryFile() as file:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise Refused(
+                    f"file must be at most {limit} bytes here (ATTNLAB_MAX_UPLOAD_BYTES); "
+                    "`attnlab import FILE.zip` has no such limit",
+                    413,
+                )
+            await run_in_threadpool(file.write, chunk)
+        if size == 0:
+            raise Refused("file must be a zip written by attnlab export, got 0 bytes")
+        file.seek(0)
+        experiment_id = await run_in_threadpool(read_bundle, store, file)
+    run_ids = [run.id for run in results.runs_of(store, experiment_id=experiment_id)]
+    return JSONResponse({"experiment": experiment_id, "runs": run_ids}, 201)
+
+
+def _several_maps(
+    store: Store, run_ids: list[int], layer: int, head: int, rows: Any, cols: Any, form: str
+) -> bytes:
+    """``map_3``, ``map_7``, ... of one region, with the tokens of each run."""
+    found = {}
+    for run_id in run_ids:
+        part = arrays.map_arrays(
+            store, run_id, layer, head, rows, cols, max_bytes=arrays.MAX_BYTES // len(run_ids)
+        )
+        found |= {f"{name}_{run_id}": array for name, array in part.items()}
+    return arrays.pack(found, {"runs": run_ids, "layer": layer, "head": head}, form)
+
+
+def _look(scale: str, colormap: str, theme: str) -> dict[str, Any]:
+    _check("scale", scale, SCALES)
+    _check("colormap", colormap, COLORMAPS)
+    _check("theme", theme, tuple(THEMES))
+    return {"scale": scale, "colormap": colormap, "theme": theme}
+
+
+def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise Refused(f"{name} must be one of {', '.join(choices)}, got {value[:40]!r}")
+
+
+def _file(body: bytes, name: str, form: str) -> Response:
+    return Response(body, media_type=MEDIA[form], headers=_attachment(name, form))
+
+
+def _spooled(write: Callable[[IO[bytes]], None], name: str) -> Response:
+    """Written whole before the first byte is sent: an error is still an error, and memory stays small."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the background task closes it
+    try:
+        write(file)
+        size = file.tell()
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    headers = {**_attachment(name, "zip"), "Content-Length": str(size)}
+    body = iter(lambda: file.read(CHUNK), b"")
+    return StreamingResponse(
+        body, media_type=MEDIA["zip"], headers=headers, background=BackgroundTask(file.close)
+    )
+
+
+def _attachment(name: str, form: str) -> dict[str, str]:
+    return {"Content-Disposition": f'attachment; filename="{name}.{form}"', "Cache-Control": "no-store"}

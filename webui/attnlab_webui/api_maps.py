@@ -1,0 +1,174 @@
+"""Maps over HTTP: what a run recorded, any region as float32, single weights, thumbnails, differences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Response
+
+from attnlab.describe import STATISTICS, run_brief
+from attnlab.views.colormaps import COLORMAPS, colormap
+from attnlab.views.difference import difference
+from attnlab.views.figures import statistic_info
+from attnlab.views.labels import mechanism_label, ran_as
+from attnlab.views.thumbnails import thumbnails
+from attnlab.views.tokens import token_labels
+from attnlab.views.viewport import cell, load_map, recorded, viewport
+from attnlab_kernels.masks import Mask, mask_from_json
+from attnlab_storage import results
+from attnlab_storage.database import Store
+from attnlab_webui import heatmap
+from attnlab_webui.answers import StoreDep, find_run, span
+
+router = APIRouter()
+Pixels = Annotated[int, Query(ge=1, le=2048)]
+ThumbPixels = Annotated[int, Query(ge=8, le=256)]
+
+
+@router.get("/colormaps")
+def colormaps() -> dict[str, Any]:
+    """The colour tables of pages and exports: 256 x RGB, flat."""
+    return {"colormaps": {name: colormap(name).ravel().tolist() for name in COLORMAPS}}
+
+
+@router.get("/runs/{run_id}/map")
+def map_facts(run_id: int, store: StoreDep) -> dict[str, Any]:
+    """What maps a run holds: its layers with heads, sizes, masks and self-checks."""
+    find_run(store, run_id)
+    run, traces = recorded(store, run_id)
+    brief = run_brief(run)
+    return {
+        "run": run_id,
+        "label": f"#{run_id} {mechanism_label(brief)} · {ran_as(brief)} · {brief['dtype']}",
+        "stamp": stamp(run),
+        "layers": [
+            {
+                "layer": trace.layer,
+                "heads": trace.heads,
+                "kv_heads": trace.kv_heads,
+                "queries": trace.num_queries,
+                "keys": trace.num_keys,
+                "mask": mask_from_json(trace.mask).describe(),
+                "row_sum_defect": trace.row_sum_defect,
+                "output_defect": trace.output_defect,
+            }
+            for trace in traces
+        ],
+    }
+
+
+def stamp(run: Any) -> str:
+    """Changes whenever what a run holds may have changed; browsers keep tiles under it."""
+    return f"{run.created_at:.0f}.{run.attempt}.{run.finished_at or 0:.0f}"
+
+
+@router.get("/runs/{run_id}/tokens")
+def tokens(run_id: int, store: StoreDep) -> dict[str, Any]:
+    """The text and the token of every query and key, as a person can read them and as the tokenizer wrote them."""
+    find_run(store, run_id)
+    return token_labels(store, run_id)._asdict()
+
+
+@router.get("/runs/{run_id}/viewport")
+def run_viewport(
+    run_id: int,
+    layer: int,
+    head: int,
+    store: StoreDep,
+    rows: str | None = None,
+    cols: str | None = None,
+    height: Pixels = 512,
+    width: Pixels = 512,
+    reduce: str = "max",
+    v: str | None = None,
+) -> Response:
+    """Any region of a map as float32 [height, width], row by row; NaN where no pair is allowed."""
+    region = span("rows", rows), span("cols", cols)
+    view = viewport(store, run_id, layer, head, *region, height, width, reduce)
+    mask = load_map(store, run_id, layer, head).mask
+    return _octets(*heatmap.encode(view, [mask]), v)
+
+
+@router.get("/runs/{run_id}/cell")
+def run_cell(run_id: int, layer: int, head: int, row: int, col: int, store: StoreDep) -> dict[str, Any]:
+    """The exact weight that query `row` gives to key `col`."""
+    value = cell(store, run_id, layer, head, row, col)
+    return {"row": row, "col": col, "value": value, "masked": _masked(store, run_id, layer, head, row, col)}
+
+
+@router.get("/runs/{run_id}/thumbnails")
+def run_thumbnails(
+    run_id: int,
+    layer: int,
+    store: StoreDep,
+    size: ThumbPixels = 40,
+    reduce: str = "max",
+    v: str | None = None,
+) -> Response:
+    """All heads of a layer, pooled, as float32 [heads * height, width]; NaN where no pair is allowed."""
+    small = thumbnails(store, run_id, layer, size, reduce)
+    heads, height, width = small.values.shape
+    full_map = load_map(store, run_id, layer, 0)
+    whole = (0, full_map.shape[0]), (0, full_map.shape[1])
+    hidden = heatmap.masked_pixels(full_map.mask, *whole, full_map.shape, (height, width))
+    values = np.where(hidden[None], np.float32(np.nan), small.values).reshape(heads * height, width)
+    headers = heatmap.headers_of(values, *whole, small.maximum, exact=(height, width) == full_map.shape)
+    return _octets(values.astype("<f4").tobytes(), headers, v)
+
+
+@router.get("/runs/{run_id}/statistics")
+def statistics(run_id: int, store: StoreDep) -> dict[str, Any]:
+    """Per-layer, per-head numbers: {name: {unit, layers, heads, values[layer][head]}}."""
+    find_run(store, run_id)
+    rows = results.measurements(store, run_id)
+    found = {name: statistic_info(rows, name) for name in STATISTICS}
+    keep = ("unit", "layers", "heads", "values")
+    return {
+        "run": run_id,
+        "statistics": {
+            name: {key: getattr(info, key) for key in keep} for name, info in found.items() if info.layers
+        },
+    }
+
+
+@router.get("/compare/viewport")
+def compare_viewport(
+    a: int,
+    b: int,
+    layer: int,
+    head: int,
+    store: StoreDep,
+    rows: str | None = None,
+    cols: str | None = None,
+    height: Pixels = 512,
+    width: Pixels = 512,
+    reduce: str = "signed_max",
+    v: str | None = None,
+) -> Response:
+    """A − B over a region as float32 [height, width]; NaN where neither map allows a pair."""
+    region = span("rows", rows), span("cols", cols)
+    view = difference(store, a, b, layer, head, *region, height, width, reduce)
+    masks: list[Mask] = [load_map(store, run_id, layer, head).mask for run_id in (a, b)]
+    return _octets(*heatmap.encode(view, masks), v)
+
+
+@router.get("/compare/cell")
+def compare_cell(
+    a: int, b: int, layer: int, head: int, row: int, col: int, store: StoreDep
+) -> dict[str, Any]:
+    """The exact difference A − B of one weight."""
+    values = [cell(store, run_id, layer, head, row, col) for run_id in (a, b)]
+    masked = all(_masked(store, run_id, layer, head, row, col) for run_id in (a, b))
+    return {"row": row, "col": col, "value": values[0] - values[1], "masked": masked}
+
+
+def _masked(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> bool:
+    full_map = load_map(store, run_id, layer, head)
+    return heatmap.masked_cell(full_map.mask, full_map.shape, row, col)
+
+
+def _octets(body: bytes, headers: dict[str, str], version: str | None) -> Response:
+    """With a version in the address the bytes can never change; without one nobody may keep them."""
+    caching = "private, max-age=86400, immutable" if version else "no-store"
+    return Response(body, media_type=heatmap.OCTETS, headers={**headers, "Cache-Control": caching})

@@ -1,0 +1,287 @@
+"""What the experiment page shows, as escaped HTML made from rows and documents; no component in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attnlab.compare import flatten
+from attnlab.describe import run_brief
+from attnlab.documents import write_document
+from attnlab.views.labels import mechanism_label, ran_as
+from attnlab_storage.results import ExperimentRow, RunRow
+from attnlab_webui import pieces
+from attnlab_webui.pieces import Raw, escape
+
+# what a run's row may show, in this order; a column that is the same for all runs moves into the header
+VARYING = ("model", "sequence_length", "dtype", "batch_size", "phase")
+WORDS = {"sequence_length": "tokens", "batch_size": "batch"}
+ROW_SUM_LIMIT = 5e-6
+OUTPUT_LIMIT = 1e-4
+EXPERIMENT_FORMATS = {"csv": "CSV", "parquet": "Parquet", "json": "JSON", "html": "Report", "zip": "Bundle"}
+STRIP_WIDTH, STRIP_HEIGHT = 260, 34
+
+
+def missing(asked: str, recent: Sequence[ExperimentRow]) -> str:
+    """The page when no experiment, or an unknown one, was asked for."""
+    title = f"There is no experiment {asked}" if asked else "Which experiment?"
+    text = "It may have been removed for good, or the link is from another store."
+    if not asked:
+        text = "Open one of the latest, or find it in the queue."
+    links = [(f"#{row.id} {row.name}", f"/experiment?id={row.id}") for row in recent]
+    more = [("Open the queue", "/queue"), ("New experiment", "/")]
+    return pieces.empty_state(title, text, [*links, *more])
+
+
+def header(experiment: ExperimentRow, runs: Sequence[RunRow]) -> str:
+    """Name, when, what all runs share, how many ended how, tags, note, downloads."""
+    shared = " · ".join(_shared(runs))
+    states = " ".join(
+        f"{pieces.chip(state)}<span class='at-muted'> {count}</span>"
+        for state, count in experiment.states.items()
+        if count
+    )
+    tags = "".join(f'<span class="at-tag">{escape(tag)}</span>' for tag in experiment.tags)
+    note = f'<p class="at-note">{escape(experiment.note)}</p>' if experiment.note else ""
+    by = f" by {escape(experiment.created_by)}" if experiment.created_by else ""
+    exports = "".join(
+        f'<a href="/api/v1/experiments/{experiment.id}/export/{form}" download>{word}</a>'
+        for form, word in EXPERIMENT_FORMATS.items()
+    )
+    return (
+        f'<div class="at-head-line"><h1>{escape(experiment.name)}</h1>'
+        f'<span class="at-muted">experiment #{experiment.id} · {pieces.ago(experiment.created_at)}{by}</span>{tags}'
+        f'</div><div class="at-head-line at-second"><span>{escape(shared)}</span><span>{states}</span>'
+        f'<span class="at-exports"><span class="at-label">export</span>{exports}</span></div>{note}'
+    )
+
+
+def runs_table(runs: Sequence[RunRow], chosen: int | None) -> str:
+    """All runs with their outcomes; a row is chosen by its button, and checked to be compared."""
+    varying = [name for name in VARYING if len({getattr(run, name) for run in runs}) > 1]
+    heads = ["", "run", "mechanism", "implementation", *(WORDS.get(name, name) for name in varying)]
+    numbers = ["latency", "peak memory", "row sums"]
+    header = "".join(f'<th scope="col">{escape(head)}</th>' for head in [*heads, "outcome"])
+    header += "".join(f'<th scope="col" class="at-right">{head}</th>' for head in numbers)
+    body = "".join(_run_row(run, varying, chosen) for run in runs)
+    return (
+        '<div class="at-scroll at-runs-scroll"><table class="at-table at-runs" aria-label="Runs">'
+        f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<div class="at-runs-foot"><a class="at-button" data-compare href="/compare" hidden>Compare</a></div>'
+    )
+
+
+def _run_row(run: RunRow, varying: Sequence[str], chosen: int | None) -> str:
+    brief = run_brief(run)
+    ran = ran_as(brief)
+    asked = (
+        f' <span class="at-muted">asked: {escape(run.implementation)}</span>'
+        if ran != run.implementation
+        else ""
+    )
+    cells = [
+        f'<input type="checkbox" data-check="{run.id}" aria-label="compare run {run.id}">',
+        f'<a href="/experiment?id={run.experiment_id}&amp;run={run.id}" data-open="{run.id}">#{run.id}</a>',
+        escape(mechanism_label(brief)),
+        f"{escape(ran)}{asked}",
+        *(escape(_value(name, getattr(run, name))) for name in varying),
+        state(run),
+    ]
+    numbers = [
+        pieces.milliseconds(run.latency_ms),
+        pieces.size_in_bytes(run.peak_memory_bytes),
+        pieces.scientific((run.summary or {}).get("row_sum_defect")),
+    ]
+    current = ' aria-current="true"' if run.id == chosen else ""
+    tail = "".join(f'<td class="at-right at-number">{escape(number)}</td>' for number in numbers)
+    return (
+        f'<tr data-run="{run.id}"{current}>' + "".join(f"<td>{cell}</td>" for cell in cells) + tail + "</tr>"
+    )
+
+
+def state(run: RunRow) -> str:
+    """The chip of a run; a running one also shows its phase and how far it is."""
+    if run.cancel_requested_at is not None and run.state == "running":
+        return pieces.chip("running") + ' <span class="at-muted">ending, as asked</span>'
+    if run.state == "running":
+        words = run.phase_name or "starting"
+        return f"{pieces.chip('running')} {pieces.progress_bar(run.progress_done, run.progress_total, words)}"
+    return pieces.chip(run.state, run.reason or "")
+
+
+def run_facts(document: Mapping[str, Any], run: RunRow) -> str:
+    """The column beside the map: outcome, self-check, timing, memory, accuracy."""
+    title = f"<h2>#{run.id} {escape(mechanism_label(document))}</h2>{state(run)}"
+    sections = [f'<div class="at-head-line">{title}</div>', _trouble(document, run)]
+    sections += [
+        _check(document),
+        _timing(document),
+        _memory(document),
+        _accuracy(document),
+        _ran(document, run),
+    ]
+    return '<div class="at-facts-column">' + "".join(section for section in sections if section) + "</div>"
+
+
+def _trouble(document: Mapping[str, Any], run: RunRow) -> str:
+    if run.state in ("succeeded", "running"):
+        return ""
+    if run.state == "queued":
+        return pieces.notice("Waiting in the queue. Results appear here as they are written.")
+    reason = run.reason or pieces.STATE_WORDS.get(run.state, run.state)
+    kind = "error" if run.state in ("failed", "out_of_memory", "timed_out") else "warning"
+    detail = ""
+    if document["error_detail"]:
+        text = escape(document["error_detail"])
+        detail = f'<details><summary>detail</summary><pre class="at-pre">{text}</pre></details>'
+    what = f" ({run.error_kind})" if run.error_kind else ""
+    return pieces.notice(reason + what, kind) + detail
+
+
+def _check(document: Mapping[str, Any]) -> str:
+    check = document["map_check"]
+    rows = []
+    if check["row_sum_defect"] is not None:
+        rows.append(("rows sum to 1 within", _judged(check["row_sum_defect"], ROW_SUM_LIMIT)))
+    if check["output_defect"] is not None:
+        rows.append(("P V equals the output within", _judged(check["output_defect"], OUTPUT_LIMIT)))
+    return _section("Self-check of the maps", pieces.facts(rows)) if rows else ""
+
+
+def _judged(value: float, limit: float) -> Raw:
+    good = value <= limit
+    mark, words = ("✓", "within its budget") if good else ("✗", f"above {limit:.0e}")
+    css = "at-good" if good else "at-bad"
+    return Raw(
+        f'<span class="at-number">{value:.1e}</span> <span class="{css}" title="{words}">{mark}</span>'
+    )
+
+
+def _timing(document: Mapping[str, Any]) -> str:
+    rows = []
+    for name, words in (("latency_ms", "forward pass"), ("attention_latency_ms", "attention alone")):
+        timing = document[name]
+        if timing:
+            spread = f"{pieces.milliseconds(timing['p10'])} – {pieces.milliseconds(timing['p90'])}"
+            text = f"<b>{pieces.milliseconds(timing['median'])}</b> <span class='at-muted'>{spread}</span>"
+            rows.append((words, Raw(text + sample_strip(timing["samples"], words))))
+    if document["capture_overhead"] is not None:
+        rows.append(("cost of the capture", f"{document['capture_overhead']:.2f} x the plain forward"))
+    return _section("Timing", pieces.facts(rows)) if rows else ""
+
+
+def sample_strip(samples: Sequence[float], name: str) -> str:
+    """Every sample as a dot on its own scale, the median as a line (inline SVG)."""
+    if len(samples) < 2:
+        return ""
+    low, high = min(samples), max(samples)
+    room = (high - low) or 1.0
+    places = [4 + (value - low) / room * (STRIP_WIDTH - 8) for value in samples]
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{9 + (7 * i) % 11:.0f}" r="2.2"/>' for i, x in enumerate(places)
+    )
+    middle = sorted(places)[len(places) // 2]
+    label = f"{len(samples)} samples of the {escape(name)}, {low:.4g} to {high:.4g} ms"
+    return (
+        f'<svg class="at-strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" role="img" aria-label="{label}">'
+        f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="2" y2="24"/>{dots}'
+        f'<text x="2" y="{STRIP_HEIGHT - 1}">{low:.4g}</text>'
+        f'<text x="{STRIP_WIDTH - 2}" y="{STRIP_HEIGHT - 1}" text-anchor="end">{high:.4g} ms</text></svg>'
+    )
+
+
+def _memory(document: Mapping[str, Any]) -> str:
+    rows = []
+    if document["peak_memory_bytes"] is not None:
+        peak = f"<b>{pieces.size_in_bytes(document['peak_memory_bytes'])}</b>"
+        method = (document["peak_memory"] or {}).get("method")
+        how = f" <span class='at-muted'>{escape(method)}</span>" if method else ""
+        rows.append(("peak above weights", Raw(peak + how)))
+    if document["stored_bytes"]:
+        rows.append(("stored for the maps", pieces.size_in_bytes(document["stored_bytes"])))
+    return _section("Memory", pieces.facts(rows)) if rows else ""
+
+
+ACCURACY_WORDS = {
+    "logit_error": "logits, largest error",
+    "kl": "KL of the logits, nats",
+    "perplexity": "perplexity",
+    "attention_error": "attention output, error",
+    "lse_error": "log-sum-exp, error",
+}
+
+
+def _accuracy(document: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, object]] = []
+    for name, value in document["accuracy"].items():
+        if value is not None:
+            number = f"{value:.2f}" if name == "perplexity" else pieces.scientific(value)
+            rows.append((ACCURACY_WORDS.get(name, name), Raw(f'<span class="at-number">{number}</span>')))
+    if document["swap"]["kind"]:
+        rows.insert(0, ("swap", document["swap"]["kind"].replace("_", " ")))
+    return _section("Accuracy", pieces.facts(rows)) if rows else ""
+
+
+def _ran(document: Mapping[str, Any], run: RunRow) -> str:
+    rows: list[tuple[str, object]] = []
+    if document["kernels"]:
+        rows.append(("kernel that ran", " + ".join(document["kernels"])))
+    if document["layers"]:
+        rows.append(("layers x heads", f"{document['layers']} x {document['heads']}"))
+    seconds = document["times"]["seconds"]
+    if seconds is not None:
+        rows.append(("took", pieces.duration(seconds)))
+    if run.attempt > 1 or run.state in ("queued", "running"):
+        rows.append(("attempt", f"{run.attempt} of {run.max_attempts}"))
+    return _section("Run", pieces.facts(rows)) if rows else ""
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h3>{escape(title)}</h3>{body}</section>"
+
+
+def log(text: str) -> str:
+    """The end of a run's log."""
+    if not text.strip():
+        return '<p class="at-muted">Nothing was printed yet.</p>'
+    return f'<pre class="at-pre" tabindex="0" aria-label="log">{escape(text)}</pre>'
+
+
+def environment(document: Mapping[str, Any] | None) -> str:
+    """Machine and software of a run as a flat list."""
+    if not document:
+        return '<p class="at-muted">The environment is written when the run starts.</p>'
+    pairs = [(name, _text(value)) for name, value in flatten(document).items()]
+    return f'<div class="at-columns">{pieces.facts(pairs)}</div>'
+
+
+def spec(experiment: ExperimentRow) -> str:
+    """The spec as YAML, ready to be submitted again."""
+    return (
+        f'<pre class="at-pre" tabindex="0" aria-label="spec">{escape(write_document(experiment.spec))}</pre>'
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(one) for one in value)
+    return "—" if value is None else str(value)
+
+
+def _shared(runs: Sequence[RunRow]) -> list[str]:
+    """What all runs have in common, in words."""
+    words = []
+    for name in VARYING:
+        values = {getattr(run, name) for run in runs}
+        if len(values) == 1 and (value := values.pop()) is not None:
+            text = _value(name, value)
+            words.append(f"{WORDS[name]} {text}" if name == "batch_size" else text)
+            if name == "sequence_length":
+                words[-1] = f"{text} tokens" if value else "as long as the text"
+    return words
+
+
+def _value(name: str, value: Any) -> str:
+    if name == "sequence_length":
+        return f"{value:,}" if value else "the text's length"
+    return "—" if value is None else str(value)

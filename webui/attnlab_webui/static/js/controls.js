@@ -1,0 +1,245 @@
+// Everything around the panels: picker, readout, minimap, colour bars, options, statistics, exports, help.
+
+import { ColourBar, hatchSwatch } from "./colourbar.js";
+import { makeScale, precise } from "./colour.js";
+import { HELP } from "./gestures.js";
+import { Minimap } from "./minimap.js";
+import { Options } from "./options.js";
+import { Picker } from "./picker.js";
+import { getJson, query } from "./request.js";
+import { StatGrid } from "./statgrid.js";
+
+const BLINK_MS = 700;
+const TOOLS = '<div class="at-tools" data-part="tools"></div>';
+
+export class Controls {
+  constructor(root, view) {
+    this.view = view;
+    this.root = root;
+    const compare = view.config.mode === "compare";
+    root.className = `at-view ${compare ? "at-compare" : "at-single"}`;
+    root.innerHTML =
+      `<div class="at-top"><div data-part="picker"></div>${compare ? TOOLS : ""}</div>` +
+      '<div class="at-body"><div class="at-panels" data-part="panels"></div><aside class="at-side">' +
+      (compare ? "" : TOOLS) +
+      '<section class="at-readout" data-part="readout" aria-live="polite"></section>' +
+      '<section class="at-scales"><div data-part="bar"></div><div data-part="difference" hidden></div>' +
+      '<div class="at-legend"><span class="at-swatch"></span>masked: no such pair</div></section>' +
+      '<section class="at-mini-box" data-part="minimap"></section>' +
+      '<section data-part="stats" hidden></section><section data-part="options"></section>' +
+      '<section class="at-exports" data-part="exports"></section></aside></div>' +
+      '<p class="at-complaint" role="alert" hidden></p>';
+    this.part = (name) => root.querySelector(`[data-part="${name}"]`);
+    this.picker = new Picker(this.part("picker"), view.actions);
+    this.options = new Options(this.part("options"), view.state);
+    this.bar = new ColourBar(this.part("bar"), "");
+    this.differenceBar = new ColourBar(this.part("difference"), "");
+    this.stats = new StatGrid(this.part("stats"), view.state, view.actions);
+    this.makeTools(compare);
+    this.loadStatistics();
+    this.showCell(null, [], false);
+  }
+
+  panelRoot() {
+    const root = document.createElement("figure");
+    this.part("panels").append(root);
+    return root;
+  }
+
+  arrange(panels) {
+    this.part("panels").style.setProperty("--at-columns", String(Math.min(3, panels.length)));
+    this.minimap = new Minimap(this.part("minimap"), this.view.camera, panels[0]);
+  }
+
+  makeTools(compare) {
+    const tools = this.part("tools");
+    if (compare) {
+      this.blink = button("Blink", "show the other map in the first panel, in turn", () => this.toggleBlink());
+      tools.append(this.blink);
+    }
+    const help = button("?", "gestures and keys", () => {
+      list.hidden = !list.hidden;
+      help.setAttribute("aria-expanded", String(!list.hidden));
+    });
+    help.setAttribute("aria-expanded", "false");
+    tools.append(button("Whole map", "show everything (0)", () => this.view.camera.reset()), help);
+    const list = document.createElement("dl");
+    list.className = "at-help";
+    list.hidden = true;
+    for (const [keys, words] of HELP) {
+      const term = document.createElement("dt");
+      term.textContent = keys;
+      const meaning = document.createElement("dd");
+      meaning.textContent = words;
+      list.append(term, meaning);
+    }
+    tools.append(list);
+  }
+
+  // Shows the second map in the first panel, by turns: what differs moves, what is equal stands still.
+  toggleBlink() {
+    const [first, second] = this.view.panels;
+    const stop = () => {
+      clearInterval(this.blinking);
+      this.blinking = null;
+      first.borrow(null);
+    };
+    if (this.blinking) stop();
+    else this.blinking = setInterval(() => first.borrow(first.borrowed ? null : second), BLINK_MS);
+    this.blink.setAttribute("aria-pressed", String(Boolean(this.blinking)));
+  }
+
+  async loadStatistics() {
+    const { run } = this.view.first.facts;
+    try {
+      const document = await getJson(`/runs/${run}/statistics`);
+      this.stats.load(document.statistics);
+      this.stats.colour(this.view.table(false));
+    } catch (error) {
+      this.complain(error.message);
+    }
+  }
+
+  complain(message) {
+    const place = this.root.querySelector(".at-complaint");
+    place.textContent = message;
+    place.hidden = !message;
+  }
+
+  showSelection() {
+    const { first, state } = this.view;
+    const layers = first.facts.layers.map((entry) => entry.layer);
+    this.picker.show(layers, state.get("layer"), first.layer.heads, state.get("head"));
+    this.stats.show();
+    this.showExports();
+  }
+
+  show(changed) {
+    this.options.show();
+    if (changed.includes("statistic")) this.stats.show();
+    this.showExports();
+  }
+
+  drawThumbs() {
+    if (!this.view.tables) return;
+    const kind = this.view.state.get("scale");
+    const scaleOf = (tile) => makeScale({ kind, top: largest(tile.values) });
+    this.picker.drawThumbs(this.view.thumbs ?? null, scaleOf, this.view.table(false));
+    hatchSwatch(this.root);
+  }
+
+  showScale(scale, table, signed) {
+    const { norm, clip, reduce } = this.view.state.values;
+    const pooled = this.view.panels.some((panel) => panel.tile && !panel.tile.exact);
+    const words = signed ? differenceWords(this.view.pair()) : norm === "row" ? "share of the row's maximum" : "weight";
+    const how = pooled ? `, ${signed && reduce === "max" ? "largest" : reduce} of the cells in a pixel` : "";
+    const bar = signed ? this.differenceBar : this.bar;
+    bar.root.hidden = false;
+    bar.show(scale, table, words + how, clip < 100);
+    if (signed) return;
+    this.minimap?.draw();
+    this.stats.colour(table);
+  }
+
+  showCell(cell, values, held) {
+    const place = this.part("readout");
+    place.replaceChildren();
+    if (!cell) {
+      place.append(line("at-hint", "Point at the map to read a weight."));
+      return;
+    }
+    const { query: queries, key: keys } = this.view.first.labels();
+    place.append(
+      tokenLine("query (from)", queries?.[cell.row], cell.row),
+      tokenLine("key (to)", keys?.[cell.col], cell.col),
+    );
+    this.view.panels.forEach((panel, i) => {
+      const name = panel.source.signed ? "difference" : this.view.panels.length > 1 ? `#${panel.source.facts.run}` : "weight";
+      place.append(valueLine(name, values[i], panel, cell));
+    });
+    if (held) place.append(line("at-hint", "held · Esc lets go"));
+  }
+
+  showExports() {
+    const place = this.part("exports");
+    const { view } = this;
+    const { layer, head, rows, cols, scale, norm, reduce, colours } = view.state.values;
+    const region = { layer, head, rows: rows?.join(":"), cols: cols?.join(":") };
+    const theme = document.body.classList.contains("dark") ? "dark" : "light";
+    const colormap = view.table(false).name;
+    const look = { ...region, scale: norm === "row" ? "row" : scale, reduce, colormap, theme };
+    const runs = view.sources.map((source) => source.facts.run);
+    const base = runs.length > 1 ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
+    const which = runs.length > 1 ? { runs: runs.join(",") } : {};
+    place.replaceChildren(line("at-label", "this view"));
+    for (const [format, fields] of [["png", look], ["svg", look], ["npz", region]]) {
+      const link = document.createElement("a");
+      link.href = `${base}/${format}?${query({ ...which, ...fields })}`;
+      link.textContent = format.toUpperCase();
+      link.setAttribute("download", "");
+      place.append(link);
+    }
+    const share = button("Copy link", "copy the address of exactly this view", async () => {
+      view.state.write();
+      await navigator.clipboard.writeText(window.location.href);
+      share.textContent = "Copied";
+      setTimeout(() => (share.textContent = "Copy link"), 1500);
+    });
+    place.append(share);
+  }
+
+  stop() {
+    clearInterval(this.blinking);
+    this.minimap?.stop();
+    this.stats.stop();
+  }
+}
+
+function largest(values) {
+  let top = 0;
+  for (const value of values) if (value > top) top = value;
+  return top;
+}
+
+function differenceWords([a, b]) {
+  return `#${a.facts.run} − #${b.facts.run}`;
+}
+
+function button(words, help, onClick) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = words;
+  made.title = help;
+  made.addEventListener("click", onClick);
+  return made;
+}
+
+function line(css, words) {
+  const made = document.createElement("div");
+  made.className = css;
+  made.textContent = words;
+  return made;
+}
+
+function tokenLine(name, token, at) {
+  const row = line("at-read", "");
+  const label = document.createElement("span");
+  label.textContent = `${name} `;
+  const text = document.createElement("b");
+  text.textContent = token ?? "position";
+  row.append(label, text, ` (${at})`);
+  return row;
+}
+
+function valueLine(name, value, panel, cell) {
+  const row = line("at-read at-weight", "");
+  const label = document.createElement("span");
+  label.textContent = `${name} `;
+  const text = document.createElement("b");
+  const pooled = value === null ? panel.pooledAt(cell.row, cell.col) : null;
+  if (Number.isNaN(value ?? pooled)) text.textContent = "masked";
+  else if (value !== null) text.textContent = (panel.source.signed && value > 0 ? "+" : "") + precise(value);
+  else text.textContent = pooled === null ? "—" : `≲ ${precise(pooled)}`;
+  row.append(label, text);
+  return row;
+}

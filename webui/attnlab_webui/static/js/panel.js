@@ -1,0 +1,379 @@
+// One map on a canvas: a pooled tile for the region in view, over the pooled tile of everything.
+
+import { drawAxes, drawCrosshair, plotArea } from "./axes.js";
+import { paint, precise, short, indexOf } from "./colour.js";
+import { attachGestures } from "./gestures.js";
+import { ApiError, getTile, query } from "./request.js";
+import { hatch, readInk } from "./ink.js";
+
+const MOST_PIXELS = 512;
+const MOVING_MS = 70;
+const SLOW_MS = 180;
+
+export class Panel {
+  // source: {key, title, extent(): {rows, cols} or null, labels, path(fields), signed}
+  constructor(root, source, shared) {
+    this.root = root;
+    this.source = source;
+    this.shared = shared; // camera, state, cache, actions, onTile(panel)
+    this.camera = shared.camera;
+    this.actions = shared.actions;
+    this.base = null;
+    this.tile = null;
+    this.scale = null;
+    this.table = null;
+    this.error = null;
+    this.pending = null;
+    this.box = null;
+    this.borrowed = null;
+    this.build();
+    this.detach = [attachGestures(this), this.camera.listen(() => this.onCamera())];
+    this.observer = new ResizeObserver(() => this.resize());
+    this.observer.observe(this.stage);
+  }
+
+  build() {
+    this.root.classList.add("at-panel");
+    this.root.innerHTML =
+      '<div class="at-panel-head"><span class="at-panel-title"></span><span class="at-panel-value"></span></div>' +
+      '<div class="at-stage"><canvas class="at-map" tabindex="0" role="application"' +
+      ' aria-roledescription="attention map"></canvas><canvas class="at-over" aria-hidden="true"></canvas>' +
+      '<div class="at-busy" hidden></div><div class="at-veil" role="alert" hidden></div></div>';
+    const find = (name) => this.root.querySelector(name);
+    this.stage = find(".at-stage");
+    this.canvas = find(".at-map");
+    this.over = find(".at-over");
+    this.busy = find(".at-busy");
+    this.veil = find(".at-veil");
+    this.heading = find(".at-panel-title");
+    this.value = find(".at-panel-value");
+  }
+
+  // Throws away what is shown (another layer, head or run) and asks for the new map.
+  restart() {
+    this.base = null;
+    this.tile = null;
+    this.error = null;
+    this.heading.textContent = this.source.title();
+    this.canvas.setAttribute("aria-label", `${this.source.title()}. Rows are queries, columns are keys.`);
+    this.request();
+    this.draw();
+  }
+
+  resize() {
+    const box = this.stage.getBoundingClientRect();
+    if (box.width < 20 || box.height < 20) return;
+    this.dpr = window.devicePixelRatio || 1;
+    this.size = { w: box.width, h: box.height };
+    for (const canvas of [this.canvas, this.over]) {
+      canvas.width = Math.round(box.width * this.dpr);
+      canvas.height = Math.round(box.height * this.dpr);
+    }
+    this.plot = plotArea(box.width, box.height);
+    this.request();
+    this.draw();
+  }
+
+  onCamera() {
+    this.draw();
+    if (!this.camera.moving) this.request();
+    else this.throttle ??= setTimeout(() => this.request(), MOVING_MS);
+  }
+
+  // ---- asking for tiles
+
+  region() {
+    const extent = this.source.extent();
+    if (!extent || !this.plot) return null;
+    const { r0, r1, c0, c1 } = this.camera.window;
+    const rows = [Math.max(0, Math.floor(r0)), Math.min(extent.rows, Math.ceil(r1))];
+    const cols = [Math.max(0, Math.floor(c0)), Math.min(extent.cols, Math.ceil(c1))];
+    return rows[1] > rows[0] && cols[1] > cols[0] ? { rows, cols } : null;
+  }
+
+  fields(rows, cols) {
+    const size = (length) => Math.max(16, Math.min(MOST_PIXELS, Math.round(length * this.dpr)));
+    const { layer, head, reduce } = this.shared.state.values;
+    return {
+      layer,
+      head,
+      rows: rows.join(":"),
+      cols: cols.join(":"),
+      height: size(this.plot.h),
+      width: size(this.plot.w),
+      reduce,
+    };
+  }
+
+  async request() {
+    clearTimeout(this.throttle);
+    this.throttle = null;
+    const extent = this.source.extent();
+    const region = this.region();
+    if (!extent || !region) return;
+    try {
+      if (!this.base) {
+        this.base = await this.load([0, extent.rows], [0, extent.cols]);
+        this.shared.onTile(this);
+      }
+      this.tile = this.base.exact ? this.base : await this.load(region.rows, region.cols);
+      this.error = null;
+      this.shared.onTile(this);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof ApiError)) throw error;
+      this.error = error.message;
+    }
+    this.showVeil();
+    this.draw();
+  }
+
+  // Aborts the tile that is on its way when another one is wanted.
+  load(rows, cols) {
+    const path = this.source.path(this.fields(rows, cols));
+    if (this.pending?.path === path) return this.pending.promise;
+    this.pending?.controller.abort();
+    this.pending = null;
+    const known = this.shared.cache.get(path);
+    if (known) return known;
+    const controller = new AbortController();
+    const pending = { path, controller, promise: this.fetch(path, controller) };
+    this.pending = pending;
+    return pending.promise;
+  }
+
+  async fetch(path, controller) {
+    const slow = setTimeout(() => (this.busy.hidden = false), SLOW_MS);
+    try {
+      const tile = await getTile(path, controller.signal);
+      this.shared.cache.put(path, tile);
+      return tile;
+    } finally {
+      clearTimeout(slow);
+      if (this.pending?.controller === controller) {
+        this.pending = null;
+        this.busy.hidden = true;
+      }
+    }
+  }
+
+  get idle() {
+    const settled = !this.camera.moving && !this.pending && !this.throttle;
+    return settled && (this.error !== null || this.tile !== null || this.source.extent() === null);
+  }
+
+  showVeil() {
+    this.veil.hidden = this.error === null;
+    if (this.error === null) return;
+    this.veil.replaceChildren();
+    const words = document.createElement("p");
+    words.textContent = this.error;
+    const again = document.createElement("button");
+    again.type = "button";
+    again.textContent = "Try again";
+    again.addEventListener("click", () => this.restart());
+    this.veil.append(words, again);
+  }
+
+  // ---- drawing
+
+  colour(scale, table) {
+    this.scale = scale;
+    this.table = table;
+    this.draw();
+  }
+
+  draw() {
+    this.drawing ??= requestAnimationFrame(() => {
+      this.drawing = null;
+      this.drawNow();
+    });
+  }
+
+  // Draws another panel's map in this place (null: its own again).
+  borrow(panel) {
+    this.borrowed = panel;
+    this.heading.textContent = (panel ?? this).source.title();
+    this.root.classList.toggle("at-borrowed", panel !== null);
+    this.draw();
+  }
+
+  drawNow() {
+    if (!this.plot) return;
+    const { base, tile } = this.borrowed ?? this;
+    const context = this.canvas.getContext("2d");
+    const ink = readInk(this.root);
+    context.setTransform(this.dpr, 0, 0, this.dpr, 0, 0);
+    context.clearRect(0, 0, this.size.w, this.size.h);
+    context.fillStyle = ink.empty;
+    context.fillRect(this.plot.x, this.plot.y, this.plot.w, this.plot.h);
+    context.save();
+    context.beginPath();
+    context.rect(this.plot.x, this.plot.y, this.plot.w, this.plot.h);
+    context.clip();
+    if (this.scale && base) this.drawTile(context, base, ink);
+    if (this.scale && tile && tile !== base) this.drawTile(context, tile, ink);
+    this.drawGrid(context, ink);
+    context.restore();
+    context.strokeStyle = ink.frame;
+    context.lineWidth = 1;
+    context.strokeRect(this.plot.x - 0.5, this.plot.y - 0.5, this.plot.w + 1, this.plot.h + 1);
+    drawAxes(context, this.plot, this.camera.window, this.source.labels(), ink);
+    this.drawOver(ink);
+  }
+
+  place(rows, cols) {
+    const { r0, r1, c0, c1 } = this.camera.window;
+    const { x, y, w, h } = this.plot;
+    const left = x + ((cols[0] - c0) * w) / (c1 - c0);
+    const top = y + ((rows[0] - r0) * h) / (r1 - r0);
+    return {
+      x: left,
+      y: top,
+      w: ((cols[1] - cols[0]) * w) / (c1 - c0),
+      h: ((rows[1] - rows[0]) * h) / (r1 - r0),
+    };
+  }
+
+  drawTile(context, tile, ink) {
+    const at = this.place(tile.rows, tile.cols);
+    context.fillStyle = hatch(context, ink);
+    context.fillRect(at.x, at.y, at.w, at.h);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.bitmap(tile), at.x, at.y, at.w, at.h);
+  }
+
+  bitmap(tile) {
+    const norm = this.source.signed ? "none" : this.shared.state.get("norm");
+    const key = [this.scale.kind, this.scale.top, this.scale.signed, norm, this.table.name].join();
+    tile.bitmaps ??= new Map();
+    if (!tile.bitmaps.has(key)) {
+      const canvas = document.createElement("canvas");
+      canvas.width = tile.width;
+      canvas.height = tile.height;
+      canvas.getContext("2d").putImageData(paint(tile, this.scale, this.table.colours, norm), 0, 0);
+      if (tile.bitmaps.size > 2) tile.bitmaps.clear();
+      tile.bitmaps.set(key, canvas);
+    }
+    return tile.bitmaps.get(key);
+  }
+
+  drawGrid(context, ink) {
+    const { r0, r1, c0, c1 } = this.camera.window;
+    const width = this.plot.w / (c1 - c0);
+    const height = this.plot.h / (r1 - r0);
+    if (Math.min(width, height) < 9) return;
+    context.strokeStyle = ink.grid;
+    context.lineWidth = 1;
+    context.beginPath();
+    for (let row = Math.ceil(r0); row < r1; row++) {
+      const y = Math.round(this.plot.y + (row - r0) * height) + 0.5;
+      context.moveTo(this.plot.x, y);
+      context.lineTo(this.plot.x + this.plot.w, y);
+    }
+    for (let col = Math.ceil(c0); col < c1; col++) {
+      const x = Math.round(this.plot.x + (col - c0) * width) + 0.5;
+      context.moveTo(x, this.plot.y);
+      context.lineTo(x, this.plot.y + this.plot.h);
+    }
+    context.stroke();
+    if (width >= 44 && height >= 16) this.drawNumbers(context, width, height, ink);
+  }
+
+  drawNumbers(context, width, height, ink) {
+    const { r0, r1, c0, c1 } = this.camera.window;
+    context.font = `11px ${ink.mono}`;
+    context.textAlign = "center";
+    context.textBaseline = "middle";
+    for (let row = Math.floor(r0); row < r1; row++) {
+      for (let col = Math.floor(c0); col < c1; col++) {
+        const value = (this.borrowed ?? this).valueAt(row, col);
+        if (value === null || Number.isNaN(value)) continue;
+        const at = indexOf(this.scale, value) * 3;
+        const [red, green, blue] = this.table.colours.subarray(at, at + 3);
+        context.fillStyle = red * 0.3 + green * 0.59 + blue * 0.11 > 140 ? "#111" : "#fff";
+        const x = this.plot.x + (col + 0.5 - c0) * width;
+        context.fillText(short(value), x, this.plot.y + (row + 0.5 - r0) * height);
+      }
+    }
+  }
+
+  drawOver(ink = readInk(this.root)) {
+    const context = this.over.getContext("2d");
+    context.setTransform(this.dpr, 0, 0, this.dpr, 0, 0);
+    context.clearRect(0, 0, this.size.w, this.size.h);
+    const cell = this.shared.cross();
+    if (cell) drawCrosshair(context, this.plot, this.camera.window, this.source.labels(), cell, ink);
+    if (!this.box) return;
+    context.strokeStyle = ink.accent;
+    context.fillStyle = ink.wash;
+    context.setLineDash([4, 3]);
+    context.fillRect(this.box.x, this.box.y, this.box.w, this.box.h);
+    context.strokeRect(this.box.x + 0.5, this.box.y + 0.5, this.box.w, this.box.h);
+    context.setLineDash([]);
+  }
+
+  setBox(box) {
+    this.box = box;
+    if (this.plot) this.drawOver();
+  }
+
+  // ---- reading
+
+  pointAt(x, y) {
+    const { r0, r1, c0, c1 } = this.camera.window;
+    return {
+      row: r0 + ((y - this.plot.y) * (r1 - r0)) / this.plot.h,
+      col: c0 + ((x - this.plot.x) * (c1 - c0)) / this.plot.w,
+    };
+  }
+
+  cellAt(x, y) {
+    const extent = this.source.extent();
+    const { row, col } = this.pointAt(x, y);
+    const cell = { row: Math.floor(row), col: Math.floor(col) };
+    return extent && cell.row < extent.rows && cell.col < extent.cols ? cell : null;
+  }
+
+  // The exact weight when a tile in hand holds it, NaN when masked, null when it must be asked for.
+  valueAt(row, col) {
+    for (const tile of [this.tile, this.base]) {
+      if (!tile?.exact) continue;
+      const [r, c] = [row - tile.rows[0], col - tile.cols[0]];
+      if (r >= 0 && c >= 0 && r < tile.height && c < tile.width) return tile.values[r * tile.width + c];
+    }
+    return null;
+  }
+
+  // What the tile shows there: the pooled value of the block that holds the cell.
+  pooledAt(row, col) {
+    for (const tile of [this.tile, this.base]) {
+      if (!tile) continue;
+      const r = Math.floor(((row - tile.rows[0]) * tile.height) / (tile.rows[1] - tile.rows[0]));
+      const c = Math.floor(((col - tile.cols[0]) * tile.width) / (tile.cols[1] - tile.cols[0]));
+      if (r >= 0 && c >= 0 && r < tile.height && c < tile.width) return tile.values[r * tile.width + c];
+    }
+    return null;
+  }
+
+  showValue(value) {
+    if (value === null) this.value.textContent = "";
+    else this.value.textContent = Number.isNaN(value) ? "masked" : signed(value, this.source.signed);
+  }
+
+  cellPath(row, col) {
+    const { layer, head } = this.shared.state.values;
+    return this.source.cellPath(query({ layer, head, row, col }));
+  }
+
+  stop() {
+    this.pending?.controller.abort();
+    clearTimeout(this.throttle);
+    this.observer.disconnect();
+    for (const detach of this.detach) detach();
+  }
+}
+
+function signed(value, withSign) {
+  return (withSign && value > 0 ? "+" : "") + precise(value);
+}

@@ -1,0 +1,80 @@
+// Requests to /api/v1: errors become Error objects with the server's sentence; every request can be aborted.
+
+const BASE = new URL("/api/v1", window.location.origin).toString();
+
+export class ApiError extends Error {
+  constructor(message, status) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+  }
+}
+
+async function ask(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(BASE + path, { credentials: "same-origin", ...options });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server does not answer. Is attnlab still running?", 0);
+  }
+  if (response.ok) return response;
+  let message = `The server answered ${response.status}.`;
+  try {
+    message = (await response.json()).error ?? message;
+  } catch {
+    // not JSON: the status is all there is to say
+  }
+  throw new ApiError(message, response.status);
+}
+
+export async function getJson(path, signal) {
+  return (await ask(path, { signal })).json();
+}
+
+// A region as float32 [height, width] in row order; NaN where no query may attend to any key.
+export async function getTile(path, signal) {
+  const response = await ask(path, { signal });
+  const pair = (name) => response.headers.get(name).split(/[,:]/).map(Number);
+  const [height, width] = pair("x-attnlab-shape");
+  return {
+    height,
+    width,
+    rows: pair("x-attnlab-rows"),
+    cols: pair("x-attnlab-cols"),
+    maximum: Number(response.headers.get("x-attnlab-max")),
+    exact: response.headers.get("x-attnlab-exact") === "1",
+    values: new Float32Array(await response.arrayBuffer()),
+  };
+}
+
+export function query(fields) {
+  const given = Object.entries(fields).filter(([, value]) => value !== null && value !== undefined);
+  return given.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
+}
+
+// Remembers the newest tiles; a tile of a finished run never changes.
+export class TileCache {
+  constructor(limit = 64) {
+    this.limit = limit;
+    this.tiles = new Map();
+  }
+
+  get(key) {
+    const tile = this.tiles.get(key);
+    if (tile) {
+      this.tiles.delete(key);
+      this.tiles.set(key, tile);
+    }
+    return tile;
+  }
+
+  put(key, tile) {
+    this.tiles.set(key, tile);
+    if (this.tiles.size > this.limit) this.tiles.delete(this.tiles.keys().next().value);
+  }
+
+  clear() {
+    this.tiles.clear();
+  }
+}

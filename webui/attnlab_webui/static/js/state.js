@@ -1,0 +1,103 @@
+// What is looked at: layer, head, region and how it is drawn. It lives in the address, so that a link shows the same.
+
+const SCALES = ["log", "linear"];
+const POOLING = ["max", "mean"];
+const NORMS = ["none", "row"];
+const CLIPS = [100, 99.9, 99, 95];
+const COLOURS = ["auto", "paper", "viridis", "magma"];
+const STATISTICS = /^[a-z_]{1,40}$/;
+
+export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS };
+
+export const DEFAULTS = {
+  layer: 0,
+  head: 0,
+  rows: null, // [from, to) or null for all
+  cols: null,
+  scale: "log",
+  reduce: "max",
+  norm: "none",
+  clip: 100,
+  colours: "auto",
+  statistic: null,
+};
+
+const own = Object.keys(DEFAULTS);
+
+export function parse(search) {
+  const given = new URLSearchParams(search);
+  const state = { ...DEFAULTS };
+  for (const name of ["layer", "head"]) {
+    const value = Number.parseInt(given.get(name), 10);
+    if (Number.isInteger(value) && value >= 0) state[name] = value;
+  }
+  for (const name of ["rows", "cols"]) state[name] = parseRange(given.get(name));
+  for (const [name, choices] of Object.entries(CHOICES)) {
+    const value = choices.find((choice) => String(choice) === given.get(name));
+    if (value !== undefined) state[name] = value;
+  }
+  if (STATISTICS.test(given.get("statistic") ?? "")) state.statistic = given.get("statistic");
+  return state;
+}
+
+export function parseRange(text) {
+  const match = /^(\d{1,9}):(\d{1,9})$/.exec(text ?? "");
+  if (!match) return null;
+  const [from, to] = [Number(match[1]), Number(match[2])];
+  return to > from ? [from, to] : null;
+}
+
+// The address of this state; parameters that are not ours (id, run, runs, pair) stay as they are.
+export function format(state, search) {
+  const params = new URLSearchParams(search);
+  for (const name of own) {
+    const value = state[name];
+    const text = Array.isArray(value) ? value.join(":") : String(value);
+    if (value === null || value === DEFAULTS[name]) params.delete(name);
+    else params.set(name, text);
+  }
+  const always = ["layer", "head"];
+  for (const name of always) params.set(name, state[name]);
+  return params.toString().replaceAll("%3A", ":").replaceAll("%2C", ",");
+}
+
+export class State {
+  constructor(search = window.location.search) {
+    this.values = parse(search);
+    this.listeners = new Set();
+    this.writing = null;
+  }
+
+  get(name) {
+    return this.values[name];
+  }
+
+  set(patch) {
+    const changed = Object.keys(patch).filter((name) => !same(patch[name], this.values[name]));
+    if (!changed.length) return;
+    Object.assign(this.values, patch);
+    for (const listener of this.listeners) listener(changed);
+    clearTimeout(this.writing);
+    this.writing = setTimeout(() => this.write(), 200);
+  }
+
+  listen(listener) {
+    this.listeners.add(listener);
+    return () => this.listeners.delete(listener);
+  }
+
+  write() {
+    const address = `${window.location.pathname}?${format(this.values, window.location.search)}`;
+    history.replaceState(history.state, "", address);
+  }
+
+  stop() {
+    clearTimeout(this.writing);
+    this.listeners.clear();
+  }
+}
+
+function same(a, b) {
+  if (Array.isArray(a) && Array.isArray(b)) return a.length === b.length && a.every((v, i) => v === b[i]);
+  return a === b;
+}

@@ -1,0 +1,272 @@
+// The map view: panels that share one camera, one crosshair and one colour scale, with their controls.
+
+import { Camera } from "./camera.js";
+import { isDark, loadTables, makeScale, tableName, topOf } from "./colour.js";
+import { Controls } from "./controls.js";
+import { Panel } from "./panel.js";
+import { getJson, getTile, query, TileCache } from "./request.js";
+import { DifferenceSource, MapSource } from "./source.js";
+import { State } from "./state.js";
+
+const CELL_MS = 40;
+const DARK_DIFFERENCE = ["6cb6ff", "2f6fb5", "12161d", "b5403c", "ff8a80"];
+
+export class View {
+  // config: {mode: "single" | "compare", runs: [ids], pair: [a, b] or null}
+  constructor(root, config) {
+    this.root = root;
+    this.config = config;
+    this.state = new State();
+    this.cache = new TileCache();
+    this.panels = [];
+    this.hovered = null;
+    this.held = null;
+    this.camera = new Camera((rows, cols) => this.state.set({ rows, cols }));
+    this.actions = {
+      hover: (cell) => this.hover(cell),
+      hold: (cell) => this.hold(cell),
+      moveCross: (rows, cols) => this.moveCross(rows, cols),
+      step: (name, by) => this.step(name, by),
+      select: (at) => this.select(at),
+      toggleScale: () => this.state.set({ scale: this.state.get("scale") === "log" ? "linear" : "log" }),
+    };
+    this.ready = this.load();
+  }
+
+  async load() {
+    const runs = this.config.runs;
+    const answers = [loadTables(), ...runs.map((run) => getJson(`/runs/${run}/map`))];
+    const [tables, ...facts] = await Promise.all(answers);
+    const tokens = await Promise.all(runs.map((run) => getJson(`/runs/${run}/tokens`)));
+    this.tables = tables;
+    this.sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
+    this.settleSelection();
+    this.controls = new Controls(this.root, this);
+    this.makePanels();
+    this.openCamera();
+    this.state.listen((changed) => this.onState(changed));
+    this.themes = new MutationObserver(() => this.recolour());
+    this.themes.observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    this.restart();
+  }
+
+  get first() {
+    return this.sources[0];
+  }
+
+  pair() {
+    const wanted = this.config.pair ?? [];
+    const known = wanted.map((run) => this.sources.find((source) => source.facts.run === run));
+    return known.length === 2 && known.every(Boolean) ? known : this.sources.slice(0, 2);
+  }
+
+  makePanels() {
+    const shared = {
+      camera: this.camera,
+      state: this.state,
+      cache: this.cache,
+      actions: this.actions,
+      cross: () => this.held ?? this.hovered,
+      onTile: () => this.recolour(),
+    };
+    const sources = [...this.sources];
+    if (this.config.mode === "compare" && sources.length > 1) sources.push(new DifferenceSource(...this.pair(), this.state));
+    this.panels = sources.map((source) => new Panel(this.controls.panelRoot(), source, shared));
+    this.controls.arrange(this.panels);
+  }
+
+  // Layer and head of the address, or the nearest that the map has.
+  settleSelection() {
+    const layers = this.first.facts.layers;
+    const wanted = this.state.get("layer");
+    const layer = layers.some((entry) => entry.layer === wanted) ? wanted : layers[0].layer;
+    const heads = layers.find((entry) => entry.layer === layer).heads;
+    this.state.set({ layer, head: Math.min(this.state.get("head"), heads - 1) });
+  }
+
+  openCamera() {
+    const extents = this.sources.map((source) => source.extent()).filter(Boolean);
+    const rows = Math.max(1, ...extents.map((extent) => extent.rows));
+    const cols = Math.max(1, ...extents.map((extent) => extent.cols));
+    this.camera.open({ rows, cols }, this.state.get("rows"), this.state.get("cols"));
+  }
+
+  restart() {
+    for (const panel of this.panels) panel.restart();
+    this.controls.showSelection();
+    this.loadThumbs();
+    this.readCross();
+  }
+
+  onState(changed) {
+    if (changed.includes("layer") || changed.includes("head")) {
+      this.settleSelection();
+      this.openCamera();
+      this.restart();
+    } else if (changed.includes("reduce")) this.restart();
+    else if (changed.some((name) => ["scale", "norm", "clip", "colours"].includes(name))) this.recolour();
+    this.controls.show(changed);
+  }
+
+  // ---- what is chosen
+
+  select({ layer = this.state.get("layer"), head = this.state.get("head") }) {
+    this.state.set({ layer, head });
+  }
+
+  step(name, by) {
+    const layers = this.first.facts.layers;
+    if (name === "layer") {
+      const at = layers.findIndex((entry) => entry.layer === this.state.get("layer"));
+      const next = layers[at + by];
+      if (next) this.select({ layer: next.layer });
+      return;
+    }
+    const head = this.state.get("head") + by;
+    if (head >= 0 && head < this.first.layer.heads) this.select({ head });
+  }
+
+  async loadThumbs() {
+    const { layer, reduce } = this.state.values;
+    const { run, stamp } = this.first.facts;
+    this.thumbsWanted?.abort();
+    this.thumbsWanted = new AbortController();
+    const path = `/runs/${run}/thumbnails?${query({ layer, size: 40, reduce, v: stamp })}`;
+    try {
+      let thumbs = this.cache.get(path);
+      if (!thumbs) {
+        const tile = await getTile(path, this.thumbsWanted.signal);
+        const heads = this.first.layer.heads;
+        thumbs = { heads, height: tile.height / heads, width: tile.width, values: tile.values };
+        this.cache.put(path, thumbs);
+      }
+      this.thumbs = thumbs;
+      this.controls.drawThumbs();
+    } catch (error) {
+      if (error.name !== "AbortError") this.controls.complain(error.message);
+    }
+  }
+
+  // ---- colours: one scale for everything that is compared
+
+  table(signed) {
+    if (!signed) {
+      const name = tableName(this.state.get("colours"));
+      return { name, colours: this.tables[name] };
+    }
+    if (!isDark()) return { name: "blue_red", colours: this.tables.blue_red };
+    this.darkTable ??= ramp(DARK_DIFFERENCE);
+    return { name: "dark_difference", colours: this.darkTable };
+  }
+
+  recolour() {
+    for (const signed of [false, true]) {
+      const panels = this.panels.filter((panel) => panel.source.signed === signed);
+      const tiles = panels.flatMap((panel) => [panel.base, panel.tile]).filter(Boolean);
+      if (!tiles.length) continue;
+      const { scale: kind, norm, clip } = this.state.values;
+      const whole = norm === "row" && !signed;
+      const top = whole ? 1 : topOf([...new Set(tiles)], clip);
+      const scale = makeScale({ kind, top, signed });
+      const table = this.table(signed);
+      for (const panel of panels) panel.colour(scale, table);
+      this.controls.showScale(scale, table, signed);
+    }
+    this.controls.drawThumbs();
+  }
+
+  // ---- the crosshair
+
+  hover(cell) {
+    if (this.held || same(cell, this.hovered)) return;
+    this.hovered = cell;
+    this.readCross();
+  }
+
+  hold(cell) {
+    this.held = same(cell, this.held) ? null : cell;
+    this.hovered = cell;
+    this.readCross();
+  }
+
+  moveCross(rows, cols) {
+    const { r0, r1, c0, c1 } = this.camera.window;
+    const from = this.held ?? this.hovered ?? { row: Math.floor((r0 + r1) / 2), col: Math.floor((c0 + c1) / 2) };
+    const into = (value, size) => Math.min(size - 1, Math.max(0, value));
+    const { extent } = this.camera;
+    const cell = { row: into(from.row + rows, extent.rows), col: into(from.col + cols, extent.cols) };
+    this.held = cell;
+    if (cell.row < r0 || cell.row >= r1) this.camera.pan(rows, 0);
+    if (cell.col < c0 || cell.col >= c1) this.camera.pan(0, cols);
+    this.readCross();
+  }
+
+  // Shows the weight under the crosshair in every panel: from the tile when it is exact, else from the server.
+  readCross() {
+    const cell = this.held ?? this.hovered;
+    this.cellWanted?.abort();
+    clearTimeout(this.cellTimer);
+    for (const panel of this.panels) if (panel.plot) panel.drawOver();
+    const values = this.panels.map((panel) => (cell ? inside(panel, cell) : null));
+    this.panels.forEach((panel, i) => panel.showValue(values[i]));
+    this.controls.showCell(cell, values, this.held !== null);
+    if (!cell || values.every((value) => value !== null)) return;
+    this.cellTimer = setTimeout(() => this.askCell(cell, values), CELL_MS);
+  }
+
+  async askCell(cell, values) {
+    const controller = new AbortController();
+    this.cellWanted = controller;
+    const { row, col } = cell;
+    const asked = this.panels.map(async (panel, i) => {
+      const extent = panel.source.extent();
+      if (values[i] !== null || !extent || row >= extent.rows || col >= extent.cols) return values[i];
+      const answer = await getJson(panel.cellPath(row, col), controller.signal);
+      return answer.masked ? Number.NaN : answer.value;
+    });
+    const answers = await Promise.allSettled(asked);
+    if (controller.signal.aborted) return;
+    this.cellWanted = null;
+    const found = answers.map((answer) => (answer.status === "fulfilled" ? answer.value : null));
+    this.panels.forEach((panel, i) => panel.showValue(found[i]));
+    this.controls.showCell(cell, found, this.held !== null);
+  }
+
+  get idle() {
+    return this.panels.length > 0 && !this.cellWanted && this.panels.every((panel) => panel.idle);
+  }
+
+  stop() {
+    this.stopped = true;
+    this.cellWanted?.abort();
+    this.thumbsWanted?.abort();
+    clearTimeout(this.cellTimer);
+    this.themes?.disconnect();
+    for (const panel of this.panels) panel.stop();
+    this.controls?.stop();
+    this.camera.stop();
+    this.state.stop();
+  }
+}
+
+function inside(panel, { row, col }) {
+  const extent = panel.source.extent();
+  return extent && row < extent.rows && col < extent.cols ? panel.valueAt(row, col) : null;
+}
+
+function same(a, b) {
+  return a === b || (a !== null && b !== null && a.row === b.row && a.col === b.col);
+}
+
+function ramp(stops) {
+  const colours = stops.map((stop) => [0, 2, 4].map((at) => Number.parseInt(stop.slice(at, at + 2), 16)));
+  const table = new Uint8Array(768);
+  for (let i = 0; i < 256; i++) {
+    const at = (i / 255) * (stops.length - 1);
+    const from = Math.min(stops.length - 2, Math.floor(at));
+    for (let c = 0; c < 3; c++) {
+      table[i * 3 + c] = Math.round(colours[from][c] + (at - from) * (colours[from + 1][c] - colours[from][c]));
+    }
+  }
+  return table;
+}
