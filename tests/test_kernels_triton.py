@@ -1,0 +1,88 @@
+"""Our Triton kernel without a GPU: right under the interpreter, and compiled for three generations of cards.
+
+Both need a fresh process, because triton decides at import whether a kernel is interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from attnlab_kernels.masks import Causal
+from attnlab_kernels.operations.softmax.api import supports
+
+LAWS = Path(__file__).with_name("test_kernels_softmax.py")
+
+
+@pytest.mark.slow
+def test_the_kernel_obeys_every_law_under_the_interpreter(tmp_path):
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    report = tmp_path / "report.xml"
+    command = [*("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton or maximum or gqa or newest")]
+    subprocess.run(
+        [sys.executable, *command, f"--junitxml={report}", str(LAWS)],
+        cwd=LAWS.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        check=True,
+        timeout=280,
+    )
+    suite = ElementTree.parse(report).getroot()[0]
+    assert int(suite.attrib["tests"]) > 200
+    assert int(suite.attrib["skipped"]) == 0
+
+
+def in_process(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True
+    )
+    return result.stdout
+
+
+SAY_SUPPORT = """
+import torch
+from attnlab_kernels.operations.softmax.api import supports
+q = torch.zeros(1, 2, 8, 16, dtype=torch.{dtype})
+print(supports("triton", q, q, q, need_grad={grad}).reason)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad", "says"),
+    [
+        ("bfloat16", False, "silently wrong in bfloat16"),
+        ("float64", False, "needs float32, float16 or bfloat16"),
+        ("float32", True, "no backward"),
+        ("float32", False, "simulated by Triton's interpreter"),
+    ],
+)
+def test_the_interpreter_refuses_what_it_gets_wrong(dtype, grad, says):
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    assert says in in_process(SAY_SUPPORT.format(dtype=dtype, grad=grad), TRITON_INTERPRET="1")
+
+
+def test_without_a_gpu_and_without_the_interpreter_it_is_refused_with_the_way_out():
+    q = torch.zeros(1, 2, 8, 16)
+    support = supports("triton", q, q, q, mask=Causal())
+    assert not support
+    assert "needs an NVIDIA GPU" in support.reason
+    assert "TRITON_INTERPRET=1" in support.reason
+
+
+def test_with_triton_blocked_everything_else_works_and_the_reason_says_what_to_install():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from attnlab_kernels import attend, supports, Causal, MultiHeadAttention\n"
+        "q = torch.randn(1, 2, 8, 16)\n"
+        "for name in ('eager', 'sdpa_math', 'sdpa_flash'):\n"
+        "    attend(q, q, q, mask=Causal(), implementation=name)\n"
+        "MultiHeadAttention(hidden_size=16, num_heads=2)(torch.randn(1, 3, 16))\n"
+        "print(supports('triton', q, q, q).reason)\n"
+    )
+    assert "pip install triton" in in_process(code)
