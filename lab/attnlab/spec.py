@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
-from attnlab_kernels.catalog import MECHANISMS, validate_parameters
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -33,6 +32,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from attnlab_kernels.catalog import MECHANISMS, validate_parameters
 
 from .documents import read_document, write_document
 from .inputs import count_tokens

@@ -1,0 +1,250 @@
+"""The steps of one run, in order: load, check, capture, measure, time, weigh."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_storage.queue import Claim
+from attnlab_storage.results import MeasurementRow
+
+from .environment import describe_environment
+from .hook import LayerCall, Listener
+from .models import ModelError, shared_model
+from .probes.accuracy import attention_errors
+from .probes.kernel import KernelCall
+from .probes.maps import trace_call
+from .probes.memory import peak_memory
+from .probes.statistics import head_statistics
+from .probes.timing import kernels_that_ran, latency
+from .recorder import Recorder
+from .spec import RunPoint, parse_spec
+from .subjects import Subject
+from .subjects.model import ModelSubject
+
+
+@dataclass
+class _Found:
+    """What the summary of a run is made of."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    implementations: Counter[str] = field(default_factory=Counter)
+    heads: int = 0
+    layers: int = 0
+
+    def hear(self, call: LayerCall) -> None:
+        self.implementations[call.implementation] += 1
+        self.heads = max(self.heads, call.query.shape[1])
+        self.layers = max(self.layers, call.layer + 1)
+
+    def worst(self, name: str, value: float) -> None:
+        self.values[name] = max(value, self.values.get(name, 0.0))
+
+
+class Procedure:
+    """One run: everything it learns goes to the recorder as soon as it is known."""
+
+    def __init__(self, recorder: Recorder, claim: Claim, device: str | None) -> None:
+        self._recorder = recorder
+        self._spec = parse_spec(claim.spec)
+        self._point = RunPoint(**claim.point)
+        self._device = choose_device(self._point.gpus, device)
+        self._found = _Found()
+        self._middle: KernelCall | None = None
+
+    def perform(self) -> dict[str, Any]:
+        """Do all steps; returns the summary that is kept with the run."""
+        recorder, record = self._recorder, set(self._spec.record)
+        torch.manual_seed(self._spec.seed)
+        recorder.phase("loading model")
+        subject = self._load()
+        recorder.environment(self._environment(subject))
+        recorder.input(subject.input_row())
+        with torch.enable_grad() if self._point.phase == "train" else torch.inference_mode():
+            recorder.phase("checking")
+            self._check(subject)
+            with subject.ready():
+                if "maps" in record:
+                    self._capture(subject)
+                if record & {"accuracy", "statistics"}:
+                    self._measure(subject)
+                if "timing" in record:
+                    self._time(subject)
+                if "memory" in record:
+                    self._weigh(subject)
+        return self._summary(subject)
+
+    def _load(self) -> Subject:
+        began = time.perf_counter()
+        if self._spec.module is not None:
+            from .subjects.module import ModuleSubject
+
+            subject: Subject = ModuleSubject(self._spec, self._point, self._device)
+        else:
+            loaded = shared_model(self._point.model, self._point.dtype, str(self._device))
+            subject = ModelSubject(loaded, self._spec, self._point)
+        self._recorder.log(
+            f"loaded {subject.identity['name']} ({subject.identity['parameters']:,} parameters, "
+            f"{self._point.dtype} on {self._device}) in {time.perf_counter() - began:.1f} s; {subject.tokens} tokens"
+        )
+        return subject
+
+    def _environment(self, subject: Subject) -> dict[str, Any]:
+        described = describe_environment(self._device.type)
+        return described | {"model": subject.identity, "seed": self._spec.seed}
+
+    def _check(self, subject: Subject) -> None:
+        rows = subject.check()
+        self._recorder.measurements(rows)
+        for row in rows[:1]:
+            detail = row.detail or {}
+            self._recorder.log(
+                f"check: {row.value:.2g} ({row.unit}) off {detail['against']} on {detail['tokens']} tokens"
+            )
+
+    def _capture(self, subject: Subject) -> None:
+        """Store the trace of each layer in the forward that makes it."""
+        wanted = self._wanted(subject)
+        stored: set[int] = set()
+        began = time.perf_counter()
+        with self._recorder.writer(len(wanted)) as writer:
+
+            def capture(call: LayerCall) -> None:
+                if self._spec.layers != "all" and call.layer not in wanted:
+                    return
+                trace = trace_call(call)
+                self._found.worst("row_sum_defect", trace.row.row_sum_defect)
+                self._found.worst("output_defect", trace.row.output_defect)
+                stored.add(call.layer)
+                writer.put(trace)
+
+            self._recorder.phase("capturing", 0, len(wanted))
+            subject.prepare()
+            subject.step(self._listening(capture))
+        if missing := sorted(set(wanted) - stored):
+            last = self._found.layers - 1
+            raise ModelError(
+                f"layers: must be from 0 to {last}, the model computes no attention {missing[0]}"
+            )
+        self._found.values["capture_ms"] = (time.perf_counter() - began) * 1e3
+        self._recorder.log(f"captured {len(stored)} layers in {self._found.values['capture_ms'] / 1e3:.2f} s")
+
+    def _measure(self, subject: Subject) -> None:
+        """Measure accuracy and statistics in one forward of their own."""
+        record, wanted = set(self._spec.record), self._wanted(subject)
+        compared = {0, subject.layers // 2, subject.layers - 1}
+        rows: list[MeasurementRow] = []
+
+        def measure(call: LayerCall) -> None:
+            self._recorder.phase("measuring", call.layer, max(subject.layers, call.layer))
+            if "accuracy" in record and call.layer in compared:
+                rows.extend(attention_errors(call))
+            if "statistics" in record and (self._spec.layers == "all" or call.layer in wanted):
+                rows.extend(head_statistics(call))
+
+        subject.prepare()
+        hidden = subject.step(self._listening(measure))
+        if "accuracy" in record:
+            self._recorder.phase("comparing logits")
+            rows.extend(subject.loss(hidden.detach()))
+        self._recorder.measurements(rows)
+
+    def _time(self, subject: Subject) -> None:
+        def progress(done: int) -> None:
+            self._recorder.phase("timing", done, self._spec.repeats)
+
+        self._recorder.phase("timing", 0, self._spec.repeats)
+        middle = self._middle_call(subject)
+        whole = latency(
+            "latency",
+            subject.step,
+            self._spec.repeats,
+            self._device,
+            prepare=subject.prepare,
+            progress=progress,
+        )
+        kernel = latency("attention_latency", middle.run, self._spec.repeats, self._device, cold=True)
+        kernels = kernels_that_ran(middle.run, self._device)
+        detail = {"layer": middle.layer, "implementation": middle.implementation, "kernels": kernels}
+        rows = [whole, with_detail(kernel, detail)]
+        if (captured := self._found.values.get("capture_ms")) is not None:
+            compared = {"captured_ms": captured, "plain_ms": whole.value}
+            rows.append(MeasurementRow("capture_overhead", captured / whole.value, "ratio", detail=compared))
+        self._recorder.measurements(rows)
+        self._found.values |= {
+            "latency_ms": whole.value,
+            "attention_latency_ms": kernel.value,
+            "kernels": kernels,
+        }
+        self._recorder.log(
+            f"latency {whole.value:.2f} ms, attention {kernel.value:.3f} ms: {', '.join(kernels)}"
+        )
+
+    def _weigh(self, subject: Subject) -> None:
+        self._recorder.phase("measuring memory")
+        middle = self._middle_call(subject)
+        floor = middle.floor_bytes
+        whole = peak_memory("peak_memory", subject.step, self._device, floor=floor, prepare=subject.prepare)
+        kernel = peak_memory("attention_peak_memory", middle.run, self._device, floor=floor)
+        self._recorder.measurements([whole, with_detail(kernel, {"layer": middle.layer})])
+        self._found.values["peak_memory_bytes"] = int(whole.value)
+        self._recorder.log(f"peak memory {whole.value / 1e6:.1f} MB, attention {kernel.value / 1e6:.1f} MB")
+
+    def _wanted(self, subject: Subject) -> list[int]:
+        layers = self._spec.layers
+        return list(range(subject.layers)) if isinstance(layers, str) else list(layers)
+
+    def _listening(self, listener: Listener) -> Listener:
+        def hear(call: LayerCall) -> None:
+            self._found.hear(call)
+            listener(call)
+
+        return hear
+
+    def _middle_call(self, subject: Subject) -> KernelCall:
+        """The attention of a middle layer on its real Q, K and V, to be repeated alone."""
+        if self._middle is None:
+            place = subject.layers // 2
+
+            def keep(call: LayerCall) -> None:
+                if call.layer == place:
+                    self._middle = KernelCall.of(call, self._point.phase == "train")
+
+            subject.prepare()
+            subject.step(self._listening(keep))
+        if self._middle is None:
+            raise Unsupported(f"model: computes no attention {subject.layers // 2}")
+        return self._middle
+
+    def _summary(self, subject: Subject) -> dict[str, Any]:
+        chosen = ", ".join(name for name, _ in self._found.implementations.most_common())
+        return self._found.values | {
+            "implementation": chosen,
+            "swap": subject.kind,
+            "layers": self._found.layers,
+            "heads": self._found.heads,
+            "tokens": subject.tokens,
+            "device": str(self._device),
+        }
+
+
+def choose_device(gpus: int, device: str | None) -> torch.device:
+    """Return where to run: what was asked for, else CUDA for runs that asked for GPUs, else the CPU.
+
+    Raises:
+        Unsupported: GPUs are needed and this process sees none.
+    """
+    if device is not None:
+        return torch.device(device)
+    if gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise Unsupported(f"resources.gpus: {gpus} asked for, and this process sees no CUDA device")
+    return torch.device("cuda")
+
+
+def with_detail(row: MeasurementRow, more: dict[str, Any]) -> MeasurementRow:
+    return replace(row, detail=(row.detail or {}) | more)

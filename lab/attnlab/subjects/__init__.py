@@ -1,0 +1,55 @@
+"""What a run looks at: a transformers model or a bare module, behind one interface that the probes use."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnlab_storage.results import InputRow, MeasurementRow
+
+from ..hook import LayerCall
+
+__all__ = ["Listener", "Subject"]
+
+Listener = Callable[[LayerCall], None]
+
+
+class Subject(Protocol):
+    """One point of the grid, loaded and ready.
+
+    Everything but ``input_row`` happens inside ``ready()``.
+    """
+
+    device: torch.device
+    layers: int
+    """attentions in one forward"""
+    kind: str
+    """``exact`` or ``approximate``: what the mechanism does to the numbers"""
+    identity: dict[str, Any]
+    tokens: int
+
+    def input_row(self) -> InputRow:
+        """What went in."""
+        ...
+
+    def check(self) -> list[MeasurementRow]:
+        """Compare with the subject's own attention on a prefix; CheckFailed if it computes something else."""
+        ...
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Put our kernels in place and leave them again."""
+        ...
+
+    def prepare(self) -> None:
+        """Undo what a step has changed (a cache that grew)."""
+        ...
+
+    def step(self, listener: Listener | None = None) -> Tensor:
+        """Run one forward of the phase; the listener hears of each attention. Returns the final states."""
+        ...
+
+    def loss(self, hidden: Tensor) -> Iterable[MeasurementRow]:
+        """Measure what the swap costs in the subject's own terms, from what a step returned."""
+        ...
