@@ -5,6 +5,7 @@ Both need a fresh process, because triton decides at import whether a kernel is 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,50 @@ def test_the_kernel_obeys_every_law_under_the_interpreter(tmp_path):
     suite = ElementTree.parse(report).getroot()[0]
     assert int(suite.attrib["tests"]) > 200
     assert int(suite.attrib["skipped"]) == 0
+
+
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from attnlab_kernels.operations.softmax.triton_static import compile_forward, launchable
+capability = int(sys.argv[1])
+for dtype, block_d, config in launchable(capability):
+    facts = compile_forward(capability, dtype, block_d, config)
+    print(json.dumps([dtype, block_d, asdict(config), asdict(facts)]), flush=True)
+"""
+# shared memory that one block may ask for: A100, H100, B200
+CARD_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CARD_LIMIT)
+def test_every_tile_the_launcher_can_choose_compiles_without_spilling(capability):
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(capability)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) >= 20
+    assert {row[1] for row in rows} == {16, 32, 64, 128, 256}
+    for dtype, block_d, config, facts in rows:
+        where = f"sm_{capability} {dtype} D={block_d} {config}: {facts}"
+        assert facts["stack_bytes"] == 0, where
+        assert facts["local_bytes"] == 0, where
+        assert 0 < facts["registers"] <= 255, where
+        assert facts["registers"] * 32 * config["num_warps"] <= 65536, where
+        assert facts["shared_bytes"] <= CARD_LIMIT[capability], where
+        # a tile of fewer than 64 rows is too short for the newer instructions
+        if dtype == "bf16" and config["block_m"] >= 64:
+            assert MATRIX_INSTRUCTION[capability] in facts["matrix_instructions"], where
+        elif dtype == "bf16":
+            assert facts["matrix_instructions"], where
 
 
 def in_process(code: str, **environment: str) -> str:

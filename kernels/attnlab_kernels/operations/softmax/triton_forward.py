@@ -35,18 +35,19 @@ class Config:
 FLOAT32 = {
     16: Config(32, 32, 4, 2),
     32: Config(32, 32, 4, 2),
-    64: Config(32, 32, 4, 2),
-    128: Config(32, 16, 4, 2),
+    64: Config(32, 16, 4, 2),
+    128: Config(32, 16, 8, 2),
     256: Config(16, 16, 4, 1),
 }
 FLOAT32_FEW_ROWS = {dim: Config(16, 16, 4, 1 if dim == 256 else 2) for dim in FLOAT32}
 _SMALL = (16, 32, 64)
 # padded head dimension -> tile, for many rows, up to 64 and up to 16
-HALF = {
+HALF: dict[int, tuple[dict[int, Config], ...]] = {
     80: (
         {dim: Config(128, 64, 4, 3) for dim in _SMALL}
         | {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
-        {dim: Config(64, 64, 4, 3) for dim in (*_SMALL, 128)} | {256: Config(64, 32, 8, 2)},
+        {dim: Config(64, 64, 4, 2 if dim == 32 else 3) for dim in (*_SMALL, 128)}
+        | {256: Config(64, 32, 8, 2)},
         {dim: Config(16, 64, 4, 3) for dim in (*_SMALL, 128)} | {256: Config(16, 32, 4, 2)},
     ),
     90: (
