@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from attnlab_kernels.catalog import MECHANISMS, CatalogError, mechanism, validate_parameters
+from attnlab_kernels.mechanisms.base import SoftmaxModule
 from attnlab_kernels.mechanisms.flash import FlashAttention
 from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
 from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
 from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
 
-BUILT: dict[str, type[nn.Module]] = {
+BUILT: dict[str, Callable[..., SoftmaxModule]] = {
     "multi_head": MultiHeadAttention,
     "grouped_query": GroupedQueryAttention,
     "sliding_window": SlidingWindowAttention,
@@ -22,7 +22,7 @@ BUILT: dict[str, type[nn.Module]] = {
 SHARED = ("bias", "causal", "dropout", "implementation", "layer_idx", "rope_base", "use_rotary")
 
 
-def build_mechanism(mechanism_id: str, *, dim: int, num_heads: int, **parameters: Any) -> nn.Module:
+def build_mechanism(mechanism_id: str, *, dim: int, num_heads: int, **parameters: Any) -> SoftmaxModule:
     """The module of a catalog entry.
 
     Args:
