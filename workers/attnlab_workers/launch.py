@@ -81,9 +81,11 @@ class Lab:
 
     def run(self) -> int:
         """Start everything, keep it up until `stop`, then end everything. Returns the exit status."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup stays nohup
-                signal.signal(signum, self._interrupted)
+        # a shell starts background jobs with SIGINT ignored; whoever sends it all the same means it
+        signal.signal(signal.SIGINT, self._interrupted)
+        signal.signal(signal.SIGTERM, self._interrupted)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(signal.SIGHUP, self._interrupted)
         try:
             self.web.start()
             self.dispatcher.start()
