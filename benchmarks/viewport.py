@@ -1,0 +1,204 @@
+"""How long a viewport of 512 x 512 pixels takes anywhere on the maps of a 2,048-token SmolLM2-sized run.
+
+    python benchmarks/viewport.py                 # makes such a store in a temporary folder (190 MB) and measures it
+    python benchmarks/viewport.py --run 3         # measures a run of the store at ATTNLAB_DATABASE_URL or ATTNLAB_HOME
+
+Prints p50 and p95 in milliseconds, on the wall and of the processor (which a busy machine does not disturb): of the
+whole map, of regions at random places and zooms, each on a head that was not looked at before (read from SQL) and on
+one that is in memory; of a signed difference; of a strip of thumbnails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from attnlab.views.difference import difference
+from attnlab.views.thumbnails import thumbnails
+from attnlab.views.viewport import MEMORY, cell, recorded, viewport
+from attnlab_kernels.masks import Causal
+from attnlab_storage import queue, results, tensors
+from attnlab_storage.database import Store, migrate, open_store
+
+PIXELS = 512
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
+POINT = {
+    "mechanism": "multi_head",
+    "parameters": {},
+    "implementation": "auto",
+    "dtype": "float32",
+    "batch_size": 1,
+    "phase": "prefill",
+    "model": "synthetic, the size of smollm2-135m",
+    "kind": "inspect",
+    "gpus": 0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--run", type=int, help="a run id of the configured store; default: a made-up store")
+    parser.add_argument("--tokens", type=int, default=2048, help="length of the made-up run")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args()
+    if options.run is not None:
+        with open_store() as store:
+            report(measure(store, options.run, options.repeats), options.json)
+        return
+    with tempfile.TemporaryDirectory(prefix="attnlab-viewport-") as folder:
+        store, run_id = made_up(Path(folder), options.tokens)
+        with store:
+            report(measure(store, run_id, options.repeats), options.json)
+
+
+def measure(store: Store, run_id: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and processor milliseconds of every sample, by what was asked for."""
+    rng = np.random.default_rng(0)
+    traces = recorded(store, run_id)[1]
+    length = traces[0].num_queries
+
+    def place() -> tuple[int, int]:
+        trace = traces[rng.integers(len(traces))]
+        return trace.layer, int(rng.integers(trace.heads))
+
+    def region() -> tuple[tuple[int, int], tuple[int, int]]:
+        spans = []
+        for _ in range(2):
+            size = int(np.exp(rng.uniform(np.log(min(16, length)), np.log(length))))
+            start = int(rng.integers(length - size + 1))
+            spans.append((start, start + size))
+        return spans[0], spans[1]
+
+    def whole() -> None:
+        viewport(store, run_id, *place(), None, None, PIXELS, PIXELS, "max")
+
+    def mean() -> None:
+        viewport(store, run_id, *place(), None, None, PIXELS, PIXELS, "mean")
+
+    def anywhere() -> None:
+        viewport(store, run_id, *place(), *region(), PIXELS, PIXELS, "max")
+
+    def hover() -> None:
+        cell(store, run_id, *place(), int(rng.integers(length)), int(rng.integers(length)))
+
+    def signed() -> None:
+        (layer, head), (layer_b, head_b) = place(), place()
+        difference(store, run_id, run_id, layer, head, layer_b=layer_b, head_b=head_b)
+
+    def strip() -> None:
+        thumbnails(store, run_id, place()[0])
+
+    few = max(5, repeats // 10)
+    return {
+        "whole map, max, from SQL": samples(whole, repeats, cold=True),
+        "whole map, max, in memory": samples(whole, repeats),
+        "whole map, mean, in memory": samples(mean, repeats),
+        "anywhere, from SQL": samples(anywhere, repeats, cold=True),
+        "anywhere, in memory": samples(anywhere, repeats),
+        "one cell, from SQL": samples(hover, repeats, cold=True),
+        "signed difference, whole map": samples(signed, few),
+        "thumbnails of a layer": samples(strip, few),
+    }
+
+
+def samples(step: Callable[[], None], repeats: int, *, cold: bool = False) -> list[tuple[float, float]]:
+    """(wall, processor) milliseconds of each repeat; ``cold`` forgets all arrays before each."""
+    step()
+    taken = []
+    for _ in range(repeats):
+        if cold:
+            MEMORY.clear()
+        start = time.perf_counter(), time.process_time()
+        step()
+        taken.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
+    return taken
+
+
+def report(found: dict[str, list[tuple[float, float]]], as_json: bool) -> None:
+    table = {}
+    for name, taken in found.items():
+        (wall, cpu), last = np.percentile(taken, 50, axis=0), np.percentile(taken, 95, axis=0)
+        table[name] = {
+            "p50_ms": float(wall),
+            "p95_ms": float(last[0]),
+            "cpu_p50_ms": float(cpu),
+            "cpu_p95_ms": float(last[1]),
+            "samples": len(taken),
+        }
+    if as_json:
+        print(json.dumps(table, indent=1))
+        return
+    threads, load = os.environ["OMP_NUM_THREADS"], os.getloadavg()[0]
+    print(f"{PIXELS} x {PIXELS} pixels, {threads} thread(s), load {load:.1f} on {os.cpu_count()} processors")
+    for name, row in table.items():
+        wall = f"p50 {row['p50_ms']:6.1f} p95 {row['p95_ms']:6.1f}"
+        cpu = f"p50 {row['cpu_p50_ms']:6.1f} p95 {row['cpu_p95_ms']:6.1f}"
+        print(f"{name:30} wall ms {wall}   cpu ms {cpu}   n={row['samples']}")
+
+
+def made_up(folder: Path, length: int) -> tuple[Store, int]:
+    """A store with one causal run of the size of SmolLM2-135M, from random queries and keys."""
+    url = f"sqlite:///{folder / 'attnlab.db'}"
+    migrate(url)
+    store = open_store(url)
+    queued = queue.submit(
+        store, name="viewport", spec={}, spec_hash="0", points=[POINT | {"sequence_length": length}]
+    )
+    claim = queue.claim(store, "benchmark", run_id=queued.run_ids[0])
+    assert claim is not None
+    rng = np.random.default_rng(0)
+    for layer in range(LAYERS):
+        query = rng.standard_normal((HEADS, length, HEAD_DIM), dtype=np.float32)
+        key = rng.standard_normal((KV_HEADS, length, HEAD_DIM), dtype=np.float32)
+        with results.recording(store, claim) as session:
+            results.record_trace(session, claim, trace_row(layer, length))
+            tensors.write_tensor(session, claim, "query", layer, query)
+            tensors.write_tensor(session, claim, "key", layer, key)
+            tensors.write_tensor(session, claim, "lse", layer, log_sum_exp(query, key))
+    queue.finish(store, claim, "succeeded", summary={"layers": LAYERS, "heads": HEADS})
+    return store, claim.run_id
+
+
+def log_sum_exp(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The causal log-sum-exp of every head, float32 [heads, tokens]."""
+    group, length = len(query) // len(key), query.shape[1]
+    above = np.triu(np.ones((length, length), bool), 1)
+    rows = []
+    for head in range(len(query)):
+        scores = query[head] @ key[head // group].T * HEAD_DIM**-0.5
+        scores[above] = -np.inf
+        peak = scores.max(axis=1, keepdims=True)
+        rows.append(peak[:, 0] + np.log(np.exp(scores - peak).sum(axis=1)))
+    return np.stack(rows).astype(np.float32)
+
+
+def trace_row(layer: int, length: int) -> results.TraceRow:
+    return results.TraceRow(
+        layer=layer,
+        name=f"layers.{layer}",
+        kind="softmax",
+        scale=HEAD_DIM**-0.5,
+        mask=Causal().to_json(),
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        num_queries=length,
+        num_keys=length,
+        head_dim=HEAD_DIM,
+        dtype="float32",
+        row_sum_defect=0.0,
+        output_defect=0.0,
+    )
+
+
+if __name__ == "__main__":
+    main()
