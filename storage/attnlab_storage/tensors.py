@@ -19,7 +19,7 @@ from attnlab_storage.fencing import Claim
 from attnlab_storage.tables import Run, Tensor, TensorChunk
 
 # stored dtype -> dtype of the array that is written and of the bytes in the rows
-DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 CODEC = "raw"
 MOST_TOKENS = 2**31 - 1
 
@@ -67,7 +67,7 @@ def write_tensor(
 
     Args:
         array: ``[H, S, D]`` or ``[H, S]``, of the stored dtype; bfloat16 as a uint16 view of its bits.
-        dtype: float32, float16 or bfloat16.
+        dtype: float64, float32, float16 or bfloat16.
 
     Returns:
         How many bytes it takes.
@@ -113,7 +113,9 @@ def read_tensor(
     start: int | None = None,
     stop: int | None = None,
 ) -> np.ndarray:
-    """Tokens ``start`` to ``stop`` of one head as float32, ``[stop - start, D]`` or ``[stop - start]``.
+    """Tokens ``start`` to ``stop`` of one head, ``[stop - start, D]`` or ``[stop - start]``.
+
+    float64 stays float64, everything else comes as float32.
 
     Raises:
         TensorError: the run's current attempt has no such tensor, or no such head or tokens.
@@ -256,4 +258,4 @@ def _bytes(array: np.ndarray) -> Any:
 def _decoded(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (values.astype("<u4") << 16).view("<f4")
-    return values.astype("<f4", copy=False)
+    return values if dtype == "float64" else values.astype("<f4", copy=False)
