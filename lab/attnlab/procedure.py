@@ -16,7 +16,7 @@ from .hook import LayerCall, Listener
 from .models import ModelError, shared_model
 from .probes.accuracy import attention_errors
 from .probes.kernel import KernelCall
-from .probes.maps import trace_call
+from .probes.maps import LayerCapture, capture_call, refine
 from .probes.memory import peak_memory
 from .probes.statistics import head_statistics
 from .probes.timing import kernels_that_ran, latency
@@ -106,35 +106,43 @@ class Procedure:
             )
 
     def _capture(self, subject: Subject) -> None:
-        """Store the trace of each layer in the forward that makes it."""
+        """Store Q and K of each layer in the forward that makes them, then make and publish the traces."""
         wanted = self._wanted(subject)
-        stored: set[int] = set()
+        captured: list[LayerCapture] = []
         began = time.perf_counter()
         with self._recorder.writer(len(wanted)) as writer:
 
             def capture(call: LayerCall) -> None:
-                if self._spec.layers != "all" and call.layer not in wanted:
-                    return
-                trace = trace_call(call)
-                self._found.worst("row_sum_defect", trace.row.row_sum_defect)
-                self._found.worst("output_defect", trace.row.output_defect)
-                stored.add(call.layer)
-                writer.put(trace)
+                if self._keeps(call):
+                    made = capture_call(call)
+                    captured.append(made.released())
+                    writer.put(made)
 
             self._recorder.phase("capturing", 0, len(wanted))
             subject.prepare()
             subject.step(self._listening(capture))
-        if missing := sorted(set(wanted) - stored):
+        took = time.perf_counter() - began
+        if missing := sorted(set(wanted) - {made.row.layer for made in captured}):
             last = self._found.layers - 1
-            raise ModelError(
-                f"layers: must be from 0 to {last}, the model computes no attention {missing[0]}"
-            )
-        self._found.values["capture_ms"] = (time.perf_counter() - began) * 1e3
-        self._recorder.log(f"captured {len(stored)} layers in {self._found.values['capture_ms'] / 1e3:.2f} s")
+            raise ModelError(f"layers: must be from 0 to {last}, there is no attention {missing[0]}")
+        self._found.values["capture_ms"] = took * 1e3
+        self._recorder.log(f"captured {len(captured)} layers in {took:.2f} s")
+        self._publish(captured)
+
+    def _publish(self, captured: list[LayerCapture]) -> None:
+        for done, made in enumerate(captured):
+            self._recorder.phase("refining", done, len(captured))
+            query = self._recorder.stored("query", made.row.layer, made.row.heads)
+            key = self._recorder.stored("key", made.row.layer, made.row.kv_heads)
+            row, lse = refine(made, query, key, self._device)
+            self._recorder.trace(row, lse)
+            self._found.worst("row_sum_defect", row.row_sum_defect)
+            self._found.worst("output_defect", row.output_defect)
+            self._found.worst("lse_defect", (row.detail or {})["lse_defect"])
 
     def _measure(self, subject: Subject) -> None:
         """Measure accuracy and statistics in one forward of their own."""
-        record, wanted = set(self._spec.record), self._wanted(subject)
+        record = set(self._spec.record)
         compared = {0, subject.layers // 2, subject.layers - 1}
         rows: list[MeasurementRow] = []
 
@@ -142,7 +150,7 @@ class Procedure:
             self._recorder.phase("measuring", call.layer, max(subject.layers, call.layer))
             if "accuracy" in record and call.layer in compared:
                 rows.extend(attention_errors(call))
-            if "statistics" in record and (self._spec.layers == "all" or call.layer in wanted):
+            if "statistics" in record and self._keeps(call):
                 rows.extend(head_statistics(call))
 
         subject.prepare()
@@ -196,6 +204,9 @@ class Procedure:
     def _wanted(self, subject: Subject) -> list[int]:
         layers = self._spec.layers
         return list(range(subject.layers)) if isinstance(layers, str) else list(layers)
+
+    def _keeps(self, call: LayerCall) -> bool:
+        return isinstance(self._spec.layers, str) or call.layer in self._spec.layers
 
     def _listening(self, listener: Listener) -> Listener:
         def hear(call: LayerCall) -> None:

@@ -23,9 +23,9 @@ from attnlab_storage.results import (
     record_trace,
     recording,
 )
-from attnlab_storage.tensors import write_tensor
+from attnlab_storage.tensors import read_tensor, write_tensor
 
-from .probes.maps import LayerTrace
+from .probes.maps import LayerCapture, Named
 
 WAITING_LAYERS = 2
 """layers that may wait for the database; with more the computation waits, so memory stays bounded"""
@@ -67,39 +67,49 @@ class Recorder:
             with recording(self._store, self._claim) as session:
                 record_measurements(session, self._claim, pending[start : start + MEASUREMENTS_AT_ONCE])
 
-    def writer(self, layers: int) -> "TraceWriter":
-        """Return a background writer for the traces of a forward."""
-        return TraceWriter(self, self._write_trace, layers)
+    def writer(self, layers: int) -> "CaptureWriter":
+        """Return a background writer for what a forward hands over."""
+        return CaptureWriter(self, self._write_capture, layers)
 
-    def _write_trace(self, trace: LayerTrace) -> None:
+    def trace(self, row: TraceRow, lse: Named) -> None:
+        """Publish a finished trace: from here on its map can be looked at."""
         with recording(self._store, self._claim) as session:
-            record_trace(session, self._claim, trace.row)
-            for name, array, dtype in trace.arrays:
-                _write(session, self._claim, name, trace.row, array, dtype)
+            self._write(session, row.layer, lse)
+            record_trace(session, self._claim, row)
+
+    def stored(self, name: str, layer: int, heads: int) -> np.ndarray:
+        """Return a tensor as it was stored, [heads, S, D]."""
+        read = [read_tensor(self._store, self._claim.run_id, name, layer, head) for head in range(heads)]
+        return np.stack(read)
+
+    def _write_capture(self, capture: LayerCapture) -> None:
+        with recording(self._store, self._claim) as session:
+            for named in capture.arrays:
+                self._write(session, capture.row.layer, named)
+
+    def _write(self, session: Session, layer: int, named: Named) -> None:
+        name, array, dtype = named
+        write_tensor(session, self._claim, name, layer, array, dtype=dtype)
 
 
-def _write(session: Session, claim: Claim, name: str, row: TraceRow, array: np.ndarray, dtype: str) -> None:
-    write_tensor(session, claim, name, row.layer, array, dtype=dtype)
+class CaptureWriter:
+    """A thread that writes captures while the model computes the next layer; leaving the block waits for it."""
 
-
-class TraceWriter:
-    """A thread that writes traces while the model computes the next layer; leaving the block waits for it."""
-
-    def __init__(self, recorder: Recorder, write: Callable[[LayerTrace], None], layers: int) -> None:
+    def __init__(self, recorder: Recorder, write: Callable[[LayerCapture], None], layers: int) -> None:
         self._recorder = recorder
         self._write = write
         self._layers = layers
-        self._queue: queue.Queue[LayerTrace | None] = queue.Queue(maxsize=WAITING_LAYERS)
+        self._queue: queue.Queue[LayerCapture | None] = queue.Queue(maxsize=WAITING_LAYERS)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="attnlab-writer", daemon=True)
 
-    def put(self, trace: LayerTrace) -> None:
-        """Hand over a trace; waits while too many are unwritten, and raises what the writing raised."""
+    def put(self, capture: LayerCapture) -> None:
+        """Hand over a capture; waits while too many are unwritten, and raises what the writing raised."""
         if self._error is not None:
             raise self._error
-        self._queue.put(trace)
+        self._queue.put(capture)
 
-    def __enter__(self) -> "TraceWriter":
+    def __enter__(self) -> "CaptureWriter":
         self._thread.start()
         return self
 
@@ -113,13 +123,13 @@ class TraceWriter:
 
     def _run(self) -> None:
         done = 0
-        while (trace := self._queue.get()) is not None:
+        while (capture := self._queue.get()) is not None:
             if self._error is not None:
                 continue  # drain, so that put() never waits for a writer that has given up
             try:
-                self._write(trace)
+                self._write(capture)
                 done += 1
                 self._recorder.phase("capturing", done, self._layers)
             except BaseException as failure:
                 self._error = failure
-            del trace
+            del capture

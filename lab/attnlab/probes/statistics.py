@@ -14,7 +14,7 @@ from torch import Tensor
 from attnlab_storage.results import MeasurementRow
 
 from ..hook import LayerCall
-from .maps import first_element, grouped_scores
+from .maps import BLOCK_CELLS, first_element, grouped_scores
 
 UNITS = {
     "entropy": "nats",
@@ -23,8 +23,6 @@ UNITS = {
     "max_weight": "probability",
     "mean_distance": "tokens",
 }
-BLOCK_CELLS = 1 << 21
-"""scores held at once, all heads together"""
 
 
 def head_statistics(call: LayerCall) -> list[MeasurementRow]:
