@@ -35,26 +35,31 @@ def run(
     """
     batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
-    scores = _per_head(q, _wide(lower.hide_padding(k, mask)).transpose(-1, -2)) * scale
+    if num_keys == 0:
+        return q.new_zeros(batch, heads, num_queries, v.shape[-1]), _wide(q).new_full(q.shape[:3], -torch.inf)
+    scores = _per_head(q, _wide(lower.hide_padding(k, mask)).transpose(-1, -2)).mul_(scale)
     if bias is not None:
         scores = scores + bias
     allowed = lower.dense_batch(
         mask, num_queries=num_queries, num_keys=num_keys, batch_size=batch, device=q.device
     )
     if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    if num_keys == 0:
-        return q.new_zeros(batch, heads, num_queries, v.shape[-1]), scores.new_full(q.shape[:3], -torch.inf)
+        scores = scores.masked_fill_(~allowed, -torch.inf)
     top = scores.detach().amax(dim=-1, keepdim=True)
-    # a dead row has no finite score: subtract 0 there, so that its exponentials are 0 and not NaN
-    top = torch.where(torch.isneginf(top), 0, top)
-    weights = torch.exp(scores - top)
-    total = weights.sum(dim=-1, keepdim=True)
-    probabilities = weights / torch.where(total == 0, 1, total)
+    # the softmax of a dead row is 0 / 0: give it any scores, and then no weight and no gradient
+    dead = torch.isneginf(top)
+    has_dead = bias is not None or any(
+        mask.dead_rows(num_queries, num_keys, index).any() for index in range(batch)
+    )
+    scores = scores.masked_fill(dead, 0) if has_dead else scores
+    probabilities = torch.softmax(scores, dim=-1)
+    # the largest probability is 1 over the sum of exp(score - top)
+    largest = probabilities.detach().amax(dim=-1, keepdim=True)
+    lse = torch.where(dead, top, top - largest.log()).squeeze(-1)
+    probabilities = probabilities.masked_fill(dead, 0) if has_dead else probabilities
     if dropout:
         probabilities = functional.dropout(probabilities, dropout)
-    output = _per_head(probabilities, _wide(lower.hide_padding(v, mask)))
-    return output.to(q.dtype), (top + total.detach().log()).squeeze(-1)
+    return _per_head(probabilities, _wide(lower.hide_padding(v, mask))).to(q.dtype), lse
 
 
 def _wide(tensor: Tensor) -> Tensor:

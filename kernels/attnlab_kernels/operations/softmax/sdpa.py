@@ -270,10 +270,11 @@ def _ask_torch(backend: str, q: Tensor, k: Tensor, v: Tensor, note: str = "") ->
         k, v = (t[:, :1].expand(-1, q.shape[1], -1, -1) for t in (k, v))
     params = cuda.SDPAParams(q, k, v, None, 0.0, False, grouped and backend != "efficient")
     check = getattr(cuda, f"can_use_{backend}_attention")
+    if check(params, debug=False):
+        return Support(True, note)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if check(params, debug=True):
-            return Support(True, note)
+        check(params, debug=True)
     words = "; ".join(str(item.message).split(" (Triggered")[0] for item in caught)
     return Support(False, f"PyTorch refuses {backend} attention: {words or 'no reason given'}")
 
