@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attnlab.estimate import estimate
 from attnlab.spec import MAX_SPEC_BYTES, ExperimentSpec, parse_spec
 from attnlab_storage import queue
 from attnlab_storage.control import dispatchers, paused
@@ -38,6 +39,7 @@ def submit(
     """Queue an experiment; a dispatcher (`attnlab up`) runs it."""
     parsed = read_spec(spec)
     store = writing_store()
+    refuse_if_too_large(store, parsed)
     submitted = enqueue(store, parsed, priority)
     experiment = submitted.experiment_id
     say(f"experiment {experiment}: {len(submitted.run_ids)} runs queued")
@@ -58,6 +60,7 @@ def run(spec: SpecArgument, json: JsonOption = False) -> None:
     """Run an experiment here and now, in this process, without Ray."""
     parsed = read_spec(spec)
     store = writing_store()
+    refuse_if_too_large(store, parsed)
     from attnlab.run import run_here
 
     # libraries print while models load; stdout is for the one document
@@ -133,6 +136,13 @@ class watching_newest:
 
     def _watch(self) -> None:
         watch(self._store, self.runs, self._done.is_set)
+
+
+def refuse_if_too_large(store: Store, spec: ExperimentSpec) -> None:
+    """Ends the command where the experiment would not fit, such as on a disk that is nearly full."""
+    refusals = estimate(spec, store).refusals
+    if refusals:
+        refuse("; ".join(refusals))
 
 
 def say_if_nothing_serves(store: Store) -> None:

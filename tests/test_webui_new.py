@@ -1,0 +1,259 @@
+"""The New experiment page without a browser: what its handlers answer."""
+
+import asyncio
+from dataclasses import replace
+
+import gradio as gr
+import pytest
+
+from attnlab.estimate import Estimate
+from attnlab_storage.control import dispatcher_beat
+from attnlab_storage.database import revision
+from attnlab_storage.listing import count_runs, get_experiment, list_experiments
+from attnlab_webui import drafts, new_experiment
+from attnlab_webui.form import Form, form_of
+from attnlab_webui.form_fields import make_fields
+from attnlab_webui.pages import new
+
+HOSTILE = "<script>alert(1)</script>{{x}}${y}"
+
+
+@pytest.fixture
+def fields():
+    async def make():
+        # inside a loop, because Gradio else makes loops of its own and never closes them
+        with gr.Blocks():
+            return make_fields(Form())
+
+    return asyncio.run(make())
+
+
+def skipped(value) -> bool:
+    return value == gr.skip()
+
+
+@pytest.fixture
+def starter():
+    draft = drafts.read_draft(drafts.starter())
+    assert draft.document is not None
+    return draft.text, form_of(draft.document)
+
+
+def filled(form):
+    """The form without the parameter fields that hold nothing, which only the page knows of."""
+    parameters = {
+        name: {key: text for key, text in given.items() if text} for name, given in form.parameters.items()
+    }
+    return replace(form, parameters={name: given for name, given in parameters.items() if given})
+
+
+def test_fields_show_a_form_and_read_it_back(fields, starter):
+    _, form = starter
+    assert filled(fields.read(fields.values(form))) == form
+
+
+def test_an_empty_form_is_read_as_empty(fields):
+    values = [None] * len(fields.components())
+    form = fields.read(values)
+    assert form.mechanisms == ()
+    assert form.text == ""
+    assert form.dtypes == ()
+
+
+def test_an_edit_in_the_form_rewrites_the_yaml(sqlite_store, fields, starter):
+    text, form = starter
+    values = fields.values(replace(form, repeats="9"))
+    new_text, shown, *_ = new.on_form(sqlite_store, fields, text, form, *values)
+    assert "repeats: 9" in new_text
+    assert shown.repeats == "9"
+
+
+def test_a_blur_without_an_edit_rewrites_nothing(sqlite_store, fields, starter):
+    text, form = starter
+    new_text, *_ = new.on_form(sqlite_store, fields, text, form, *fields.values(form))
+    assert skipped(new_text)
+
+
+def test_an_edit_in_the_yaml_fills_the_form(sqlite_store, fields, starter):
+    text, _ = starter
+    answers = new.on_yaml(sqlite_store, fields, text.replace("repeats: 5", "repeats: 11"))
+    shown = answers[0]
+    assert shown.repeats == "11"
+    assert answers[-len(fields.components()) :] == fields.values(shown)
+
+
+def test_broken_yaml_shows_its_line_and_leaves_the_form(sqlite_store, fields):
+    answers = new.on_yaml(sqlite_store, fields, "name: [x\nvary: 1")
+    problems, _, queue_button, rewrite = answers[1:5]
+    assert "at line 2" in problems
+    assert queue_button["interactive"] is False
+    assert rewrite["visible"] is True
+    assert all(skipped(answer) for answer in answers[-len(fields.components()) :])
+
+
+def test_an_edit_in_the_form_leaves_broken_yaml_alone(sqlite_store, fields, starter):
+    _, form = starter
+    broken = "name: [x"
+    answers = new.on_form(sqlite_store, fields, broken, form, *fields.values(replace(form, repeats="9")))
+    assert skipped(answers[0])
+    assert answers[1] == form
+
+
+def test_rewrite_gives_broken_yaml_up_for_the_form(sqlite_store, fields, starter):
+    _, form = starter
+    text, *_ = new.on_rewrite(sqlite_store, fields, *fields.values(form))
+    draft = drafts.read_draft(text)
+    assert draft.spec is not None
+    assert draft.spec.repeats == 5
+    assert "Alice" in (draft.spec.input.text or "")
+
+
+def test_every_problem_is_shown_escaped(sqlite_store, fields):
+    hostile = f"name: n\nmodel: {HOSTILE!r}\nvary: {{mechanism: [{HOSTILE!r}]}}\n{HOSTILE!r}: 1"
+    problems = new.on_yaml(sqlite_store, fields, hostile)[1]
+    assert "<script>" not in problems
+    assert "&lt;script&gt;" in problems
+    assert "choices: multi_head" in problems
+    assert "things to fix" in problems
+
+
+def test_a_near_miss_gets_a_suggestion(sqlite_store, fields):
+    problems = new.on_yaml(
+        sqlite_store, fields, "name: n\nmodel: minilm-l6\nvary: {mechanism: [sliding_windw]}"
+    )[1]
+    assert "did you mean <code>sliding_window</code>" in problems
+
+
+def test_only_ticked_mechanisms_show_their_parameters(fields):
+    opened = fields.folded(Form(mechanisms=("sliding_window",)))
+    by_name = dict(zip(["module", *fields.rows], opened, strict=True))
+    assert by_name["sliding_window"]["visible"] is True
+    assert by_name["grouped_query"]["visible"] is False
+    assert by_name["module"]["visible"] is False
+
+
+def test_cost_shows_runs_bytes_and_time(sqlite_store, starter):
+    text, _ = starter
+    panel = new_experiment.cost_panel(new_experiment.cost_of(sqlite_store, drafts.read_draft(text)))
+    assert "<b>2</b><span>runs" in panel
+    assert "MB" in panel
+    assert "rough" in panel
+
+
+def test_cost_waits_for_a_valid_draft(sqlite_store):
+    assert new_experiment.cost_of(sqlite_store, drafts.read_draft("name: n")) is None
+
+
+def test_queue_button_queues_the_grid_once_and_links_to_it(sqlite_store, starter):
+    text, _ = starter
+    result, problems, _ = new.on_queue(sqlite_store, text)
+    assert "2 runs are queued" in result
+    assert 'href="/experiment?id=1"' in result
+    assert "No dispatcher is running" in result
+    assert problems == ""
+    assert count_runs(sqlite_store) == 2
+
+
+def test_queue_notice_is_quiet_when_a_dispatcher_is_alive(sqlite_store, starter):
+    dispatcher_beat(sqlite_store, "here:1:a", {})
+    assert "No dispatcher" not in new.on_queue(sqlite_store, starter[0])[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "name: [x", "name: n\nmodel: minilm-l6\nvary: {mechanism: [telepathy]}"]
+)
+def test_nothing_is_queued_while_something_is_left_to_fix(sqlite_store, text):
+    result, problems, _ = new.on_queue(sqlite_store, text)
+    assert "Not queued" in result
+    assert problems
+    assert count_runs(sqlite_store) == 0
+
+
+def test_a_disk_that_is_too_small_is_told_before_queueing(sqlite_store, starter, monkeypatch):
+    def tiny(spec, store):
+        return Estimate(
+            1, 10, 10, 1.0, "rough", [], ["stored_bytes must fit the free disk of 5 bytes; got 10"]
+        )
+
+    monkeypatch.setattr(new_experiment, "estimate", tiny)
+    result, _, cost = new.on_queue(sqlite_store, starter[0])
+    assert "Not queued" in result
+    assert "free disk" in cost
+    assert count_runs(sqlite_store) == 0
+
+
+def test_clone_fills_the_page_from_a_stored_experiment(sqlite_store, fields, starter):
+    new.on_queue(sqlite_store, starter[0])
+    notice, text, *_ = new.on_load(sqlite_store, fields, {"clone": "1"})
+    assert "A copy of experiment 1" in notice
+    stored = get_experiment(sqlite_store, 1)
+    assert stored is not None
+    spec = drafts.read_draft(text).spec
+    assert spec is not None
+    assert spec.hash() == stored.spec_hash
+
+
+@pytest.mark.parametrize("wanted", ["99", "x", "-1", HOSTILE, "9" * 40])
+def test_a_clone_of_nothing_says_so(sqlite_store, fields, wanted):
+    notice, text, *_ = new.on_load(sqlite_store, fields, {"clone": wanted})
+    assert "There is no experiment" in notice
+    assert "<script>" not in notice
+    assert text == drafts.starter()
+
+
+def test_load_fills_every_output(sqlite_store, fields):
+    answers = new.on_load(sqlite_store, fields, {})
+    assert len(answers) == 10 + len(fields.folds()) + len(fields.components())
+
+
+def test_implementations_no_machine_has_are_marked_with_the_reason(sqlite_store, fields):
+    survey = [{"name": "triton", "label": "", "available": False, "reason": f"needs a GPU {HOSTILE}"}]
+    node = {"host": "here", "environment": {"implementations": survey}}
+    dispatcher_beat(sqlite_store, "here:1:a", {"nodes": [node]})
+    answers = new.on_load(sqlite_store, fields, {})
+    choices = answers[-len(fields.components()) :][list(fields.plain).index("implementations")]["choices"]
+    assert ("triton (not here)", "triton") in choices
+    missing = answers[9 + len(fields.folds())]
+    assert "needs a GPU" in missing
+    assert "<script>" not in missing
+
+
+def test_recent_experiments_are_escaped_and_link_on(sqlite_store):
+    text = f"name: {HOSTILE!r}\nmodel: minilm-l6\ninput: {{text: banks}}\nvary: {{mechanism: [multi_head]}}"
+    new.on_queue(sqlite_store, text)
+    strip = new_experiment.recent_list(sqlite_store)
+    assert "<script>" not in strip
+    assert 'href="/experiment?id=1"' in strip
+    assert 'href="/?clone=1"' in strip
+    assert "1 queued" in strip
+
+
+def test_recent_list_is_drawn_only_when_something_changed(sqlite_store, starter):
+    seen = revision(sqlite_store)
+    assert all(skipped(answer) for answer in new.on_tick(sqlite_store, seen))
+    new.on_queue(sqlite_store, starter[0])
+    strip, now = new.on_tick(sqlite_store, seen)
+    assert "Alice" in strip
+    assert now != seen
+    assert len(list_experiments(sqlite_store).rows) == 1
+
+
+def test_upload_puts_the_text_into_the_form_and_keeps_no_copy(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Banks of the river.")
+    text, source, notice = new.on_upload(str(path))
+    assert (text, source, notice) == ("Banks of the river.", "text", "")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xfe", b"x" * 1_000_001], ids=["zero bytes", "binary", "too large"]
+)
+def test_bad_upload_leaves_the_text_and_says_why(tmp_path, data):
+    path = tmp_path / "<b>.txt"
+    path.write_bytes(data)
+    text, source, notice = new.on_upload(str(path))
+    assert skipped(text)
+    assert skipped(source)
+    assert "file: must" in notice
+    assert "<b>" not in notice

@@ -1,0 +1,128 @@
+"""An experiment being written: the YAML as typed, what is wrong with it, and what it would cost. No browser in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attnlab.bundled import BUNDLED, ModelFacts, describe_model, is_fetched, local_folder
+from attnlab.documents import read_document, write_document
+from attnlab.inputs import count_tokens
+from attnlab.problems import Problem, SpecError
+from attnlab.spec import MAX_TEXT_BYTES, ExperimentSpec, parse_spec
+from attnlab.starter import starter_spec
+from attnlab_kernels.catalog import MECHANISMS
+from attnlab_webui.form import BARE_MODULE, Document, Form, merge
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One state of the YAML. `document` is None while it is not YAML, `spec` while it breaks a rule."""
+
+    text: str
+    document: Document | None
+    spec: ExperimentSpec | None
+    problems: tuple[Problem, ...] = ()
+
+
+def read_draft(text: str) -> Draft:
+    """Reads the YAML as far as it can be read; never raises."""
+    try:
+        document = read_document(text) if text.strip() else {}
+    except SpecError as error:
+        return Draft(text, None, None, error.problems)
+    if not isinstance(document, dict):
+        kind = type(document).__name__
+        return Draft(text, None, None, (Problem("spec", "must be a mapping of fields to values", kind),))
+    document = {str(key): value for key, value in document.items()}
+    try:
+        return Draft(text, document, parse_spec(document))
+    except SpecError as error:
+        return Draft(text, document, None, error.problems)
+
+
+def starter(mechanism: str | None = None) -> str:
+    """The YAML of a first experiment; `mechanism`, if it is a built one, against plain multi-head attention."""
+    document = starter_spec()
+    if mechanism in MECHANISMS and MECHANISMS[mechanism].built:
+        chosen = ["multi_head"] if mechanism == "multi_head" else ["multi_head", mechanism]
+        document |= {"name": " against ".join(reversed(chosen)), "vary": {"mechanism": chosen}}
+    return write_document(_input_last(document))
+
+
+def clone(spec: dict[str, Any]) -> str:
+    """The YAML of a copy of a stored experiment."""
+    name = str(spec.get("name", "experiment"))
+    return write_document(_input_last(spec) | {"name": name if name.endswith("-copy") else f"{name}-copy"})
+
+
+def _input_last(document: Document) -> Document:
+    """The same document with the text, which may be long, below everything else."""
+    return {key: document[key] for key in sorted(document, key=lambda key: key == "input")}
+
+
+def write_form(form: Form, text: str, shown: Form) -> Draft:
+    """The draft after an edit in the form. YAML that cannot be read is left alone, so that nothing typed is lost.
+
+    Args:
+        shown: what the form held when it last agreed with the YAML.
+    """
+    draft = read_draft(text)
+    if draft.document is None:
+        return draft
+    merged = merge(form, draft.document, shown)
+    return draft if merged == draft.document else read_draft(write_document(merged))
+
+
+def from_form(form: Form) -> Draft:
+    """A draft from the form alone, for when the YAML is past repair."""
+    return read_draft(write_document(merge(form, {"name": form.name or "experiment", "vary": {}})))
+
+
+def read_upload(name: str, data: bytes) -> str:
+    """The text in an uploaded file; ValueError names the rule it breaks."""
+    if not data.strip():
+        raise ValueError(f"file: must hold some text, {name!r} is empty")
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"file: must be at most {MAX_TEXT_BYTES:,} bytes, {name!r} has {len(data):,}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"file: must be UTF-8 text, byte {problem.start:,} of {name!r} is not") from None
+    if "\0" in text:
+        raise ValueError(f"file: must be text, {name!r} holds a NUL character")
+    return text
+
+
+@dataclass(frozen=True)
+class ModelLine:
+    """What the form says under the model picker."""
+
+    facts: ModelFacts | None
+    ready: bool
+    how: str
+    """what to do where the model is not on this machine"""
+
+
+def model_line(name: str) -> ModelLine:
+    """The facts of a bundled name, hub id or local folder, and whether it is on this machine."""
+    if name == BARE_MODULE:
+        return ModelLine(None, True, "one attention module with random weights, on random hidden states")
+    facts = describe_model(name)
+    if name in BUNDLED:
+        megabytes = BUNDLED[name].size_bytes / 1e6
+        how = "" if is_fetched(name) else f"not here yet: attnlab models fetch {name} ({megabytes:.0f} MB)"
+        return ModelLine(facts, not how, how)
+    if local_folder(name) is not None:
+        return ModelLine(facts, True, "")
+    return ModelLine(facts, False, "not on this machine: the worker looks it up in its own hub cache")
+
+
+def token_line(form: Form) -> str:
+    """How long the text is: exact where the tokenizer is here, else an estimate that says so."""
+    if form.source != "text" or form.model == BARE_MODULE or not form.text.strip():
+        return ""
+    counted = count_tokens(form.model, form.text)
+    if counted is not None:
+        return f"{counted:,} tokens"
+    return f"about {max(1, round(len(form.text) / 4.2)):,} tokens (no tokenizer here to count them)"

@@ -1,0 +1,176 @@
+"""What the New experiment page says beside its fields, as escaped HTML: problems, cost, facts, what was queued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlencode
+
+from attnlab.estimate import Estimate, estimate
+from attnlab.problems import Problem
+from attnlab_storage import queue
+from attnlab_storage.database import Store
+from attnlab_storage.listing import ExperimentRow, get_experiment, list_experiments
+from attnlab_webui import pieces
+from attnlab_webui.drafts import Draft, clone, model_line, starter, token_line
+from attnlab_webui.form import Form
+from attnlab_webui.pieces import escape
+
+RECENT = 5
+COST_WORDS = {"history": "as runs like these took", "rough": "roughly"}
+
+
+def problem_list(problems: Sequence[Problem]) -> str:
+    """Every broken rule with its argument; empty when there is none."""
+    if not problems:
+        return ""
+    items = "".join(f"<li>{_problem(problem)}</li>" for problem in problems)
+    count = "one thing" if len(problems) == 1 else f"{len(problems)} things"
+    return (
+        f'<div class="at-notice at-notice-error" role="alert"><b>{count} to fix</b>'
+        f'<ul class="at-problems">{items}</ul></div>'
+    )
+
+
+def _problem(problem: Problem) -> str:
+    value = f", got <code>{escape(problem.value)}</code>" if problem.value else ""
+    near = f" — did you mean <code>{escape(problem.suggestion)}</code>?" if problem.suggestion else ""
+    choices = (
+        f'<br><span class="at-muted">choices: {escape(", ".join(problem.choices))}</span>'
+        if problem.choices
+        else ""
+    )
+    return f"<b>{escape(problem.argument)}</b> {escape(problem.rule)}{value}{near}{choices}"
+
+
+def cost_of(store: Store, draft: Draft) -> Estimate | None:
+    """What the experiment would cost; None while the draft is not valid."""
+    return None if draft.spec is None else estimate(draft.spec, store)
+
+
+def cost_panel(cost: Estimate | None) -> str:
+    """The cost in numbers, what they leave open, and why it cannot be queued if it cannot."""
+    if cost is None:
+        return '<div class="at-cost at-muted">The cost shows here once nothing is left to fix.</div>'
+    numbers = (
+        ("runs", f"{cost.runs:,}"),
+        ("stored", pieces.size_in_bytes(cost.stored_bytes or None)),
+        ("peak memory", pieces.size_in_bytes(cost.peak_bytes or None)),
+        (COST_WORDS.get(cost.basis, "time"), pieces.duration(cost.seconds)),
+    )
+    cells = "".join(f"<div><b>{escape(value)}</b><span>{name}</span></div>" for name, value in numbers)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in cost.notes)
+    refusals = "".join(pieces.notice(refusal, "error") for refusal in cost.refusals)
+    return (
+        f'<div class="at-cost">{cells}</div>{f"<ul class=at-notes>{notes}</ul>" if notes else ""}{refusals}'
+    )
+
+
+def facts_line(form: Form) -> str:
+    """What the chosen model is, whether it is here, and how long the text is for it."""
+    line = model_line(form.model)
+    parts = []
+    if line.facts is not None:
+        facts = line.facts
+        named = (
+            ("layers", facts.layers),
+            ("heads", facts.heads),
+            ("KV heads", facts.kv_heads),
+            ("head size", facts.head_dim),
+            ("context", facts.context),
+        )
+        parts += [
+            f"{value:,} {name}" if name != "context" else f"context {value:,}"
+            for name, value in named
+            if value
+        ]
+        if facts.causal is not None:
+            parts.append("causal" if facts.causal else "bidirectional")
+    words = escape(" · ".join(parts))
+    mark = '<span class="at-tag at-tag-good">ready</span> ' if line.ready and line.facts is not None else ""
+    how = (
+        f'<span class="{"at-muted" if line.ready else "at-warn"}">{escape(line.how)}</span>'
+        if line.how
+        else ""
+    )
+    tokens = token_line(form)
+    told = f'<span class="at-tokens">{escape(tokens)}</span>' if tokens else ""
+    return f'<div class="at-facts-line">{mark}<span>{words}</span>{how}{told}</div>'
+
+
+def unavailable_line(reasons: Mapping[str, str]) -> str:
+    """Why the implementations marked as missing are missing."""
+    if not reasons:
+        return ""
+    items = " · ".join(f"<b>{escape(name)}</b> {escape(reason)}" for name, reason in reasons.items())
+    return f'<div class="at-muted at-small">Not on any known machine: {items}</div>'
+
+
+def submit(store: Store, draft: Draft) -> queue.Submitted:
+    """Queues the draft's experiment; the draft must be valid."""
+    if draft.spec is None:
+        raise ValueError("draft must be valid to be queued")
+    spec = draft.spec
+    return queue.submit(
+        store,
+        name=spec.name,
+        spec=spec.to_dict(),
+        spec_hash=spec.hash(),
+        points=[point.to_dict() for point in spec.points()],
+        created_by="web page",
+    )
+
+
+def queued_notice(submitted: queue.Submitted, alive: int) -> str:
+    """Where the experiment that was just queued can be seen."""
+    link = f"/experiment?{urlencode({'id': submitted.experiment_id})}"
+    runs = len(submitted.run_ids)
+    words = "1 run is queued" if runs == 1 else f"{runs} runs are queued"
+    waits = "" if alive else " No dispatcher is running, so they wait: start one with attnlab dispatch."
+    return (
+        f'<div class="at-notice at-notice-info" role="status">{words}. '
+        f'<a class="at-button at-primary" href="{link}">Open experiment {submitted.experiment_id}</a> '
+        f'<a class="at-button" href="/queue">Queue</a>{escape(waits)}</div>'
+    )
+
+
+def first_text(store: Store, query: Mapping[str, str]) -> tuple[str, str]:
+    """The YAML the page opens with (`?clone=ID`, `?mechanism=ID`, or the starter), and a notice if that failed."""
+    wanted = query.get("clone")
+    if wanted is not None:
+        found = get_experiment(store, int(wanted)) if wanted.isdecimal() and len(wanted) < 18 else None
+        if found is None:
+            return starter(), pieces.notice(f"There is no experiment {wanted[:40]!r} to clone.", "warning")
+        return clone(found.spec), pieces.notice(
+            f"A copy of experiment {found.id}: change what you like, then queue it."
+        )
+    return starter(query.get("mechanism")), ""
+
+
+def recent_list(store: Store) -> str:
+    """The newest experiments with their states, a line each; before the first one, what will be here."""
+    rows = list_experiments(store, limit=RECENT).rows
+    title = '<h3 class="at-section-title">Recent experiments'
+    if not rows:
+        return f'{title}</h3><p class="at-muted">What you queue shows up here.</p>'
+    more = '<a class="at-quiet-link" href="/queue">queue</a>'
+    return f'{title} {more}</h3><div class="at-recent">{"".join(map(_recent, rows))}</div>'
+
+
+def _recent(row: ExperimentRow) -> str:
+    name = escape(row.name)
+    told = {state: count for state, count in row.states.items() if count}
+    chips = "".join(_state_chip(state, count, alone=len(told) == 1) for state, count in told.items())
+    return (
+        f'<a class="at-clip" href="/experiment?{urlencode({"id": row.id})}" title="{name}">'
+        f'<span class="at-number at-muted">{row.id}</span> {name}</a>'
+        f'<span class="at-recent-states">{chips}</span>'
+        f'<span class="at-muted">{pieces.ago(row.created_at)}</span>'
+        f'<a class="at-quiet-link" href="/?{urlencode({"clone": row.id})}" aria-label="Clone {name}">clone</a>'
+    )
+
+
+def _state_chip(state: str, count: int, *, alone: bool) -> str:
+    """How many runs are in a state; only the number where several states share the line."""
+    words = f"{count} {pieces.STATE_WORDS[state]}"
+    shown = words if alone else str(count)
+    return f'<span class="at-chip at-{escape(state)}" title="{escape(words)}">{escape(shown)}</span>'

@@ -1,0 +1,174 @@
+"""New experiment, the front page: a form and the same experiment as YAML, what it would cost, and the Queue button."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from attnlab.spec import MAX_TEXT_BYTES
+from attnlab_storage.database import Store, revision
+from attnlab_webui import drafts, new_experiment, pieces
+from attnlab_webui.drafts import Draft
+from attnlab_webui.form import Form, form_of
+from attnlab_webui.form_fields import FormFields, implementation_choices, make_fields
+from attnlab_webui.system_facts import alive_dispatchers, implementation_reasons
+
+LATEST = {**pieces.INTERNAL, "trigger_mode": "always_last"}
+
+
+def build(store: Store) -> None:
+    """Create the page."""
+    pieces.navigation("new")
+    start = drafts.read_draft(drafts.starter())
+    form = form_of(start.document or {})
+    notice = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-notice")
+    with gr.Row(elem_classes="at-new", equal_height=False):
+        with gr.Column(scale=7, min_width=520, elem_classes="at-new-form"):
+            fields = make_fields(form)
+        with gr.Column(scale=5, min_width=400, elem_classes="at-new-side"):
+            yaml = gr.Code(
+                start.text,
+                language="yaml",
+                label="The same experiment as YAML",
+                lines=16,
+                max_lines=26,
+                wrap_lines=True,
+                elem_id="new-yaml",
+            )
+            problems = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-problems")
+            rewrite = gr.Button(
+                "Rewrite the YAML from the form", size="sm", visible=False, elem_id="new-rewrite"
+            )
+            cost = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-cost")
+            queue_button = gr.Button("Queue experiment", variant="primary", elem_id="new-queue")
+            result = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-result")
+            recent = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-recent")
+    shown, seen, timer = gr.State(form), gr.State(-1), gr.Timer(3.0)
+
+    components = fields.components()
+    verdict = [problems, cost, queue_button, rewrite, fields.facts]
+    edit_form = functools.partial(on_form, store, fields)
+    for component in components:
+        events = [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]
+        gr.on(
+            events, edit_form, [yaml, shown, *components], [yaml, shown, *verdict, *fields.folds()], **LATEST
+        )
+    yaml.input(
+        functools.partial(on_yaml, store, fields),
+        yaml,
+        [shown, *verdict, *fields.folds(), *components],
+        **LATEST,
+    )
+    rewrite.click(
+        functools.partial(on_rewrite, store, fields),
+        components,
+        [yaml, shown, *verdict, *fields.folds()],
+        **pieces.INTERNAL,
+    )
+    fields.upload.upload(
+        on_upload, fields.upload, [fields.plain["text"], fields.plain["source"], notice], **pieces.ACTION
+    ).then(edit_form, [yaml, shown, *components], [yaml, shown, *verdict, *fields.folds()], **pieces.INTERNAL)
+    queue_button.click(
+        functools.partial(on_queue, store), yaml, [result, *verdict[:2]], **pieces.ACTION
+    ).then(functools.partial(new_experiment.recent_list, store), None, recent, **pieces.INTERNAL)
+    timer.tick(functools.partial(on_tick, store), seen, [recent, seen], **pieces.INTERNAL)
+
+    # Gradio looks at the annotations of the function itself to pass the request in
+    def load(request: gr.Request) -> list[Any]:
+        return on_load(store, fields, dict(request.query_params))
+
+    pieces.page().load(
+        load,
+        None,
+        [notice, yaml, shown, *verdict, *fields.folds(), recent, fields.missing, *components],
+        **pieces.INTERNAL,
+    )
+
+
+def on_form(store: Store, fields: FormFields, text: str, shown: Form, *values: Any) -> list[Any]:
+    """After an edit in the form: the YAML follows, unless it cannot be read."""
+    form = fields.read(values)
+    draft = drafts.write_form(form, text, shown)
+    kept = draft.document is None
+    new_text = gr.skip() if draft.text == text else draft.text
+    return [new_text, shown if kept else form, *verdict_of(store, draft, form), *fields.folded(form)]
+
+
+def on_yaml(store: Store, fields: FormFields, text: str) -> list[Any]:
+    """After an edit in the YAML: the form follows, unless the YAML cannot be read."""
+    draft = drafts.read_draft(text)
+    if draft.document is None:
+        unchanged = [gr.skip()] * (1 + len(fields.folds()) + len(fields.components()))
+        return [gr.skip(), *verdict_of(store, draft, None), *unchanged[1:]]
+    form = form_of(draft.document)
+    return [form, *verdict_of(store, draft, form), *fields.folded(form), *fields.values(form)]
+
+
+def on_rewrite(store: Store, fields: FormFields, *values: Any) -> list[Any]:
+    """Give the broken YAML up for what the form holds."""
+    form = fields.read(values)
+    draft = drafts.from_form(form)
+    return [draft.text, form, *verdict_of(store, draft, form), *fields.folded(form)]
+
+
+def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[Any]:
+    """Fill the page from its address: `?clone=ID` or `?mechanism=ID`."""
+    text, notice = new_experiment.first_text(store, query)
+    draft = drafts.read_draft(text)
+    form = form_of(draft.document or {})
+    reasons = implementation_reasons(store)
+    values = fields.values(form)
+    place = list(fields.plain).index("implementations")
+    values[place] = gr.update(choices=implementation_choices(reasons), value=values[place])
+    head = [notice, text, form, *verdict_of(store, draft, form), *fields.folded(form)]
+    return [*head, new_experiment.recent_list(store), new_experiment.unavailable_line(reasons), *values]
+
+
+def on_upload(path: str | None) -> tuple[Any, Any, str]:
+    """The text of an uploaded file, or why it cannot be used; the text that was there stays then."""
+    if path is None:
+        return gr.skip(), gr.skip(), ""
+    file = Path(path)
+    try:
+        with file.open("rb") as opened:
+            text = drafts.read_upload(file.name, opened.read(MAX_TEXT_BYTES + 1))
+    except ValueError as problem:
+        return gr.skip(), gr.skip(), pieces.notice(str(problem), "error")
+    finally:
+        file.unlink(missing_ok=True)
+    return text, "text", ""
+
+
+def on_queue(store: Store, text: str) -> tuple[str, str, str]:
+    """Queue what the YAML says; nothing is queued while something is left to fix."""
+    draft = drafts.read_draft(text)
+    cost = new_experiment.cost_of(store, draft)
+    panels = (new_experiment.problem_list(draft.problems), new_experiment.cost_panel(cost))
+    if cost is None or cost.refusals:
+        return pieces.notice("Not queued: see what is left to fix above.", "error"), *panels
+    submitted = new_experiment.submit(store, draft)
+    return new_experiment.queued_notice(submitted, alive_dispatchers(store)), *panels
+
+
+def on_tick(store: Store, seen: int) -> tuple[Any, Any]:
+    """The recent experiments, when anything changed."""
+    now = revision(store)
+    if now == seen:
+        return gr.skip(), gr.skip()
+    return new_experiment.recent_list(store), now
+
+
+def verdict_of(store: Store, draft: Draft, form: Form | None) -> list[Any]:
+    """Problems, cost, the Queue button, the rewrite button, and the facts under the model."""
+    cost = new_experiment.cost_of(store, draft)
+    return [
+        new_experiment.problem_list(draft.problems),
+        new_experiment.cost_panel(cost),
+        gr.update(interactive=cost is not None and not cost.refusals),
+        gr.update(visible=draft.document is None),
+        gr.skip() if form is None else new_experiment.facts_line(form),
+    ]
