@@ -50,9 +50,11 @@ def everything(store: Store, run_id: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("rows_a_part", [500, 3])
 def test_an_experiment_survives_the_way_through_json_into_another_store(
-    store: Store, sqlite_template, tmp_path, make_traced: Callable[..., Any]
+    store: Store, sqlite_template, tmp_path, make_traced: Callable[..., Any], monkeypatch, rows_a_part: int
 ):
+    monkeypatch.setattr("attnlab_storage.transfer.ROWS", rows_a_part)
     traced = make_traced(store, outcomes=["failed", "out_of_memory"])
     results.change_experiment(store, traced.experiment_id, note="why", tags=["a", "ü"], pinned=True)
     parts = [

@@ -79,9 +79,9 @@ class Store:
     def compact(self) -> None:
         """Gives unused space of an SQLite file back to the disk; PostgreSQL does that by itself."""
         if self.dialect == "sqlite":
-            engine = self._engine(1).execution_options(isolation_level="AUTOCOMMIT")
-            with translated(self.label), engine.connect() as connection:
-                connection.exec_driver_sql("VACUUM")
+            connection = self._engine(1).raw_connection()  # VACUUM must stand outside of a transaction
+            with translated(self.label), contextlib.closing(connection):
+                connection.cursor().execute("VACUUM")
 
     def close(self) -> None:
         """Closes every connection; the store may be used again and then opens new ones."""
