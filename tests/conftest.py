@@ -1,5 +1,6 @@
 """Fixtures for every floor: a home of its own for each test, and stores on both databases."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -129,34 +130,55 @@ def chromium(chromium_path: str) -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[[Store], str]]:
-    """Serves a store's web pages on a free loopback port until the test ends; gives the address."""
+@contextlib.contextmanager
+def serving(store: Store) -> Iterator[str]:
+    """Serves a store's web pages on a free loopback port; gives the address."""
     import uvicorn
 
     from attnlab_webui.app import build_app
 
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+    config = uvicorn.Config(
+        build_app(store), host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert thread.is_alive(), "the web server ended"
+        assert time.monotonic() < deadline, "the web server did not start within 30 s"
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
 
-    def start(store: Store) -> str:
-        config = uvicorn.Config(
-            build_app(store), host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        running.append((server, thread))
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert thread.is_alive(), "the web server ended"
-            assert time.monotonic() < deadline, "the web server did not start within 30 s"
-            time.sleep(0.02)
-        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(10)
+@pytest.fixture
+def serve() -> Iterator[Callable[[Store], str]]:
+    """Serves a store's web pages until the test ends; gives the address."""
+    with contextlib.ExitStack() as stack:
+        yield lambda store: stack.enter_context(serving(store))
+
+
+@dataclass
+class Served:
+    """A made-up experiment behind a web server; nothing may change it."""
+
+    address: str
+    traced: "Traced"
+
+
+@pytest.fixture(scope="session")
+def served(
+    sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, make_traced: "Callable[..., Traced]"
+) -> Iterator[Served]:
+    """Two succeeded runs of 77 tokens and a failed one, served for all tests that only look."""
+    path = tmp_path_factory.mktemp("served") / "attnlab.db"
+    shutil.copyfile(sqlite_template, path)
+    with open_store(f"sqlite:///{path}") as store:
+        traced = make_traced(store, outcomes=["failed"])
+        with serving(store) as address:
+            yield Served(address, traced)
 
 
 @pytest.fixture
@@ -231,7 +253,7 @@ class Traced:
         return weights / weights.sum(axis=1, keepdims=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_traced() -> Callable[..., Traced]:
     """Writes a made-up experiment through the real storage API: random Q and K, their LSE, and measurements.
 

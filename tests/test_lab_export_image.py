@@ -163,6 +163,12 @@ def test_what_cannot_be_drawn_is_refused(traced, change, says):
         image.render_view(**arguments)
 
 
+def test_equal_maps_have_a_difference_of_zero_everywhere(traced):
+    run_id = traced.run_ids[0]
+    same = image.render_comparison(traced.store, [run_id, run_id], 0, 0, (0, 9), (0, 9), "svg")
+    assert "0 everywhere" in texts_of(same)
+
+
 def test_a_title_from_a_user_is_text_in_svg():
     evil = '"><script>alert(1)</script>\x00\ud800'
     document = scene.to_svg(panel.draw_panels([made_panel(np.ones((3, 3)), title=evil)]))

@@ -113,6 +113,7 @@ def test_the_latency_chart_shows_every_sample_and_the_failed_runs(documents):
     figure = drawn(figures.latency_figure(info))
     words = [note["text"] for note in figure["layout"]["annotations"]]
     assert words == ["✕ out of memory", "✕ unsupported"]
+    assert figure["layout"]["xaxis"]["ticktext"][1] == "#2<br>sliding_window<br>(window_size=16)<br>banded"
     assert sum(len(trace["y"]) for trace in figure["data"] if trace["mode"] == "markers") == 10
     with pytest.raises(ViewError, match="latency_ms, attention_latency_ms"):
         figures.latency_info(documents, "speed")
@@ -160,3 +161,12 @@ def test_a_name_is_never_markup_in_a_chart(documents):
     text = str(figures.latency_figure(figures.latency_info([evil])).to_json())
     assert "<img" not in text
     assert "&lt;img" in text
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 16])
+def test_every_column_keeps_a_label(documents, count):
+    runs = [documents[0] | {"id": i + 1} for i in range(count)]
+    axis = drawn(figures.latency_figure(figures.latency_info(runs)))["layout"]["xaxis"]
+    assert axis["tickvals"] == list(range(count))
+    assert [text.partition("<br>")[0] for text in axis["ticktext"]] == [f"#{i + 1}" for i in range(count)]
+    assert axis["ticklabeloverflow"] == "allow"

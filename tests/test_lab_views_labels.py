@@ -45,7 +45,7 @@ def test_a_run_label_is_unique_and_says_what_ran():
     document = {
         "id": 7,
         "mechanism": "sliding_window",
-        "parameters": {"window_size": 256},
+        "parameters": {"window_size": 256, "num_kv_heads": None},
         "implementation": "auto",
         "chosen": "banded",
         "kernels": ["aten::bmm", "aten::exp"],

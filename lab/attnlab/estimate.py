@@ -110,7 +110,7 @@ def stored_bytes(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> int:
     queries = 1 if point.phase == "decode" else keys
     size = min(BYTES[point.dtype], 4)  # float64 is kept as float32
     maps = (shape.heads * queries + kv_heads * keys) * shape.head_dim * size
-    maps += (shape.heads * queries + kv_heads * keys) * 4
+    maps += shape.heads * queries * 8 + kv_heads * keys * 4
     rows = shape.layers * shape.heads * STATISTICS * STATISTICS_ROW_BYTES
     return layers * maps * ("maps" in spec.record) + rows * ("statistics" in spec.record)
 

@@ -235,7 +235,7 @@ class Run:
         return np.asarray(load_map(self.lab.store, self.id, layer, head).key)
 
     def lse(self, layer: int, head: int) -> np.ndarray:
-        """The kernel's natural log-sum-exp of each row: float32 [queries]."""
+        """The natural log-sum-exp of each row: [queries], float64 where it is stored so."""
         return np.asarray(load_map(self.lab.store, self.id, layer, head).lse)
 
 

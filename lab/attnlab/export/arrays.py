@@ -60,7 +60,8 @@ def trace_arrays(
 ) -> dict[str, np.ndarray]:
     """What a layer's maps are made of: ``query`` [H, Sq, D], ``key`` [Hkv, Sk, D], ``lse`` [H, Sq].
 
-    All float32; ``lse`` is the natural log of the row's sum of exp(scale * q . k). The mask is in ``facts``.
+    float32, but ``lse`` as it is stored: the natural log of the row's sum of exp(scale * q . k). The mask is in
+    ``facts``.
     """
     _, trace = find_trace(store, run_id, layer)
     numbers = trace.heads * trace.num_queries * (trace.head_dim + 1)

@@ -194,6 +194,8 @@ def _draw_bar(scene: Scene, panel: Panel, name: str, x: int, y: int, height: int
 
 def bar_labels(peak: float, scale: Scale, *, signed: bool) -> list[tuple[float, str]]:
     """(place 0..1 on the colour bar, label) pairs, from low to high."""
+    if signed and not peak:
+        return [(0.5, "0 everywhere")]
     if signed:
         return [(0.0, f"{-peak:.3g}"), (0.5, "0"), (1.0, f"{peak:+.3g}")]
     if scale == "row":

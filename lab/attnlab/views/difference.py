@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attnlab.views.errors import ViewError
-from attnlab.views.viewport import Region, Viewport, check_size, load_map, recorded, region_of
+from attnlab.views.viewport import Region, Viewport, check_size, head_map, load_map, recorded, region_of
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_storage.database import Store
 
@@ -122,8 +122,9 @@ def map_distance(
     """
     if max_rows < 1:
         raise ViewError(f"max_rows must be at least 1; got {max_rows}")
-    traces_a = {trace.layer: trace for trace in recorded(store, run_a)[1]}
-    traces_b = {trace.layer: trace for trace in recorded(store, run_b)[1]}
+    (row_a, found_a), (row_b, found_b) = recorded(store, run_a), recorded(store, run_b)
+    traces_a = {trace.layer: trace for trace in found_a}
+    traces_b = {trace.layer: trace for trace in found_b}
     common = sorted(traces_a.keys() & traces_b.keys())
     wanted = common if layers is None else list(layers)
     if not wanted or not set(wanted) <= set(common):
@@ -137,7 +138,11 @@ def map_distance(
     total = max(traces_a[layer].num_queries for layer in wanted)
     pairs = [
         [
-            _distances(load_map(store, run_a, layer, head), load_map(store, run_b, layer, head), max_rows)
+            _distances(
+                head_map(store, row_a, traces_a[layer], head),
+                head_map(store, row_b, traces_b[layer], head),
+                max_rows,
+            )
             for head in range(traces_a[layer].heads)
         ]
         for layer in wanted

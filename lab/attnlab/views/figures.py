@@ -15,6 +15,7 @@ from attnlab.views.errors import ViewError
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, series_label
 
 LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
+WORDED_COLUMNS = 5
 MEMORIES = {
     "peak_memory_bytes": "forward pass",
     "attention_peak_memory_bytes": "attention kernel alone",
@@ -247,9 +248,21 @@ def scaling_figure(info: ScalingInfo) -> go.Figure:
 
 
 def _label_columns(figure: go.Figure, labels: list[str]) -> None:
+    """Every column keeps its label on a narrow page: a line a word, or only the run's number if there are many."""
+    words = [label.replace("(", " (").split(" ") for label in labels]
+    shown = [one if len(labels) <= WORDED_COLUMNS else one[:1] for one in words]
+    texts = [
+        "<br>".join(plain(word if len(word) <= 18 else word[:17] + "…") for word in one) for one in shown
+    ]
     figure.update_layout(showlegend=False)
-    texts = [plain(label).replace(" ", "<br>", 1) for label in labels]
-    figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=texts, range=[-0.6, len(labels) - 0.4])
+    figure.update_xaxes(
+        tickmode="array",
+        tickvals=list(range(len(labels))),
+        ticktext=texts,
+        tickangle=0,
+        ticklabeloverflow="allow",
+        range=[-0.6, len(labels) - 0.4],
+    )
 
 
 def _mark_outcomes(figure: go.Figure, marks: list[tuple[int, str]]) -> None:

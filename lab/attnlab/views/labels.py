@@ -25,7 +25,7 @@ def run_label(document: Mapping[str, Any]) -> str:
 def mechanism_label(document: Mapping[str, Any]) -> str:
     """``sliding_window(window_size=256)``, or the bare name of a mechanism without parameters."""
     parameters = document.get("parameters") or {}
-    inside = ", ".join(f"{name}={value}" for name, value in parameters.items())
+    inside = ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
     return f"{document['mechanism']}({inside})" if inside else str(document["mechanism"])
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnlab.views.errors import ViewError
-from attnlab.views.viewport import REDUCTIONS, check_size, find_trace, load_map
+from attnlab.views.viewport import REDUCTIONS, check_size, find_trace, head_map
 from attnlab_storage.database import Store
 
 
@@ -27,7 +27,7 @@ def thumbnails(store: Store, run_id: int, layer: int, size: int = 64, reduce: st
     check_size(size, size)
     if reduce not in REDUCTIONS:
         raise ViewError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
-    _, trace = find_trace(store, run_id, layer)
-    maps = (load_map(store, run_id, layer, head) for head in range(trace.heads))
+    run, trace = find_trace(store, run_id, layer)
+    maps = (head_map(store, run, trace, head) for head in range(trace.heads))
     values = np.stack([one.pool(slice(None), slice(None), size, size, reduce) for one in maps])
     return Thumbnails(values, float(values.max()), reduce)

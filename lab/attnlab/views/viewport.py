@@ -128,9 +128,14 @@ def load_map(store: Store, run_id: int, layer: int, head: int) -> SoftmaxMap:
 
     Raises ViewError naming the layers or heads that there are.
     """
-    run, trace = find_trace(store, run_id, layer)
+    return head_map(store, *find_trace(store, run_id, layer), head)
+
+
+def head_map(store: Store, run: RunRow, trace: TraceRow, head: int) -> SoftmaxMap:
+    """`load_map` for one of many heads of a layer that was found before."""
+    layer = trace.layer
     if not 0 <= head < trace.heads:
-        raise ViewError(f"head must be in 0..{trace.heads - 1} for layer {layer} of run {run_id}; got {head}")
+        raise ViewError(f"head must be in 0..{trace.heads - 1} for layer {layer} of run {run.id}; got {head}")
     kv_head = head // (trace.heads // trace.kv_heads)
     query = _tensor(store, run, "query", layer, head)
     key = _tensor(store, run, "key", layer, kv_head)
