@@ -205,6 +205,9 @@ def fetch(name: str, progress: Callable[[str], object] = print) -> Path:
         progress(f"{name}: converting to safetensors")
         finished = Path(work) / "finished"
         _convert(model, source, finished)
+        for path in finished.iterdir():
+            # safetensors are written for their owner alone; a service may read them as another user
+            path.chmod(0o644)
         _publish(name, finished, folder)
     progress(f"{name}: ready in {folder}")
     return folder

@@ -24,6 +24,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     StrictBool,
     StrictInt,
@@ -126,7 +127,9 @@ class ModuleSpec(_Strict):
     dim: Annotated[StrictInt, Field(ge=1, le=65_536)]
     num_heads: Annotated[StrictInt, Field(ge=1, le=1024)]
     num_kv_heads: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
-    """key and value heads of grouped_query; other mechanisms have as many as num_heads"""
+    """key and value heads of grouped_query and sliding_window, where the mechanism does not say itself"""
+    causal: StrictBool = True
+    """no query sees a later key, in every mechanism alike"""
 
 
 class InputSpec(_Strict):
@@ -205,6 +208,10 @@ def _layers(value: Any) -> str | tuple[int, ...]:
     return tuple(sorted(set(layers)))
 
 
+def _plain_layers(layers: str | tuple[int, ...]) -> Any:
+    return layers if isinstance(layers, str) else list(layers)
+
+
 class ExperimentSpec(_Strict):
     """An experiment: a model or module, an input, a grid and what to record."""
 
@@ -216,7 +223,7 @@ class ExperimentSpec(_Strict):
     vary: VarySpec
     phase: Annotated[str, AfterValidator(_choice(PHASES))] = "prefill"
     record: Choices[Annotated[str, AfterValidator(_choice(RECORDS))]] = RECORDS
-    layers: Annotated[str | tuple[int, ...], PlainValidator(_layers)] = "all"
+    layers: Annotated[str | tuple[int, ...], PlainValidator(_layers), PlainSerializer(_plain_layers)] = "all"
     """``all``, or the zero-based layers whose maps are kept"""
     repeats: Annotated[StrictInt, Field(ge=1, le=1000)] = 20
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] = 0
@@ -254,8 +261,7 @@ class ExperimentSpec(_Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that parse_spec reads back into an equal spec."""
-        values = self.model_dump(mode="json", exclude_none=True)
-        return values | {"layers": self.layers if self.layers == "all" else list(self.layers)}
+        return self.model_dump(mode="json", exclude_none=True)
 
     def to_yaml(self) -> str:
         return write_document(self.to_dict())

@@ -72,7 +72,7 @@ def capture_call(call: LayerCall) -> LayerCapture:
         output_defect=output_defect(one),
         detail=detail,
     )
-    norms = torch.linalg.vector_norm(one.value[0], dim=-1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(one.value[0].double(), dim=-1).float()
     arrays = tuple(
         (name, *_array(tensor))
         for name, tensor in (("query", one.query[0]), ("key", one.key[0]), ("value_norm", norms))

@@ -26,7 +26,7 @@ class Subject(Protocol):
     layers: int
     """attentions in one forward"""
     kind: str
-    """``exact`` or ``approximate``: what the mechanism does to the numbers"""
+    """what the mechanism does to the model's numbers: ``exact`` or ``approximate``; ``none`` for a bare module"""
     identity: dict[str, Any]
     tokens: int
 

@@ -1,6 +1,7 @@
 """A bare attention module with random weights on random hidden states."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.mechanisms.build import build_mechanism
-from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, observing
+from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, attend, observing
 from attnlab_storage.results import InputRow, MeasurementRow
 
 from ..hook import LayerCall, Listener
@@ -25,23 +26,22 @@ class ModuleSubject:
 
     def __init__(self, spec: ExperimentSpec, point: RunPoint, device: torch.device) -> None:
         assert spec.module is not None
-        parameters = _parameters(spec.module, point)
+        shape = {"dim": spec.module.dim, "num_heads": spec.module.num_heads, "causal": spec.module.causal}
         torch.manual_seed(spec.seed)
-        module = build_mechanism(
-            point.mechanism, dim=spec.module.dim, num_heads=spec.module.num_heads, **parameters
-        )
+        module = build_mechanism(point.mechanism, **shape, **_parameters(spec.module, point))
         self._module = module.to(device, TORCH_DTYPES[point.dtype]).train(point.phase == "train")
-        shape = (point.batch_size, point.sequence_length, spec.module.dim)
-        self._hidden = torch.randn(shape, dtype=torch.float32).to(device, TORCH_DTYPES[point.dtype])
+        hidden = torch.randn(point.batch_size, point.sequence_length, spec.module.dim)
+        self._hidden = hidden.to(device, TORCH_DTYPES[point.dtype])
         self._phase = point.phase
         self._dtype = point.dtype
         self._implementation = point.implementation
+        self._filled: Any = None
         self._cache: Any = None
         if point.phase == "decode" and point.sequence_length < 2:
             raise Unsupported("phase: decode needs at least 2 tokens, one to cache and one to decode")
         self.device = device
         self.layers = 1
-        self.kind = "exact"
+        self.kind = "none"
         self.tokens = point.sequence_length
         self.identity = {
             "name": point.model,
@@ -59,42 +59,55 @@ class ModuleSubject:
         return InputRow(None, queries, names, detail)
 
     def check(self) -> list[MeasurementRow]:
-        """Compare with the module's own reference implementation on a prefix."""
+        """Compare the attention inside the module with the eager reference on the same Q, K and V of a prefix."""
         hidden = self._hidden[:1, :CHECKED_TOKENS]
+        calls: list[AttendCall] = []
+        with torch.no_grad(), observing(calls.append):
+            self._run(hidden, self._implementation)
+        squares = norm = 0.0
         with torch.no_grad():
-            ours, theirs = self._run(hidden, self._implementation), self._run(hidden, "eager")
-        size = torch.linalg.vector_norm(theirs.double())
-        error = float(torch.linalg.vector_norm((ours - theirs).double()) / size.clamp_min(1e-30))
+            for call in calls:
+                kept = {"mask": call.mask, "scale": call.scale, "bias": call.bias}
+                theirs = attend(call.q, call.k, call.v, implementation="eager", **kept).output.double()
+                squares += float((call.output.double() - theirs).square().sum())
+                norm += float(theirs.square().sum())
+        error = math.sqrt(squares / max(norm, 1e-60))
         allowed = RELATIVE_TOLERANCE[self._dtype]
-        detail = {"against": "the module's eager reference", "tokens": hidden.shape[1], "tolerance": allowed}
+        detail = {
+            "against": "the eager reference on the same Q, K and V",
+            "tokens": hidden.shape[1],
+            "tolerance": allowed,
+        }
         if not error <= allowed:
             raise CheckFailed(
-                f"the module's output is {error:.3g} (relative) off its eager reference on {hidden.shape[1]} "
+                f"the module's attention is {error:.3g} (relative) off the eager reference on {hidden.shape[1]} "
                 f"tokens, {allowed:.3g} is allowed; nothing was stored"
             )
         return [MeasurementRow("check_error", error, "relative", detail=detail)]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        with torch.set_grad_enabled(self._phase == "train"):
-            yield
+        if self._phase == "decode":
+            before = self._hidden[:, :-1]
+            filled = self._module(
+                before, use_cache=True, return_dict=True, implementation=self._implementation
+            )
+            self._filled = filled.cache
+        yield
+        self._filled = self._cache = None
 
     def prepare(self) -> None:
-        if self._phase == "decode":
-            # the cache grows by the token that is decoded, so every step needs a fresh one
-            before = self._hidden[:, :-1]
-            self._cache = self._module(
-                before, use_cache=True, return_dict=True, implementation=self._implementation
-            ).cache
+        # a step adds its token to the cache, so each one gets a copy
+        if self._filled is not None:
+            self._cache = self._filled.clone()
 
     def step(self, listener: Listener | None = None) -> Tensor:
         told = _Listening(listener)
         with observing(told) if listener is not None else contextlib.nullcontext():
             if self._phase == "decode":
-                if self._cache is None:
-                    self.prepare()
-                cache, self._cache = self._cache, None
-                output = self._run(self._hidden[:, -1:], self._implementation, past_key_value=cache)
+                output = self._run(
+                    self._hidden[:, -1:], self._implementation, past_key_value=self._cache, use_cache=True
+                )
             else:
                 output = self._run(self._hidden, self._implementation)
         if self._phase == "train":
@@ -131,6 +144,6 @@ class _Listening:
 
 def _parameters(module: ModuleSpec, point: RunPoint) -> dict[str, Any]:
     parameters = dict(point.parameters)
-    if point.mechanism == "grouped_query" and parameters.get("num_kv_heads") is None:
-        parameters["num_kv_heads"] = module.num_kv_heads or module.num_heads
+    if "num_kv_heads" in parameters and parameters["num_kv_heads"] is None:
+        parameters["num_kv_heads"] = module.num_kv_heads
     return parameters
