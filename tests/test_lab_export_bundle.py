@@ -317,3 +317,11 @@ def test_rows_that_are_no_list_are_refused(other, packed):
 def test_names_that_pass_stay_inside_any_folder():
     for name in ("manifest.json", "rows/000001-run.json", "tensors/17.bin"):
         assert bundle_rules._PATH.fullmatch(name)
+
+
+def test_more_rows_than_fit_one_part_come_back_whole(sqlite_store, make_traced, other):
+    made = make_traced(sqlite_store, tokens=5, layers=140)  # 4 heads of 140 layers: more than 500 measurements
+    out = io.BytesIO()
+    write_bundle(sqlite_store, made.experiment_id, out)
+    out.seek(0)
+    assert content(other, read_bundle(other, out)) == content(sqlite_store, made.experiment_id)
