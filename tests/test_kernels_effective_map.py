@@ -95,6 +95,17 @@ def test_rows_sum_to_one_and_dead_rows_to_zero():
     np.testing.assert_allclose(effective.row_sums(slice(20, 25)), sums[20:25], rtol=1e-14)
 
 
+def test_a_row_that_the_kernel_found_dead_is_empty_whatever_the_mask_says():
+    effective, expected = make(20, 30, Causal())
+    lse = effective.lse.copy()
+    lse[7] = -np.inf
+    dead = SoftmaxMap(effective.query, effective.key, lse, effective.scale, effective.mask)
+    whole = dead.tile(slice(None), slice(None))
+    assert not whole[7].any()
+    np.testing.assert_allclose(np.delete(whole, 7, 0), np.delete(expected, 7, 0), atol=1e-6)
+    assert dead.row_sums()[7] == 0
+
+
 def test_a_wrong_log_sum_exp_shows_in_the_row_sums():
     effective, _ = make(20, 20, Causal())
     wrong = SoftmaxMap(effective.query, effective.key, effective.lse + 0.01, effective.scale, effective.mask)

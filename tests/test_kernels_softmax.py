@@ -207,6 +207,36 @@ def test_what_lies_in_padded_slots_never_shows(name, mask):
 
 
 @pytest.mark.parametrize("name", HERE)
+def test_what_lies_in_padded_slots_gets_and_gives_no_gradient(name):
+    mask = Window(25) & Padding(((3, 30),))
+    q, k, v = (torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for tensor in (k, v):
+        tensor[:, :, :3] = tensor[:, :, 30:] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    if not supports(name, *leaves, mask=mask, need_grad=True):
+        return
+    attend(*leaves, mask=mask, implementation=name).output.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+    assert k.grad is not None
+    assert not k.grad[:, :, 30:].any()
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa_math", "sdpa_flash"])
+def test_a_row_that_the_bias_kills_has_no_gradient_and_no_nan(name):
+    leaves = [torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(3)]
+    bias = torch.zeros(9, 9)
+    bias[4] = -torch.inf
+    attend(*leaves, mask=Causal(), bias=bias, implementation=name).output.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+    assert leaves[0].grad is not None
+    assert not leaves[0].grad[:, :, 4].any()
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_a_future_token_changes_no_past_output(name):
     q, k, v = (torch.randn(1, 2, 50, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     mask = Window(20) if name == "banded" else Causal()
