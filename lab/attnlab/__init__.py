@@ -10,6 +10,7 @@ Names are loaded when they are first used, so ``import attnlab`` loads neither t
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .lab import open_lab
     from .problems import Problem, SpecError
     from .spec import ExperimentSpec, RunPoint, parse_spec
 
