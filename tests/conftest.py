@@ -72,12 +72,22 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+@pytest.fixture(scope="session")
+def make_postgres_database(postgres_server: str) -> Callable[[str], str]:
+    """Makes a fresh, migrated PostgreSQL store by its name and returns its URL."""
+
+    def make(name: str) -> str:
+        _administer(postgres_server, f"CREATE DATABASE {name} TEMPLATE template")
+        return make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+
+    return make
+
+
 @pytest.fixture
-def postgres_url(postgres_server: str) -> Iterator[str]:
+def postgres_url(postgres_server: str, make_postgres_database: Callable[[str], str]) -> Iterator[str]:
     """The URL of a fresh, migrated PostgreSQL store."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    _administer(postgres_server, f"CREATE DATABASE {name} TEMPLATE template")
-    yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    yield make_postgres_database(name)
     _administer(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
 
 

@@ -320,7 +320,9 @@ def test_names_that_pass_stay_inside_any_folder():
 
 
 def test_more_rows_than_fit_one_part_come_back_whole(sqlite_store, make_traced, other):
-    made = make_traced(sqlite_store, tokens=5, layers=140)  # 4 heads of 140 layers: more than 500 measurements
+    made = make_traced(
+        sqlite_store, tokens=5, layers=140
+    )  # 4 heads of 140 layers: more than 500 measurements
     out = io.BytesIO()
     write_bundle(sqlite_store, made.experiment_id, out)
     out.seek(0)

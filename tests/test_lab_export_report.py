@@ -113,3 +113,16 @@ def test_layers_are_spread_from_the_first_to_the_last(count):
 def test_values_are_escaped_text(value, shown):
     assert html.text(value) == shown
     assert re.fullmatch(r"<td>.*</td>", f"<td>{html.text(value)}</td>")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_report_draws_its_charts_offline_and_asks_for_nothing(page, browse, tmp_path, dark):
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    # the page itself is the one request that may leave loopback; any other, and any console error, fails the test
+    opened = browse(f"file://{path}", dark=dark, expect=[f"request off this machine: file://{path}"])
+    opened.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length > 0")
+    assert opened.locator(".js-plotly-plot").count() == page.count("Plotly.newPlot(")
+    ground = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
