@@ -164,7 +164,7 @@ def test_a_cancelled_run_frees_its_place_for_the_next(sqlite_store, dispatcher, 
     queue.cancel(sqlite_store, [sleeping])
     started = time.monotonic()
     work(dispatcher, lambda: ended(sqlite_store, sleeping))
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 5.0
     assert run_of(sqlite_store, sleeping).state == "cancelled"
     work(dispatcher, lambda: ended(sqlite_store, after))
     assert run_of(sqlite_store, after).state == "succeeded"

@@ -166,7 +166,7 @@ def test_the_worker_is_free_again_whatever_a_run_does_to_it(cluster):
     asked = time.monotonic()
     queue.cancel(cluster.store, [holding])
     assert cluster.wait_for_end(holding).state == "cancelled"
-    assert time.monotonic() - asked < 2.0
+    assert time.monotonic() - asked < 5.0
     assert cluster.wait_for_end(greedy).state == "out_of_memory"
     assert cluster.wait_for_end(slow).state == "timed_out"
     assert cluster.wait_for_end(last).state == "succeeded"

@@ -138,10 +138,11 @@ class _Watch:
         code = self.child.code
         assert code is not None
         self._store_log(last=True)
+        total = processes.memory_total()
         return classify(
             code,
             peak_memory=self.child.peak_memory,
-            memory=self.order.memory_limit or processes.memory_total(),
+            memory=min(self.order.memory_limit or total, total),
             memory_kills=processes.out_of_memory_kills() - self.kills_before,
             tail=self.log.tail(),
         )

@@ -13,7 +13,7 @@ from attnlab_workers.child_process import ChildProcess, Spare
 from attnlab_workers.order import order_from_dict
 from attnlab_workers.supervisor import supervise
 
-SURVEY_SECONDS = 300.0
+SURVEY_SECONDS = 120.0
 # what is left of the free memory for everything else on the machine
 MEMORY_SHARE = 0.95
 
