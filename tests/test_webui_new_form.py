@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.documents import write_document
@@ -57,6 +57,7 @@ def forms(draw):
     )
 
 
+@settings(deadline=None)
 @given(forms())
 def test_what_the_form_wrote_it_reads_back(form):
     document = drafts.read_draft(write_document(merge(form, {}))).document
@@ -64,11 +65,13 @@ def test_what_the_form_wrote_it_reads_back(form):
     assert form_of(document) == form
 
 
+@settings(deadline=None)
 @given(forms(), forms())
 def test_an_edit_changes_the_document_to_the_form(before, after):
     assert form_of(merge(after, merge(before, {}))) == after
 
 
+@settings(deadline=None)
 @given(forms())
 def test_an_untouched_form_changes_nothing(form):
     document = merge(form, {})
@@ -152,6 +155,15 @@ def test_yaml_that_is_no_mapping_is_left_alone():
 def test_empty_yaml_is_filled_from_the_form():
     draft = drafts.write_form(Form(name="n", text="Banks."), "", Form())
     assert "name: n" in draft.text
+
+
+def test_a_document_without_mechanisms_shows_none_ticked():
+    assert form_of({"name": "n"}).mechanisms == ()
+
+
+def test_a_draft_from_the_form_alone_is_whole():
+    form = Form(name="n", model="minilm-l6", text="Banks.")
+    assert drafts.from_form(form).problems == ()
 
 
 def test_every_problem_of_the_spec_is_found():

@@ -60,7 +60,7 @@ def form_of(document: Document) -> Form:
     vary = _mapping(document.get("vary"))
     source = _mapping(document.get("input"))
     module = _mapping(document.get("module"))
-    entries = _list(vary.get("mechanism", ["multi_head"]))
+    entries = _list(vary.get("mechanism"))
     return Form(
         name=_text(document.get("name")),
         model=BARE_MODULE if document.get("module") is not None else _text(document.get("model")),

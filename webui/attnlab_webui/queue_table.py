@@ -11,6 +11,7 @@ from attnlab_storage.tables import STATES
 from attnlab_webui import pieces
 from attnlab_webui.pieces import Raw, escape
 
+MAX_COMPARED = 16
 COLUMNS = ("run", "experiment", "mechanism", "implementation", "tokens", "dtype", "state", "time", "latency")
 
 
@@ -34,13 +35,12 @@ def page(
     pager: str,
     now: float,
     address: str,
-    go: str,
     narrowed: bool,
 ) -> str:
     """The whole page below its filter fields."""
     body = run_table(rows, now) if rows else nothing(narrowed, pager)
     return (
-        f'<div class="at-queue" data-address="{escape(address)}" data-go="{escape(go)}">{notice}'
+        f'<div class="at-queue" data-address="{escape(address)}">{notice}'
         f"{count_strip(counts, states)}{toolbar}{body}{pager}</div>"
     )
 
@@ -74,15 +74,16 @@ def _count_button(state: str, words: str, count: int, pressed: bool) -> str:
     )
 
 
-def toolbar(selected: int, matching: int, said: str, undo: str) -> str:
+def toolbar(chosen: Collection[int], matching: int, said: str, undo: str) -> str:
     """What can be done with the selected runs, and what the last action did."""
+    selected = len(chosen)
     if selected:
         parts = [
             f"<b>{selected:,} selected</b>",
             _action("cancel", "Cancel"),
             _action("retry", "Retry"),
             _action("first", "Run next"),
-            _action("compare", "Compare", enabled=2 <= selected <= 16, title="two to sixteen runs"),
+            _compare(chosen),
             _action("delete", "Delete"),
             _action("all", f"Select all {matching:,}") if selected < matching else "",
             _action("none", "Clear"),
@@ -97,10 +98,17 @@ def toolbar(selected: int, matching: int, said: str, undo: str) -> str:
     return f'<div class="at-toolbar" role="toolbar" aria-label="Selected runs">{"".join(parts)}</div>'
 
 
-def _action(name: str, words: str, *, enabled: bool = True, title: str = "") -> str:
+def _compare(chosen: Collection[int]) -> str:
+    """A link, so that it opens like any other; shown while there are few enough runs to put side by side."""
+    if not 2 <= len(chosen) <= MAX_COMPARED:
+        return ""
+    runs = ",".join(map(str, sorted(chosen)))
+    return f'<a class="at-button" href="/compare?runs={runs}">Compare</a>'
+
+
+def _action(name: str, words: str, *, enabled: bool = True) -> str:
     off = "" if enabled else " disabled"
-    tip = f' title="{escape(title)}"' if title else ""
-    return f'<button type="button" class="at-button" data-do="{name}"{off}{tip}>{escape(words)}</button>'
+    return f'<button type="button" class="at-button" data-do="{name}"{off}>{escape(words)}</button>'
 
 
 def run_table(rows: Sequence[Row], now: float) -> str:

@@ -18,7 +18,6 @@ from attnlab_webui.queue_table import Row
 from attnlab_webui.system_facts import is_alive
 
 PAGE_RUNS = 50
-MAX_COMPARED = 16
 LIKE_RUNS = 5
 
 
@@ -46,8 +45,6 @@ class View:
     undo: Undo | None = None
     said: str = ""
     """what the last action did"""
-    go: str = ""
-    """an address to open"""
 
     def filters(self) -> dict[str, Any]:
         return {"state": list(self.states), "mechanism": self.mechanism or None, "model": self.model or None}
@@ -86,7 +83,7 @@ def view_of(query: Mapping[str, str]) -> View:
 
 def filtered(view: View, *, mechanism: str, model: str, search: str) -> View:
     """The view with other filters, on its first page."""
-    return replace(view, mechanism=mechanism, model=model, search=search, cursors=(), said="", go="")
+    return replace(view, mechanism=mechanism, model=model, search=search, cursors=(), said="")
 
 
 def look(store: Store, view: View, now: float | None = None) -> Shown:
@@ -108,16 +105,13 @@ def look(store: Store, view: View, now: float | None = None) -> Shown:
         counts=counts,
         states=view.states,
         notice=queue_table.dispatcher_line(alive, paused(store), silent, counts["queued"]),
-        toolbar=queue_table.toolbar(
-            len(view.selected), matching, view.said, view.undo.words if view.undo else ""
-        ),
+        toolbar=queue_table.toolbar(view.selected, matching, view.said, view.undo.words if view.undo else ""),
         rows=rows,
         pager=queue_table.pager(
             len(view.cursors) * PAGE_RUNS, len(rows), matching, bool(view.cursors), bool(page.next)
         ),
         now=now,
         address=view.address(),
-        go=view.go,
         narrowed=bool(view.address()),
     )
     moving = any(not run.ended for run in page.rows)
@@ -126,7 +120,7 @@ def look(store: Store, view: View, now: float | None = None) -> Shown:
 
 def act(store: Store, view: View, action: str, value: str, run: int, shift: bool) -> View:
     """The view after a click; unknown actions change nothing."""
-    view = replace(view, said="", go="")
+    view = replace(view, said="")
     changed = _look_elsewhere(store, view, action, value) or _select(store, view, action, run, shift)
     return changed or _do(store, view, action)
 
@@ -215,8 +209,6 @@ def _do(store: Store, view: View, action: str) -> View:
     if action == "first" and ids:
         moved = sum(move_to_front(store, run) for run in reversed(ids))
         return replace(view, said=_counted(moved, len(ids), "moved to the front", "only queued runs can be"))
-    if action == "compare" and 2 <= len(ids) <= MAX_COMPARED:
-        return replace(view, go=f"/compare?runs={','.join(map(str, ids))}")
     if action == "undo" and view.undo is not None:
         return _take_back(store, view, view.undo)
     return view

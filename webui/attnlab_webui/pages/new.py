@@ -116,14 +116,18 @@ def on_rewrite(store: Store, fields: FormFields, *values: Any) -> list[Any]:
 
 
 def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[Any]:
-    """Fill the page from its address: `?clone=ID` or `?mechanism=ID`."""
+    """Fill the page from its address: `?clone=ID` or `?mechanism=ID`; without either it shows the starter already."""
     text, notice = new_experiment.first_text(store, query)
     draft = drafts.read_draft(text)
     form = form_of(draft.document or {})
+    values = (
+        fields.values(form)
+        if query.keys() & {"clone", "mechanism"}
+        else [gr.skip()] * len(fields.components())
+    )
     reasons = implementation_reasons(store)
-    values = fields.values(form)
-    place = list(fields.plain).index("implementations")
-    values[place] = gr.update(choices=implementation_choices(reasons), value=values[place])
+    choices = {"choices": implementation_choices(reasons), "value": list(form.implementations)}
+    values[list(fields.plain).index("implementations")] = gr.update(**choices)
     head = [notice, text, form, *verdict_of(store, draft, form), *fields.folded(form)]
     return [*head, new_experiment.recent_list(store), new_experiment.unavailable_line(reasons), *values]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -37,8 +36,8 @@ def build(store: Store) -> None:
 
     fields, drawn = [mechanism, model, search], [table, view, seen]
     show = functools.partial(on_filter, store)
-    for field in fields:
-        field.input(show, [view, *fields], drawn, trigger_mode="always_last", **pieces.INTERNAL)
+    changes = [mechanism.input, model.input, search.input, search.blur, search.submit]
+    gr.on(changes, show, [view, *fields], drawn, trigger_mode="always_last", **pieces.INTERNAL)
 
     # Gradio looks at the annotations of the function itself to pass these in
     def act(view: View, event: gr.EventData) -> list[Any]:
@@ -59,7 +58,7 @@ def on_load(store: Store, query: Mapping[str, str]) -> list[Any]:
     return [
         menu(run_values(store, "mechanism"), view.mechanism),
         menu(run_values(store, "model"), view.model),
-        view.search,
+        view.search or gr.skip(),
         pause_words(paused(store)),
         *drawn_of(store, view),
     ]
@@ -107,7 +106,7 @@ def drawn_of(store: Store, view: View) -> list[Any]:
     """Table, view and what was seen; the counter is read first, so that no change is missed."""
     number = revision(store)
     shown = queue_view.look(store, view)
-    return [shown.html, replace(view, go=""), (number, shown.moving, time.time())]
+    return [shown.html, view, (number, shown.moving, time.time())]
 
 
 def pause_words(is_paused: bool) -> Any:

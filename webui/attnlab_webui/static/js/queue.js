@@ -53,6 +53,4 @@ function settle(element) {
       window.history.replaceState(window.history.state, "", address);
     }
   }
-  const target = element.querySelector("[data-go]");
-  if (target && target.dataset.go) window.location.assign(target.dataset.go);
 }
