@@ -1,5 +1,6 @@
 """A tensor comes out of the store bit for bit, in any slice, and only for the attempt that counts."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,15 +33,15 @@ def odd(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**32, shape, np.uint32).view(np.float32)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 64, 8), (1, 65, 64), (3, 63)], ids=str)
-@pytest.mark.parametrize("chunk_tokens", [1, 16, 64, 2048])
-def test_every_bit_comes_back(store: Store, claim: queue.Claim, shape: tuple[int, ...], chunk_tokens: int):
-    array = odd(shape)
-    assert write(store, claim, array, chunk_tokens=chunk_tokens) == array.nbytes
-    for head in range(shape[0]):
-        found = tensors.read_tensor(store, claim.run_id, "query", 0, head)
-        assert found.dtype == np.float32
-        assert found.tobytes() == array[head].tobytes()
+def test_every_bit_comes_back(store: Store, claim: queue.Claim):
+    shapes = [(1, 1, 1), (3, 7, 5), (2, 64, 8), (1, 65, 64), (3, 63)]
+    for number, (shape, chunk_tokens) in enumerate(itertools.product(shapes, (1, 16, 64, 2048))):
+        array, name = odd(shape, seed=number), f"{shape} in {chunk_tokens}"
+        assert write(store, claim, array, name, chunk_tokens=chunk_tokens) == array.nbytes
+        for head in range(shape[0]):
+            found = tensors.read_tensor(store, claim.run_id, name, 0, head)
+            assert found.dtype == np.float32, name
+            assert found.tobytes() == array[head].tobytes(), name
 
 
 def test_any_slice_is_the_slice_of_the_array(sliced: tuple[Store, np.ndarray]):
@@ -183,9 +184,8 @@ def test_a_wrong_array_is_refused(
     assert tensors.tensor_info(sqlite_store, 1) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
+def test_what_is_not_there_is_said_with_the_choices(sliced: tuple[Store, np.ndarray]):
+    wrong: list[tuple[tuple[Any, ...], str]] = [
         (("key", 0, 0), "run 1 has no tensor 'key' of layer 0; choices: layers 0 to 0, names query"),
         (("query", 3, 0), "run 1 has no tensor 'query' of layer 3"),
         (("query", 0, 2), "head must be from 0 to 1, got 2"),
@@ -194,13 +194,10 @@ def test_a_wrong_array_is_refused(
         (("query", 0, 0, -1, 7), "tokens must be a range within 0:77, got -1:7"),
         (("query", 0, 0, 9, 7), "tokens must be a range within 0:77, got 9:7"),
         (("query", 0, 0, 78, None), "tokens must be a range within 0:77, got 78:77"),
-    ],
-)
-def test_what_is_not_there_is_said_with_the_choices(
-    sliced: tuple[Store, np.ndarray], arguments: tuple[Any, ...], says: str
-):
-    with pytest.raises(tensors.TensorError, match=says):
-        tensors.read_tensor(sliced[0], 1, *arguments)
+    ]
+    for arguments, says in wrong:
+        with pytest.raises(tensors.TensorError, match=says):
+            tensors.read_tensor(sliced[0], 1, *arguments)
 
 
 def test_chunks_can_be_walked_as_they_are_stored(sliced: tuple[Store, np.ndarray]):

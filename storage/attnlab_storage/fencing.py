@@ -68,7 +68,7 @@ def change_runs(
 ) -> list[int]:
     """Updates those of the runs that meet the conditions; returns their ids in order."""
     changed: list[int] = []
-    for some in in_batches(sorted(set(run_ids))):
+    for some in in_batches(sorted({run_id for run_id in run_ids if 0 < run_id < 2**63})):
         those = (Run.id.in_(some), *conditions)
         statement = update(Run).where(Run.id.in_(locked(*those)), *those).values(values).returning(Run.id)
         changed += session.scalars(statement, execution_options={"synchronize_session": False})

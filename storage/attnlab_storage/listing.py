@@ -1,15 +1,16 @@
 """Lists of runs and experiments: filtered, searched, sorted and paged in SQL, by index."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import RowMapping, Select, asc, desc, func, or_, select, tuple_
+from sqlalchemy import Integer, RowMapping, Select, asc, desc, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from attnlab_storage.columns import json_list_has, mentions
+from attnlab_storage.columns import CleanText, json_list_has, mentions
 from attnlab_storage.database import Store
 from attnlab_storage.rows import ExperimentPage, ExperimentRow, RunPage, RunRow
 from attnlab_storage.tables import STATES, Experiment, Run
@@ -67,7 +68,7 @@ def runs_of(
     if experiment_id is not None:
         query = query.where(Run.experiment_id == experiment_id, Run.deleted_at.is_(None))
     if run_ids is not None:
-        query = query.where(Run.id.in_(list(run_ids)))
+        query = query.where(Run.id.in_([run_id for run_id in run_ids if _fits(Run.id, run_id)]))
     with store.read() as session:
         rows = _run_rows(session, session.execute(query.order_by(Run.position)).mappings().all())
     if run_ids is None:
@@ -106,7 +107,9 @@ def list_runs(
     _check_limit(limit)
     with store.read() as session:
         query = select(*_COLUMNS).where(*_conditions(session, filters or {}, search, deleted))
-        rows = _page(session, query, getattr(Run, name), descending, limit + 1, _position(after))
+        rows = _page(
+            session, query, getattr(Run, name), descending, limit + 1, _position(after, getattr(Run, name))
+        )
     cursor = json.dumps([getattr(rows[limit - 1], name), rows[limit - 1].id]) if len(rows) > limit else None
     return RunPage(rows[:limit], cursor)
 
@@ -150,6 +153,8 @@ def counts_by_state(store: Store, *, experiment_id: int | None = None) -> dict[s
 
 def get_experiment(store: Store, experiment_id: int) -> ExperimentRow | None:
     """The experiment, deleted or not; None if there is none with this id."""
+    if not _fits(Experiment.id, experiment_id):
+        return None
     with store.read() as session:
         found = _experiments(session, select(Experiment).where(Experiment.id == experiment_id))
     return found[0] if found else None
@@ -174,7 +179,7 @@ def list_experiments(
     if tag:
         query = query.where(json_list_has(Experiment.tags, tag))
     if after is not None:
-        query = query.where(Experiment.id < (_position(after) or (None, 0))[1])
+        query = query.where(Experiment.id < (_position(after, Experiment.id) or (None, 0))[1])
     with store.read() as session:
         rows = _experiments(session, query.order_by(Experiment.id.desc()).limit(limit + 1))
     cursor = json.dumps([None, rows[limit - 1].id]) if len(rows) > limit else None
@@ -214,7 +219,19 @@ def _filter(name: str, values: list[Any]) -> ColumnElement[bool]:
     if name == "tag":
         tagged = select(Experiment.id).where(or_(*(json_list_has(Experiment.tags, tag) for tag in values)))
         return Run.experiment_id.in_(tagged)
-    return getattr(Run, "experiment_id" if name == "experiment" else name).in_(values)
+    column = getattr(Run, "experiment_id" if name == "experiment" else name)
+    if wrong := [value for value in values if not _fits(column, value)]:
+        kind = "a text" if isinstance(column.type, CleanText) else "a whole number"
+        raise ListingError(f"filter {name} must be {kind}, got {wrong[0]!r:.100}")
+    return column.in_(values)
+
+
+def _fits(column: Any, value: Any) -> bool:
+    """Whether the database can compare the value with the column."""
+    if isinstance(column.type, CleanText):
+        return isinstance(value, str)
+    kind = int if isinstance(column.type, Integer) else int | float
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _search(session: Session, text: str) -> ColumnElement[bool]:
@@ -271,16 +288,17 @@ def _run_rows(session: Session, rows: Sequence[RowMapping]) -> list[RunRow]:
     return [RunRow(**row, **named[row["experiment_id"]]) for row in rows]
 
 
-def _position(after: str | None) -> tuple[Any, int] | None:
+def _position(after: str | None, column: Any) -> tuple[Any, int] | None:
+    """(value of the column, id) where the page before ended."""
     if after is None:
         return None
-    try:
+    position: tuple[Any, Any] = (None, None)
+    with contextlib.suppress(ValueError, TypeError):
         value, key = json.loads(after)
-    except (ValueError, TypeError):
-        key = value = None
-    if not isinstance(key, int) or isinstance(value, list | dict):
+        position = value, key
+    if not (_fits(Run.id, position[1]) and (position[0] is None or _fits(column, position[0]))):
         raise ListingError(f"after must be the `next` of a page, got {after!r:.100}")
-    return value, key
+    return position
 
 
 def _check_limit(limit: int) -> None:

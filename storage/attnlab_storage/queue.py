@@ -12,6 +12,7 @@ ids, and the compare-and-swap in the outer UPDATE is what makes them right; SKIP
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from sqlalchemy import case, exists, select, update
@@ -178,8 +179,8 @@ def finish(
         raise ValueError(f"outcome must be an end state, got {outcome!r}; choices: {', '.join(OUTCOMES)}")
     values = _ended(outcome, reason, error_kind, error_detail) | {
         "summary": summary,
-        "latency_ms": _finite(summary, "latency_ms"),
-        "peak_memory_bytes": _finite(summary, "peak_memory_bytes"),
+        "latency_ms": _number(summary, "latency_ms", float),
+        "peak_memory_bytes": _number(summary, "peak_memory_bytes", int),
     }
     try:
         with store.write() as session:
@@ -360,9 +361,9 @@ def _end_attempt(
     )
 
 
-def _finite(summary: dict[str, Any] | None, key: str) -> Any:
+def _number(summary: dict[str, Any] | None, key: str, kind: type) -> Any:
     value = (summary or {}).get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return kind(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _shortened(text: str) -> str:

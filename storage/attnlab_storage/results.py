@@ -232,8 +232,9 @@ def log_tail(store: Store, run_id: int, lines: int = 100, *, attempt: int | None
     query = select(LogChunk.text).where(LogChunk.run_id == run_id, which).order_by(LogChunk.id.desc())
     pieces: list[str] = []
     breaks = 0
-    with store.read() as session:
-        for piece in session.scalars(query.execution_options(yield_per=20)):
+    query = query.execution_options(yield_per=20)
+    with store.read() as session, session.execute(query) as rows:
+        for piece in rows.scalars():
             pieces.append(piece)
             breaks += piece.count("\n")
             if breaks > lines:

@@ -102,7 +102,8 @@ LISTED = (
 def _listed(column: str) -> Index:
     """An index of the runs that are not deleted, which lists read without looking at the runs."""
     shown = text("deleted_at IS NULL")
-    columns = dict.fromkeys((column, "id"))
+    # with deleted_at, although always NULL, SQLite answers from the index alone
+    columns = dict.fromkeys((column, "id", "deleted_at"))
     return Index(f"ix_run_{column}", *columns, sqlite_where=shown, postgresql_where=shown)
 
 

@@ -158,8 +158,9 @@ def iter_chunks(session: Session, tensor_id: int) -> Iterator[Chunk]:
     columns = (TensorChunk.head, TensorChunk.block, TensorChunk.data)
     query = select(*columns).where(TensorChunk.tensor_id == tensor_id)
     query = query.order_by(TensorChunk.head, TensorChunk.block).execution_options(yield_per=16)
-    for row in session.execute(query):
-        yield Chunk(*row)
+    with session.execute(query) as rows:
+        for row in rows:
+            yield Chunk(*row)
 
 
 _COUNTS = (Tensor.run_id == Run.id) & (Tensor.attempt == Run.attempt)

@@ -128,11 +128,12 @@ def load_experiment(store: Store, parts: Iterable[Part]) -> Loaded:
 
 def _dump(session: Session, kind: str, query: Any) -> Iterator[Part]:
     columns = [getattr(TABLES[kind], column.key) for column in _columns(kind)]
-    rows = session.execute(query.with_only_columns(*columns).execution_options(yield_per=ROWS)).mappings()
+    query = query.with_only_columns(*columns).execution_options(yield_per=ROWS)
     found = False
-    for some in rows.partitions():
-        found = True
-        yield Part(kind, [{name: _plain(value) for name, value in row.items()} for row in some])
+    with session.execute(query) as rows:
+        for some in rows.mappings().partitions():
+            found = True
+            yield Part(kind, [{name: _plain(value) for name, value in row.items()} for row in some])
     if kind == "experiment" and not found:
         raise TransferError(
             "experiment must be the id of an experiment in the store, there is none with this id"

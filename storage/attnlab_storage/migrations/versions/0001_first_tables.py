@@ -254,7 +254,11 @@ def upgrade() -> None:
         "peak_memory_bytes",
     ):
         op.create_index(
-            f"ix_run_{column}", "run", [*{column: 0, "id": 0}], sqlite_where=shown, postgresql_where=shown
+            f"ix_run_{column}",
+            "run",
+            [*{column: 0, "id": 0, "deleted_at": 0}],
+            sqlite_where=shown,
+            postgresql_where=shown,
         )
     op.create_index("ix_run_queue", "run", ["state", sa.text("priority DESC"), "id"])
     revision_table = sa.table("revision", sa.column("shard"), sa.column("value"))
