@@ -141,6 +141,8 @@ def _environment() -> dict[str, str]:
         # a run must not wait for a network that may not be there, nor run code that came with weights
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
+        # torch's profiler announces each start and stop; that is no part of a run's log
+        "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "6"),
     }
 
 
