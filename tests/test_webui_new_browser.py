@@ -1,0 +1,129 @@
+"""The New experiment page in a browser: both sides follow each other, and the Queue button queues."""
+
+import pytest
+from playwright.sync_api import expect
+
+from attnlab_storage.listing import count_runs, list_experiments
+
+# Gradio's own statistics of its events use what pandas has deprecated
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+expect.set_options(timeout=20_000)  # a busy machine is no reason to fail
+
+
+@pytest.fixture
+def page(serve, browse, sqlite_store):
+    opened = browse(serve(sqlite_store))
+    expect(opened.locator("#new-cost")).to_contain_text("runs")
+    return opened
+
+
+def yaml_text(page):
+    return page.locator("#new-yaml .cm-content")
+
+
+def type_yaml(page, text):
+    yaml_text(page).click()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.insert_text(text)
+
+
+def fill(page, field, text):
+    """Write into a field and leave it, as a person does."""
+    page.locator(f"{field} input").fill(text)
+    page.locator(f"{field} input").press("Tab")
+
+
+SMALL = """name: small
+model: minilm-l6
+vary:
+  mechanism: [multi_head]
+  sequence_length: [5]
+input: {text: The river bank.}
+"""
+
+
+def test_form_and_yaml_follow_each_other(page):
+    fill(page, "#new-name", "renamed")
+    expect(yaml_text(page)).to_contain_text("name: renamed")
+    page.locator("#new-mechanism-grouped_query input").check()
+    expect(yaml_text(page)).to_contain_text("- grouped_query")
+    fill(page, "#new-grouped_query-num_kv_heads", "1, 3")
+    expect(yaml_text(page)).to_contain_text("num_kv_heads: 3")
+    expect(page.locator("#new-cost")).to_contain_text("4runs")
+    type_yaml(page, SMALL)
+    expect(page.locator("#new-name input")).to_have_value("small")
+    expect(page.locator("#new-lengths input")).to_have_value("5")
+    expect(page.locator("#new-mechanism-grouped_query input")).not_to_be_checked()
+    expect(page.locator("#new-grouped_query-num_kv_heads")).to_have_count(0)
+    expect(page.locator("#new-cost")).to_contain_text("1runs")
+
+
+def test_broken_yaml_shows_its_line_and_costs_nothing(page):
+    type_yaml(page, SMALL)
+    expect(page.locator("#new-name input")).to_have_value("small")
+    type_yaml(page, "name: [small\nmodel: x: y")
+    expect(page.locator("#new-problems")).to_contain_text("at line 2")
+    expect(page.locator("#new-queue")).to_be_disabled()
+    expect(page.locator("#new-name input")).to_have_value("small")
+    fill(page, "#new-name", "still here")
+    expect(yaml_text(page)).to_contain_text("name: [small")
+    page.locator("#new-rewrite").click()
+    expect(yaml_text(page)).to_contain_text("name: still here")
+    expect(page.locator("#new-problems")).to_have_text("")
+    expect(page.locator("#new-queue")).to_be_enabled()
+
+
+def test_a_broken_rule_stands_beside_the_form(page):
+    type_yaml(page, SMALL.replace("[5]", "[5000]"))
+    expect(page.locator("#new-problems")).to_contain_text("vary.sequence_length must be at most 512 tokens")
+    expect(page.locator("#new-queue")).to_be_disabled()
+    fill(page, "#new-lengths", "6")
+    expect(page.locator("#new-problems")).to_be_empty()
+    expect(page.locator("#new-queue")).to_be_enabled()
+
+
+def test_queue_button_queues_and_leads_to_the_experiment(page, sqlite_store):
+    type_yaml(page, SMALL.replace("name: small", "name: <script>alert(1)</script>"))
+    expect(page.locator("#new-queue")).to_be_enabled()
+    page.locator("#new-queue").click()
+    expect(page.locator("#new-result")).to_contain_text("1 run is queued")
+    assert count_runs(sqlite_store) == 1
+    assert list_experiments(sqlite_store).rows[0].name == "<script>alert(1)</script>"
+    expect(page.locator("#new-recent")).to_contain_text("<script>alert(1)</script>")
+    page.get_by_role("link", name="Open experiment 1").click()
+    page.wait_for_url("**/experiment?id=1")
+
+
+def test_clone_prefills_the_form(serve, browse, sqlite_store, traced):
+    page = browse(serve(sqlite_store) + "/?clone=1")
+    expect(page.locator("#new-notice")).to_contain_text("A copy of experiment 1")
+    expect(page.locator("#new-name input")).to_have_value("made up <b>&-copy")
+
+
+def test_uploads(page, tmp_path, monkeypatch):
+    text, empty, large = tmp_path / "text.txt", tmp_path / "empty.txt", tmp_path / "large.txt"
+    text.write_text("Banks of the river Thames.")
+    empty.write_text("")
+    large.write_bytes(b"x" * 1_000_001)
+    upload = page.locator("input[type=file]")
+    upload.set_input_files(text)
+    expect(page.locator("#new-text textarea")).to_have_value("Banks of the river Thames.")
+    expect(yaml_text(page)).to_contain_text("Banks of the river Thames.")
+    upload.set_input_files(empty)
+    expect(page.locator("#new-notice")).to_contain_text("'empty.txt' is empty")
+    upload.set_input_files(large)
+    expect(page.locator("#new-notice")).to_contain_text("must be at most 1,000,000 bytes")
+    expect(page.locator("#new-text textarea")).to_have_value("Banks of the river Thames.")
+
+
+def test_a_file_over_the_servers_limit_is_refused_before_it_is_sent(
+    serve, browse, sqlite_store, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ATTNLAB_MAX_UPLOAD_BYTES", "2000000")
+    page = browse(serve(sqlite_store))
+    expect(page.locator("#new-cost")).to_contain_text("runs")
+    huge = tmp_path / "huge.txt"
+    huge.write_bytes(b"x" * 3_000_000)
+    page.locator("input[type=file]").set_input_files(huge)
+    expect(page.get_by_text("exceed the maximum allowed size")).to_be_visible()
+    assert "Alice" in page.locator("#new-text textarea").input_value()
