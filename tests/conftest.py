@@ -25,6 +25,11 @@ from attnlab_storage.database import Store, migrate, open_store
 REAL_MODELS = settings.models_folder()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Gradio's queue uses an option that pandas 3 deprecates; it is not ours to change."""
+    config.addinivalue_line("filterwarnings", "ignore:'future.no_silent_downcasting' is deprecated")
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty ATTNLAB_HOME; the converted models, which take minutes to make, stay the user's."""
