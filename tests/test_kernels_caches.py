@@ -78,6 +78,13 @@ def test_a_clone_goes_its_own_way(make):
     assert other.update(0, *tokens(1, 4)).key[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_decoding_step_does_not_copy_the_past():
+    cache = ContiguousKV()
+    cache.update(0, *tokens(8))
+    places = {cache.update(0, *tokens(1, 8 + step)).key.data_ptr() for step in range(8)}
+    assert len(places) == 1
+
+
 def test_a_cache_never_writes_into_the_callers_tensors():
     key, value = tokens(6)
     cache = ContiguousKV()

@@ -123,6 +123,16 @@ def test_left_padding_makes_dead_rows_not_nan(mechanism):
     assert x.grad.isfinite().all()
 
 
+def test_the_lowest_finite_number_forbids_as_minus_infinity_does():
+    module, x = make("multi_head"), hidden(9)
+    keep = torch.ones(2, 9, dtype=torch.bool)
+    keep[1, :6] = False
+    lowest = torch.zeros(2, 1, 1, 9).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+    result = module(x, attention_mask=lowest, return_dict=True)
+    assert torch.isneginf(result.lse[1, :, :6]).all()
+    torch.testing.assert_close(result.output, module(x, attention_mask=keep, return_dict=True).output)
+
+
 def test_all_forms_of_one_mask_mean_the_same(mechanism):
     module, x = make(mechanism), hidden(10)
     keep = torch.ones(2, 10, dtype=torch.bool)
