@@ -22,9 +22,11 @@ Layout first, then handlers, then wiring. A page
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,6 +88,12 @@ def build_app(store: Store, *, guard: Guard | None = None) -> FastAPI:
     app = FastAPI(title="attnlab", docs_url=None, redoc_url=None, openapi_url=None)
     api.install(app, store)
     app.mount(theme.STATIC_URL, StaticFiles(directory=theme.STATIC_FOLDER), name="attnlab-static")
+    _in_a_loop(lambda: _mount_pages(app, store))
+    (guard or guard_from_settings()).install(app)
+    return app
+
+
+def _mount_pages(app: FastAPI, store: Store) -> None:
     with warnings.catch_warnings():
         # said of every multi-page app, also where server-side rendering is not asked for
         warnings.filterwarnings("ignore", "SSR mode is not supported", UserWarning)
@@ -105,8 +113,21 @@ def build_app(store: Store, *, guard: Guard | None = None) -> FastAPI:
             theme=theme.theme(),
             head=theme.head(),
         )
-    (guard or guard_from_settings()).install(app)
-    return app
+
+
+def _in_a_loop(build: Callable[[], None]) -> None:
+    """Outside an event loop Gradio makes one for each of its locks, and never closes it."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        with asyncio.Runner() as runner:
+            runner.run(_call(build))
+    else:
+        build()
+
+
+async def _call(build: Callable[[], None]) -> None:
+    build()
 
 
 def _module(page: Page):  # noqa: ANN202 - a module with build(store)

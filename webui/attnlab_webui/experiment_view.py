@@ -133,7 +133,7 @@ def _trouble(document: Mapping[str, Any], run: RunRow) -> str:
     detail = ""
     if document["error_detail"]:
         text = escape(document["error_detail"])
-        detail = f'<details><summary>detail</summary><pre class="at-pre">{text}</pre></details>'
+        detail = f'<details open><summary>detail</summary><pre class="at-pre">{text}</pre></details>'
     what = f" ({run.error_kind})" if run.error_kind else ""
     return pieces.notice(reason + what, kind) + detail
 
@@ -224,8 +224,15 @@ def _accuracy(document: Mapping[str, Any]) -> str:
 
 def _ran(document: Mapping[str, Any], run: RunRow) -> str:
     rows: list[tuple[str, object]] = []
+    if run.state == "succeeded":
+        rows.append(("implementation", ran_as(document)))
     if document["kernels"]:
-        rows.append(("kernel that ran", " + ".join(document["kernels"])))
+        rows.append(
+            (
+                "kernels that ran",
+                Raw(f'<span class="at-mono">{escape(", ".join(document["kernels"]))}</span>'),
+            )
+        )
     if document["layers"]:
         rows.append(("layers x heads", f"{document['layers']} x {document['heads']}"))
     seconds = document["times"]["seconds"]

@@ -24,6 +24,15 @@ RECENT = 5
 RUNS_JS = 'import("{url}/js/runs.js").then((module) => module.mount(element, trigger, watch)); // "select"'
 
 
+ENDED_WORDS = {
+    "failed": "failed",
+    "out_of_memory": "ran out of memory",
+    "unsupported": "asked for something that its implementation does not support",
+    "timed_out": "took longer than it was given",
+    "cancelled": "was cancelled",
+}
+
+
 @dataclass
 class Seen:
     """What one open page shows: the choice, the store's revision, and the last value of every output."""
@@ -189,7 +198,7 @@ def map_value(store: Store, run: RunRow | None) -> str:
         "running": "The maps appear here as soon as the run has captured them.",
         "succeeded": "This run recorded no maps: add `maps` to `record` in its spec.",
     }
-    ended = f"There are no maps: the run ended {pieces.STATE_WORDS.get(run.state, run.state)}."
+    ended = f"There are no maps: this run {ENDED_WORDS.get(run.state, 'has ended')}."
     return heatmap.message(words.get(run.state, ended))
 
 
