@@ -143,11 +143,16 @@ def test_filters_keep_what_they_name(listed: Store, rows: list[results.RunRow]):
     ]
 
 
-@pytest.mark.parametrize("tag", ["paper", "naïve", 'quo"te', "pap", "nothing"])
+def test_numbers_may_come_as_the_texts_of_a_url(listed: Store, rows: list[results.RunRow]):
+    expected = [row.id for row in rows if row.sequence_length == 512 and row.experiment_id in (2, 3)]
+    assert ids(walk(listed, 9, filters={"sequence_length": "512", "experiment": ["2", "3", ""]})) == expected
+
+
+@pytest.mark.parametrize("tag", ["paper", "naïve", 'quo"te', "pap", "nothing", "\ud800"])
 def test_a_tag_is_matched_whole(listed: Store, rows: list[results.RunRow], tag: str):
     expected = [row.id for row in rows if tag in row.tags]
     assert ids(walk(listed, 1000, filters={"tag": tag})) == expected
-    assert (expected == []) is (tag in ("pap", "nothing"))
+    assert (expected == []) is (tag in ("pap", "nothing", "\ud800"))
     experiments = results.list_experiments(listed, tag=tag, limit=100).rows
     assert all(tag in row.tags for row in experiments)
     assert len(experiments) == len({row.experiment_id for row in rows if tag in row.tags})
@@ -201,6 +206,7 @@ def test_a_strange_search_finds_nothing_and_harms_nothing(
         ),
         ({"filters": {"experiment": 2**70}}, "filter experiment must be a whole number, got 11805"),
         ({"filters": {"model": 7}}, "filter model must be a text, got 7"),
+        ({"filters": {"tag": 7}}, "filter tag must be a text, got 7"),
         ({"limit": 0}, "limit must be between 1 and 1000, got 0"),
         ({"limit": 1001}, "limit must be between 1 and 1000, got 1001"),
         ({"after": "nonsense"}, "after must be the `next` of a page, got 'nonsense'"),

@@ -10,7 +10,7 @@ from sqlalchemy import Integer, RowMapping, Select, asc, desc, func, or_, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
-from attnlab_storage.columns import CleanText, json_list_has, mentions
+from attnlab_storage.columns import CleanText, clean_text, json_list_has, mentions
 from attnlab_storage.database import Store
 from attnlab_storage.rows import ExperimentPage, ExperimentRow, RunPage, RunRow
 from attnlab_storage.tables import STATES, Experiment, Run
@@ -177,7 +177,7 @@ def list_experiments(
     if search:
         query = query.where(_mentioned(search))
     if tag:
-        query = query.where(json_list_has(Experiment.tags, tag))
+        query = query.where(_tagged([tag]))
     if after is not None:
         query = query.where(Experiment.id < (_position(after, Experiment.id) or (None, 0))[1])
     with store.read() as session:
@@ -206,7 +206,8 @@ def _conditions(
         if name not in FILTERS:
             raise ListingError(f"filter must be a column, got {name!r}; choices: {', '.join(FILTERS)}")
         values = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
-        if values and values != [None] and values != [""]:
+        values = [value for value in values if value not in (None, "")]
+        if values:
             conditions.append(_filter(name, values))
     if search.strip():
         conditions.append(_search(session, search.strip()))
@@ -216,14 +217,21 @@ def _conditions(
 def _filter(name: str, values: list[Any]) -> ColumnElement[bool]:
     if name == "state" and (unknown := [value for value in values if value not in STATES]):
         raise ListingError(f"filter state must be a state, got {unknown[0]!r}; choices: {', '.join(STATES)}")
-    if name == "tag":
-        tagged = select(Experiment.id).where(or_(*(json_list_has(Experiment.tags, tag) for tag in values)))
-        return Run.experiment_id.in_(tagged)
-    column = getattr(Run, "experiment_id" if name == "experiment" else name)
+    columns = {"experiment": Run.experiment_id, "tag": Experiment.name}
+    column = columns[name] if name in columns else getattr(Run, name)
+    whole = isinstance(column.type, Integer)
+    if whole:  # as a URL brings it
+        values = [int(it) if isinstance(it, str) and it.isdecimal() else it for it in values]
     if wrong := [value for value in values if not _fits(column, value)]:
-        kind = "a text" if isinstance(column.type, CleanText) else "a whole number"
+        kind = "a whole number" if whole else "a text"
         raise ListingError(f"filter {name} must be {kind}, got {wrong[0]!r:.100}")
+    if name == "tag":
+        return Run.experiment_id.in_(select(Experiment.id).where(_tagged(values)))
     return column.in_(values)
+
+
+def _tagged(tags: Sequence[str]) -> ColumnElement[bool]:
+    return or_(*(json_list_has(Experiment.tags, clean_text(tag)) for tag in tags))
 
 
 def _fits(column: Any, value: Any) -> bool:
