@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -145,34 +144,24 @@ def test_a_padding_mask_uses_its_own_batch_element():
     np.testing.assert_allclose(effective.tile(slice(None), slice(None)), expected, atol=1e-6)
 
 
-def test_cost_follows_the_mask():
-    n = 8192
+def test_cost_follows_the_mask(monkeypatch):
+    n, cells = 8192, []
     rng = np.random.default_rng(0)
     query, key = rng.standard_normal((2, n, 64), dtype=np.float32)
+    inner = SoftmaxMap._log_weights
 
-    def seconds(mask: Mask) -> float:
-        effective = SoftmaxMap(query, key, np.full(n, 9, np.float32), 0.125, mask)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            effective.pool(slice(None), slice(None), 512, 512)
-            times.append(time.perf_counter() - start)
-        return min(times)
+    def counting(self, r0, r1, c0, c1, dtype):
+        cells.append((r1 - r0) * (c1 - c0))
+        return inner(self, r0, r1, c0, c1, dtype)
 
-    # 3 % of the cells; half is the bound so that a busy machine cannot fail it
-    assert seconds(Window(127)) < 0.5 * seconds(Causal())
-
-
-def test_a_viewport_of_two_thousand_tokens_fits_its_budget():
-    rng = np.random.default_rng(0)
-    query, key = rng.standard_normal((2, 2048, 64), dtype=np.float32)
-    effective = SoftmaxMap(query, key, np.full(2048, 9, np.float32), 0.125, Causal())
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        effective.pool(slice(None), slice(None), 512, 512)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.045
+    monkeypatch.setattr(SoftmaxMap, "_log_weights", counting)
+    for mask, most in ((Window(127), 6.0), (Causal(), 1.1)):
+        cells.clear()
+        SoftmaxMap(query, key, np.full(n, 9, np.float32), 0.125, mask).pool(
+            slice(None), slice(None), 512, 512
+        )
+        # blocks of rows see a little more than each row; a band of 128 in 8,192 stays a few per cent of the map
+        assert mask.count(n, n) <= sum(cells) <= most * mask.count(n, n)
 
 
 @pytest.mark.parametrize(
