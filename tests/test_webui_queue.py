@@ -1,5 +1,6 @@
 """The queue page without a browser: what is shown, and what each button does to the store."""
 
+import time
 
 import pytest
 from sqlalchemy import insert
