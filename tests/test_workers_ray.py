@@ -78,7 +78,7 @@ class Cluster:
         assert run is not None
         return run
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 40.0) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()
@@ -148,7 +148,7 @@ def test_a_dispatcher_that_slept_past_its_lease_is_fenced_and_works_on(cluster):
     run = cluster.wait_for_end(run_id)
     assert (run.state, run.attempt) == ("succeeded", 2)
     other.terminate()
-    assert other.wait(20) == 0
+    assert other.wait(60) == 0
     os.kill(sleeper.pid, signal.SIGCONT)
     (after,) = cluster.submit({})
     assert cluster.wait_for_end(after).state == "succeeded"
@@ -177,7 +177,7 @@ def test_sigterm_gives_the_run_back_and_leaves_no_process(cluster):
     (run_id,) = cluster.submit({"do": "wait_once"}, max_attempts=1)
     cluster.wait_for_phase(run_id, "waiting")
     dispatcher.terminate()
-    assert dispatcher.wait(20) == 0
+    assert dispatcher.wait(60) == 0
     run = cluster.run(run_id)
     assert (run.state, run.error_kind) == ("queued", "dispatcher_stopped")
     assert queue.dispatchers(cluster.store) == []
