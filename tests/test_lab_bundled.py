@@ -103,7 +103,7 @@ def test_no_member_leaves_the_folder(evil: str, empty_models: Path, monkeypatch:
 
 def test_a_conversion_that_fails_leaves_nothing(empty_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip_gives(monkeypatch, {f"{BUNDLED[NAME].source}/config.json": "{}"})
-    with pytest.raises(FetchError, match="rxnmapper: conversion failed: .*pytorch_model.bin"):
+    with pytest.raises(FetchError, match=r"rxnmapper: conversion failed: .*pytorch_model.bin"):
         fetch(NAME, progress=lambda line: None)
     assert not is_fetched(NAME)
     assert left_over(empty_models) == []

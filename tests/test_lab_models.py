@@ -25,6 +25,8 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 
+WIDER: dict[str, Any] = CONFIG | {"hidden_size": 96}
+
 
 @pytest.fixture(scope="module", params=["rxnmapper", "minilm-l6", "smollm2-135m"])
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
@@ -153,7 +155,7 @@ def test_a_local_folder_loads_and_runs_on_random_tokens(tmp_path: Path) -> None:
     assert loaded.identity["architecture"] == "LlamaForCausalLM"
     assert loaded.identity["source"] == "folder"
     assert len(loaded.identity["fingerprint"]) == 64
-    with pytest.raises(ModelError, match="has no tokenizer.json; use synthetic input"):
+    with pytest.raises(ModelError, match=r"has no tokenizer.json; use synthetic input"):
         loaded.encode("text")
     hidden = loaded.model.base_model(torch.arange(5)[None]).last_hidden_state
     assert torch.equal(loaded.logits(hidden), loaded.model(torch.arange(5)[None]).logits)
@@ -168,7 +170,7 @@ def test_an_encoder_has_states_and_no_logits(tmp_path: Path) -> None:
 
 def test_weights_change_the_fingerprint(tmp_path: Path) -> None:
     first = load_model(save(tmp_path / "a", BertModel(BertConfig(**CONFIG))))
-    other = load_model(save(tmp_path / "b", BertModel(BertConfig(**(CONFIG | {"hidden_size": 96})))))
+    other = load_model(save(tmp_path / "b", BertModel(BertConfig(**WIDER))))
     assert first.identity["fingerprint"] != other.identity["fingerprint"]
 
 
@@ -200,10 +202,10 @@ def test_a_hub_id_is_not_asked_for_when_offline(monkeypatch: pytest.MonkeyPatch,
 def test_what_is_no_model_is_answered_with_the_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ModelError, match="no bundled name, hub id or local folder .* bundled: smollm2-135m"):
+    with pytest.raises(ModelError, match=r"no bundled name, hub id or local folder .* bundled: smollm2-135m"):
         load_model(str(tmp_path))
     monkeypatch.setenv("ATTNLAB_MODELS", str(tmp_path))
-    with pytest.raises(ModelError, match="run `attnlab models fetch minilm-l6`"):
+    with pytest.raises(ModelError, match=r"run `attnlab models fetch minilm-l6`"):
         load_model("minilm-l6")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .bundled import BUNDLED, MARKER, is_hub_id, local_folder
@@ -107,7 +108,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Loaded
         model = kind.from_pretrained(
             source, config=config, dtype=TORCH_DTYPES[dtype], use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_reason(name, folder, error)) from error
     model = model.to(device).eval().requires_grad_(False)
     text_config = config.get_text_config()

@@ -92,7 +92,7 @@ def refine(
     lse = exact_lse(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), capture)
     exact = lse.cpu().numpy()
     alive = np.isfinite(exact)
-    lse_defect = float(np.abs(exact - capture.kernel_lse)[alive].max(initial=0.0))
+    lse_defect = float(np.abs(exact[alive] - capture.kernel_lse[alive]).max(initial=0.0))
     detail = (capture.row.detail or {}) | {"lse_defect": lse_defect}
     defect = row_sum_defect(capture, query, key, exact)
     return replace(capture.row, row_sum_defect=defect, detail=detail), ("lse", exact, "float64")

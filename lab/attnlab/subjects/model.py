@@ -109,7 +109,9 @@ class ModelSubject:
 
     def prepare(self) -> None:
         if self._cache is not None:
-            self._cache.crop(self.tokens - 1)
+            extra = self._cache.get_seq_length() - (self.tokens - 1)
+            if extra > 0:
+                self._cache.crop(-extra)
 
     def step(self, listener: Listener | None = None) -> Tensor:
         hidden = self._hook.forward(self._forward, listener)
