@@ -203,6 +203,7 @@ def _memory(document: Mapping[str, Any]) -> str:
 
 
 ACCURACY_WORDS = {
+    "check_error": "logits, against eager",
     "logit_error": "logits, largest error",
     "kl": "KL of the logits, nats",
     "perplexity": "perplexity",
@@ -216,7 +217,12 @@ def _accuracy(document: Mapping[str, Any]) -> str:
     for name, value in document["accuracy"].items():
         if value is not None:
             number = f"{value:.2f}" if name == "perplexity" else pieces.scientific(value)
-            rows.append((ACCURACY_WORDS.get(name, name), Raw(f'<span class="at-number">{number}</span>')))
+            rows.append(
+                (
+                    ACCURACY_WORDS.get(name, name.replace("_", " ")),
+                    Raw(f'<span class="at-number">{number}</span>'),
+                )
+            )
     if document["swap"]["kind"]:
         rows.insert(0, ("swap", document["swap"]["kind"].replace("_", " ")))
     return _section("Accuracy", pieces.facts(rows)) if rows else ""
