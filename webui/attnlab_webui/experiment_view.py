@@ -203,7 +203,7 @@ def _memory(document: Mapping[str, Any]) -> str:
 
 
 ACCURACY_WORDS = {
-    "check_error": "logits, against eager",
+    "check_error": "check against eager",
     "logit_error": "logits, largest error",
     "kl": "KL of the logits, nats",
     "perplexity": "perplexity",
