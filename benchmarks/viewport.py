@@ -21,6 +21,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from attnlab.views.difference import difference
 from attnlab.views.thumbnails import thumbnails
@@ -28,6 +30,10 @@ from attnlab.views.viewport import MEMORY, cell, recorded, viewport
 from attnlab_kernels.masks import Causal
 from attnlab_storage import queue, results, tensors
 from attnlab_storage.database import Store, migrate, open_store
+from attnlab_webui import api
+
+Place = Callable[[], tuple[int, int]]
+Region = Callable[[], tuple[tuple[int, int], tuple[int, int]]]
 
 PIXELS = 512
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
@@ -108,7 +114,23 @@ def measure(store: Store, run_id: int, repeats: int) -> dict[str, list[tuple[flo
         "one cell, from SQL": samples(hover, repeats, cold=True),
         "signed difference, whole map": samples(signed, few),
         "thumbnails of a layer": samples(strip, few),
+        "anywhere, over HTTP": samples(over_http(store, run_id, place, region), repeats),
     }
+
+
+def over_http(store: Store, run_id: int, place: Place, region: Region) -> Callable[[], None]:
+    """The same as the page asks for it: the route, its checks and the bytes, without the socket."""
+    app = FastAPI()
+    api.install(app, store)
+    client = TestClient(app)
+
+    def step() -> None:
+        (layer, head), (rows, cols) = place(), region()
+        asked = {"layer": layer, "head": head, "height": PIXELS, "width": PIXELS}
+        spans = {"rows": f"{rows[0]}:{rows[1]}", "cols": f"{cols[0]}:{cols[1]}"}
+        assert client.get(f"/api/v1/runs/{run_id}/viewport", params=asked | spans).status_code == 200
+
+    return step
 
 
 def samples(step: Callable[[], None], repeats: int, *, cold: bool = False) -> list[tuple[float, float]]:
