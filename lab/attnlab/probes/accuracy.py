@@ -16,7 +16,7 @@ from .maps import first_element
 ROWS = 512
 """query rows that are compared, evenly spread; a reference of more would take longer than the run"""
 HEADS = 3
-LOGIT_ROWS = 128
+LOGIT_ROWS = 64
 
 
 def attention_errors(call: LayerCall) -> list[MeasurementRow]:
@@ -89,8 +89,8 @@ def compare_hidden(ours: Tensor, reference: Tensor, head: Callable[[Tensor], Ten
         difference = head(ours[block]).float() - theirs
         absolute = max(absolute, float(difference.abs().max()))
         largest = max(largest, float(theirs.abs().max()))
-        squares += float(difference.double().square().sum())
-        norm += float(theirs.double().square().sum())
+        squares += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        norm += float(torch.linalg.vector_norm(theirs, dtype=torch.float64)) ** 2
     return Distance(absolute, math.sqrt(squares / norm) if norm else absolute, largest)
 
 
