@@ -7,7 +7,9 @@ shared by threads and is safe to use after a fork: each process makes connection
 
 import contextlib
 import os
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,10 +259,23 @@ def _migration_engine(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def once(connection: Any, record: Any) -> None:
         connection.execute("PRAGMA page_size = 16384")  # takes effect in a new file only
-        connection.execute("PRAGMA journal_mode = WAL")
+        _switch_to_wal(connection)
         connection.execute("PRAGMA foreign_keys = OFF")
 
     return engine
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Waits for others who do the same: this pragma, unlike statements, ignores the busy timeout."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 __all__ = [
