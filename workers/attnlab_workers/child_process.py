@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -29,6 +30,8 @@ class ChildProcess:
         self.peak_memory = 0
         self.answer = b""
         self._status = status_read
+        # between fork and exec the child wears our memory, and its ru_maxrss never forgets that
+        self._worn = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         arguments = ["--job", job, "--status-fd", str(status_write), "--parent", str(os.getpid())]
         try:
             self._process = subprocess.Popen(
@@ -122,7 +125,8 @@ class ChildProcess:
         pid, status, usage = os.wait4(self.pid, flags)
         if pid:
             self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
-            self.peak_memory = max(self.peak_memory, usage.ru_maxrss * 1024)
+            if usage.ru_maxrss > self._worn:
+                self.peak_memory = max(self.peak_memory, usage.ru_maxrss * 1024)
 
     def _read(self, fd: int) -> bytes:
         try:
