@@ -1,6 +1,7 @@
 """The New experiment page without a browser: what its handlers answer."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import gradio as gr
@@ -25,7 +26,9 @@ def fields():
         with gr.Blocks():
             return make_fields(Form())
 
-    return asyncio.run(make())
+    # in a thread of its own: Playwright's loop, once it runs, is the main thread's for the rest of the session
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, make()).result()
 
 
 def skipped(value) -> bool:
