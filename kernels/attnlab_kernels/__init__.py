@@ -14,7 +14,9 @@ from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import And, Causal, Full, Mask, MaskError, Padding, Window, mask_from_json
 
 if TYPE_CHECKING:
+    from attnlab_kernels.difference_map import DifferenceMap
     from attnlab_kernels.mechanisms.build import build_mechanism
+    from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
     from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
     from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "AttentionOutput": "attnlab_kernels.output",
+    "DifferenceMap": "attnlab_kernels.difference_map",
+    "DifferentialAttention": "attnlab_kernels.mechanisms.differential_attention",
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
     "MultiHeadAttention": "attnlab_kernels.mechanisms.multi_head",
@@ -41,6 +45,8 @@ __all__ = [
     "And",
     "AttentionOutput",
     "Causal",
+    "DifferenceMap",
+    "DifferentialAttention",
     "FlashAttention",
     "Full",
     "GroupedQueryAttention",

@@ -1,0 +1,1 @@
+"""Linear maps chosen token by token from a set of experts."""
