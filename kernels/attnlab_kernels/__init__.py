@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.flash import FlashAttention
     from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
     from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
+    from attnlab_kernels.mechanisms.neighborhood_attention import (
+        NeighborhoodAttention,
+        NeighborhoodAttention1D,
+        NeighborhoodAttention2D,
+        NeighborhoodAttention3D,
+    )
     from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
+    from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
 
@@ -31,6 +38,12 @@ _LAZY = {
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
     "MultiHeadAttention": "attnlab_kernels.mechanisms.multi_head",
+    "Neighborhood": "attnlab_kernels.neighborhood",
+    "NeighborhoodAttention": "attnlab_kernels.mechanisms.neighborhood_attention",
+    "NeighborhoodAttention1D": "attnlab_kernels.mechanisms.neighborhood_attention",
+    "NeighborhoodAttention2D": "attnlab_kernels.mechanisms.neighborhood_attention",
+    "NeighborhoodAttention3D": "attnlab_kernels.mechanisms.neighborhood_attention",
+    "NeighborhoodMap": "attnlab_kernels.neighborhood",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
     "Unsupported": "attnlab_kernels.operations.softmax.api",
     "attend": "attnlab_kernels.operations.softmax.api",
@@ -54,6 +67,12 @@ __all__ = [
     "MaskError",
     "Mechanism",
     "MultiHeadAttention",
+    "Neighborhood",
+    "NeighborhoodAttention",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "NeighborhoodMap",
     "Padding",
     "Parameter",
     "SlidingWindowAttention",

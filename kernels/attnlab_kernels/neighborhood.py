@@ -1,0 +1,212 @@
+"""Which pixels each pixel attends to: windows of a fixed number of keys on every axis. No torch.
+
+Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143;
+dilation: 2209.15001; stride: 2504.16922. A window shifts at a border, it never
+shrinks: only a causal axis has fewer keys, near its start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+class NeighborhoodError(ValueError):
+    """A neighbourhood that cannot be; the text names the argument, the rule and the value."""
+
+
+def window_limits(
+    length: int, kernel_size: int, dilation: int = 1, stride: int = 1, causal: bool = False
+) -> tuple[Indices, Indices]:
+    """First key and number of keys of every query on one axis; the keys lie ``dilation`` apart.
+
+    A query sees its own residue class modulo ``dilation`` only. ``stride`` neighbouring queries of a class share the
+    window of their leader: the middle one (right of the middle if even), or the last where causal.
+    """
+    query = np.arange(length, dtype=np.int64)
+    residue, place = query % dilation, query // dilation
+    size = (length - residue + dilation - 1) // dilation
+    offset = stride - 1 if causal else stride // 2
+    leader = np.minimum(place // stride * stride + offset, size - 1)
+    if causal:
+        start = np.maximum(leader - kernel_size + 1, 0)
+        count = place - start + 1
+    else:
+        start = np.clip(leader - kernel_size // 2, 0, size - kernel_size)
+        count = np.full_like(start, kernel_size)
+    return start * dilation + residue, count
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """Windows over a grid of ``space`` (one to three axes); the other fields have one entry for each axis.
+
+    Raises:
+        NeighborhoodError: a window longer than its axis, a stride longer than its window, another number of axes.
+    """
+
+    space: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+    causal: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        axes = len(self.space)
+        if not 1 <= axes <= 3:
+            raise NeighborhoodError(f"space must have 1, 2 or 3 axes; got {self.space}")
+        for name in ("kernel_size", "dilation", "stride", "causal"):
+            if len(getattr(self, name)) != axes:
+                raise NeighborhoodError(
+                    f"{name} must have {axes} entries, one an axis; got {getattr(self, name)}"
+                )
+        for length, kernel, dilation, stride in zip(
+            self.space, self.kernel_size, self.dilation, self.stride, strict=True
+        ):
+            if kernel < 1 or dilation < 1:
+                raise NeighborhoodError(
+                    f"kernel_size and dilation must be at least 1; got {self.kernel_size} and {self.dilation}"
+                )
+            if not 1 <= stride <= kernel:
+                raise NeighborhoodError(
+                    f"stride must be between 1 and kernel_size on every axis; got {self.stride} and {self.kernel_size}"
+                )
+            if kernel * dilation > length:
+                raise NeighborhoodError(
+                    "kernel_size * dilation must fit into every axis; got "
+                    f"{self.kernel_size} * {self.dilation} over {self.space}"
+                )
+
+    @cached_property
+    def limits(self) -> tuple[tuple[Indices, Indices], ...]:
+        """``window_limits`` of every axis."""
+        axes = zip(self.space, self.kernel_size, self.dilation, self.stride, self.causal, strict=True)
+        return tuple(window_limits(*axis) for axis in axes)
+
+    @property
+    def size(self) -> int:
+        """Number of pixels; pixel numbers are row by row."""
+        return math.prod(self.space)
+
+    @property
+    def slots(self) -> int:
+        """Keys of a full window."""
+        return math.prod(self.kernel_size)
+
+    def count(self) -> int:
+        """Exact number of (query, key) pairs."""
+        return math.prod(int(count.sum()) for _, count in self.limits)
+
+    def allowed(self, rows: Indices, cols: Indices) -> NDArray[np.bool_]:
+        """Dense tile ``[rows, cols]``, True where pixel ``rows[i]`` attends to pixel ``cols[j]``."""
+        result = np.ones((len(rows), len(cols)), bool)
+        grids = zip(self._places(rows), self._places(cols), self.limits, self.dilation, strict=True)
+        for query, key, (first, count), dilation in grids:
+            step = key[None] - first[query][:, None]
+            result &= (step >= 0) & (step % dilation == 0) & (step // dilation < count[query][:, None])
+        return result
+
+    def neighbors(self, row: int) -> Indices:
+        """Pixels that pixel ``row`` attends to, in the order of the window."""
+        places = (int(place[0]) for place in self._places(np.array([row])))
+        axes = [
+            first[place] + dilation * np.arange(count[place])
+            for place, (first, count), dilation in zip(places, self.limits, self.dilation, strict=True)
+        ]
+        return np.ravel_multi_index(np.meshgrid(*axes, indexing="ij"), self.space).ravel()
+
+    def offsets(self, rows: Indices, cols: Indices) -> tuple[Indices, ...]:
+        """Key minus query in steps of the dilation plus ``kernel_size - 1``, ``[rows, cols]`` for each axis.
+
+        Inside a window this is an index into a table of ``2 * kernel_size - 1``; outside it may be anything.
+        """
+        grids = zip(self._places(rows), self._places(cols), self.dilation, self.kernel_size, strict=True)
+        return tuple((key[None] - query[:, None]) // step + kernel - 1 for query, key, step, kernel in grids)
+
+    def _places(self, pixels: Indices) -> tuple[Indices, ...]:
+        return tuple(np.unravel_index(pixels, self.space))
+
+
+@dataclass(frozen=True, eq=False)
+class NeighborhoodMap:
+    """Neighborhood attention of one head of one batch element, from queries, keys and log-sum-exp.
+
+    Args:
+        query: ``[N, D]`` float, pixels row by row; key the same.
+        lse: ``[N]`` natural log of the window's sum of exponentials; minus infinity for a dead row.
+        scale: the factor on ``q . k``.
+        bias: relative position table ``[2 k - 1, ...]``, one axis an axis, or None.
+        visible: ``[N]`` bool, False for pixels that nobody may attend to; None means all are seen.
+    """
+
+    query: NDArray[np.floating[Any]]
+    key: NDArray[np.floating[Any]]
+    lse: NDArray[np.floating[Any]]
+    scale: float
+    neighborhood: Neighborhood
+    bias: NDArray[np.floating[Any]] | None = None
+    visible: NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        size = self.neighborhood.size
+        if self.query.shape[0] != size or self.key.shape != self.query.shape or self.lse.shape != (size,):
+            raise NeighborhoodError(
+                f"query, key [N, D] and lse [N] must have the {size} pixels of {self.neighborhood.space}; got "
+                f"{self.query.shape}, {self.key.shape} and {self.lse.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of queries and of keys."""
+        return self.neighborhood.size, self.neighborhood.size
+
+    def tile(self, rows: slice, cols: slice) -> NDArray[np.float32]:
+        """Weights between two ranges of pixels: float32 ``[rows, cols]``, 0 outside the windows."""
+        size = self.neighborhood.size
+        return self._weights(np.arange(*rows.indices(size)), np.arange(*cols.indices(size)))
+
+    def window(self, row: int) -> tuple[Indices, NDArray[np.float32]]:
+        """The pixels that one query attends to, and their weights."""
+        keys = self.neighborhood.neighbors(row)
+        return keys, self._weights(np.array([row]), keys)[0]
+
+    def image(self, row: int) -> NDArray[np.float32]:
+        """The weights of one query at their true places, an array of ``space``."""
+        keys, weights = self.window(row)
+        picture = np.zeros(self.neighborhood.size, np.float32)
+        picture[keys] = weights
+        return picture.reshape(self.neighborhood.space)
+
+    def row_sums(self) -> NDArray[np.float64]:
+        """Sum of each row: 1, or 0 for a dead row. Costs one window a row."""
+        return np.array([self.window(row)[1].sum(dtype=np.float64) for row in range(self.neighborhood.size)])
+
+    def _weights(self, rows: Indices, cols: Indices) -> NDArray[np.float32]:
+        keep = self.neighborhood.allowed(rows, cols)
+        if self.visible is not None:
+            keep &= self.visible[cols]
+        scores = self.query[rows].astype(np.float64) @ self.key[cols].astype(np.float64).T * self.scale
+        if self.bias is not None:
+            indices = self.neighborhood.offsets(rows, cols)
+            limits = zip(indices, self.bias.shape, strict=True)
+            scores += self.bias[tuple(np.clip(index, 0, length - 1) for index, length in limits)]
+        lse = self.lse[rows].astype(np.float64)
+        scores -= np.where(np.isneginf(lse), 0, lse)[:, None]
+        return np.exp(np.where(keep, scores, -np.inf)).astype(np.float32)
+
+
+def per_axis(name: str, value: int | bool | Sequence[int], axes: int) -> tuple[int, ...]:
+    """One entry for each axis: a number is repeated, a sequence must have ``axes`` entries."""
+    if isinstance(value, int):
+        return (value,) * axes
+    if len(value) != axes:
+        raise NeighborhoodError(f"{name} must be one number or {axes}, one an axis; got {tuple(value)}")
+    return tuple(value)
