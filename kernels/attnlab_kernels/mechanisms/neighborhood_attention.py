@@ -50,6 +50,7 @@ class NeighborhoodAttention(nn.Module):
         relative_position_bias: bool = False,
         attention_scale: float | None = None,
         dims: int | None = None,
+        implementation: str = "auto",
         **widths: int,
     ) -> None:
         super().__init__()
@@ -66,7 +67,8 @@ class NeighborhoodAttention(nn.Module):
             raise ValueError(f"head_dim must be at least 1; got {head_dim}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
-        self.dropout = dropout
+        self.dropout, self.implementation = dropout, implementation
+        _chosen(implementation)
         self.dims = self._read_dims(dims, kernel_size)
         self.kernel_size, self.dilation, self.stride, self.causal = kernel_size, dilation, stride, causal
         self.scale = self.head_dim**-0.5 if attention_scale is None else attention_scale
@@ -103,6 +105,7 @@ class NeighborhoodAttention(nn.Module):
         spatial_shape: Sequence[int] | None = None,
         causal: bool | Sequence[bool] | None = None,
         return_dict: bool = False,
+        implementation: str | None = None,
     ) -> Any:
         """Attend within the image ``hidden_states``.
 
@@ -111,10 +114,12 @@ class NeighborhoodAttention(nn.Module):
             output_attentions: also return the weights of the windows, before dropout, detached.
             spatial_shape: the axes of a flat ``[B, N, C]``.
             causal: overrides the module's setting.
+            implementation: "tiled" or "auto", which is the same.
 
         Raises:
             ValueError: an input or a mask that does not fit, or an axis shorter than its window.
         """
+        reason = _chosen(implementation or self.implementation)
         space = self._space(hidden_states, spatial_shape)
         neighborhood = self.neighborhood(space, causal)
         batch = hidden_states.shape[0]
@@ -139,7 +144,7 @@ class NeighborhoodAttention(nn.Module):
             result.lse.flatten(2),
             {
                 "implementation": "tiled",
-                "reason": "the only implementation",
+                "reason": reason,
                 "heads": result.output.flatten(2, -2),
             },
         )
@@ -254,6 +259,13 @@ class NeighborhoodAttention3D(NeighborhoodAttention):
     """Over ``[B, T, H, W, C]``, or ``[B, N, C]`` with ``spatial_shape``."""
 
     axes = 3
+
+
+def _chosen(implementation: str) -> str:
+    """Why the tiles run."""
+    if implementation not in ("auto", "tiled"):
+        raise ValueError(f"implementation must be one of auto, tiled; got {implementation!r}")
+    return "asked for" if implementation == "tiled" else "auto: the only implementation"
 
 
 def _visible(mask: Tensor | None, batch: int, space: tuple[int, ...]) -> Tensor | None:
