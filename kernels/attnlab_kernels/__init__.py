@@ -15,6 +15,7 @@ from attnlab_kernels.masks import And, Causal, Full, Mask, MaskError, Padding, W
 
 if TYPE_CHECKING:
     from attnlab_kernels.difference_map import DifferenceMap
+    from attnlab_kernels.expert_map import ExpertMap
     from attnlab_kernels.mechanisms.build import build_mechanism
     from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention3D,
     )
     from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
+    from attnlab_kernels.mechanisms.switch_head import SwitchHeadAttention
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
@@ -35,6 +37,7 @@ _LAZY = {
     "AttentionOutput": "attnlab_kernels.output",
     "DifferenceMap": "attnlab_kernels.difference_map",
     "DifferentialAttention": "attnlab_kernels.mechanisms.differential_attention",
+    "ExpertMap": "attnlab_kernels.expert_map",
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
     "MultiHeadAttention": "attnlab_kernels.mechanisms.multi_head",
@@ -45,6 +48,7 @@ _LAZY = {
     "NeighborhoodAttention3D": "attnlab_kernels.mechanisms.neighborhood_attention",
     "NeighborhoodMap": "attnlab_kernels.neighborhood",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
+    "SwitchHeadAttention": "attnlab_kernels.mechanisms.switch_head",
     "Unsupported": "attnlab_kernels.operations.softmax.api",
     "attend": "attnlab_kernels.operations.softmax.api",
     "build_mechanism": "attnlab_kernels.mechanisms.build",
@@ -60,6 +64,7 @@ __all__ = [
     "Causal",
     "DifferenceMap",
     "DifferentialAttention",
+    "ExpertMap",
     "FlashAttention",
     "Full",
     "GroupedQueryAttention",
@@ -77,6 +82,7 @@ __all__ = [
     "Parameter",
     "SlidingWindowAttention",
     "SoftmaxMap",
+    "SwitchHeadAttention",
     "Unsupported",
     "Window",
     "attend",

@@ -1,0 +1,256 @@
+"""SwitchHead. Csordás et al., "SwitchHead: Accelerating Transformers with Mixture-of-Experts Attention",
+https://arxiv.org/abs/2312.07987.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnlab_kernels.caches import Cache
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.expert_map import ExpertMap
+from attnlab_kernels.masks import Mask
+from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
+from attnlab_kernels.mechanisms.base import SoftmaxModule, _read_aliases, read_width
+from attnlab_kernels.operations.expert_projection import reference as experts
+from attnlab_kernels.operations.expert_projection.reference import Router, Routing
+from attnlab_kernels.operations.softmax.api import AttendCall, observing
+from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.positions import rope_tables
+
+Project = Callable[[Tensor, Tensor, Routing], Tensor]
+PROJECTIONS: dict[str, tuple[Project, Project]] = {
+    "grouped": (experts.grouped_in, experts.grouped_out),
+    "dense": (experts.dense_in, experts.dense_out),
+}
+
+
+class SwitchHeadAttention(SoftmaxModule):
+    """Few heads whose value and output projections are experts: chosen by the key token and by the query token.
+
+    Every head has its own two routers, sigmoid gates (float32 or wider) of which the ``top_k`` largest are used as they
+    are. Queries and keys are plain. Causal unless told otherwise.
+
+    Returns ``(output, map or None, auxiliary loss or None)``: the loss is a scalar in training, None in evaluation. The
+    cache, of keys and mixed values, has no place in this tuple: pass a cache object, which is filled in place, or
+    ``return_dict=True``.
+
+    Args:
+        d_model: model width (also: hidden_size, dim, embed_dim, query_dim).
+        num_experts: experts of a head, for values and for outputs; 1 is a plain value with a gate.
+        top_k: experts that each token uses; the paper uses 2 or 3.
+        bias: of queries, keys and the sum of the outputs; experts have none.
+        aux_loss_coeff: weight of ``expert_projection.reference.balance``, averaged over both routers and every token,
+            padded ones too. The paper needs none.
+        router: "sigmoid", or "softmax" over all experts.
+        rotary_fraction: share of each head that the module's own rotation turns; the paper turns half.
+        projection: "grouped" multiplies with the chosen experts only, "dense" with all of them.
+    """
+
+    def __init__(
+        self,
+        d_model: int | None = None,
+        num_heads: int = 2,
+        num_experts: int = 4,
+        top_k: int = 1,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        aux_loss_coeff: float = 0.01,
+        *,
+        router: Router = "sigmoid",
+        causal: bool = True,
+        attention_scale: float | None = None,
+        use_rotary: bool = False,
+        rotary_fraction: float = 0.5,
+        rope_base: float = 10000.0,
+        layer_idx: int = 0,
+        implementation: str = "auto",
+        projection: str = "grouped",
+        **widths: int,
+    ) -> None:
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1; got {num_experts}")
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}; got {top_k}")
+        if aux_loss_coeff < 0:
+            raise ValueError(f"aux_loss_coeff must be at least 0; got {aux_loss_coeff}")
+        if not 0 < rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction must be above 0 and at most 1; got {rotary_fraction}")
+        for name, given, choices in (
+            ("router", router, ("sigmoid", "softmax")),
+            ("projection", projection, tuple(PROJECTIONS)),
+        ):
+            if given not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {given!r}")
+        super().__init__(
+            dim=read_width("d_model", d_model, widths),
+            num_heads=num_heads,
+            head_dim=head_dim,
+            dropout=dropout,
+            bias=bias,
+            causal=causal,
+            attention_scale=attention_scale,
+            use_rotary=use_rotary,
+            rope_base=rope_base,
+            layer_idx=layer_idx,
+            implementation=implementation,
+        )
+        self.num_experts, self.top_k = num_experts, top_k
+        self.router: Router = router
+        self.aux_loss_coeff, self.projection = aux_loss_coeff, projection
+        self.rotary_dim = 2 * max(1, int(rotary_fraction * self.head_dim / 2))
+        # in the place of the plain projections
+        del self.v_proj, self.o_proj
+        shape = (num_heads, num_experts)
+        self.value_experts = nn.Parameter(_uniform(*shape, self.dim, self.head_dim, fan_in=self.dim))
+        inner = num_heads * self.head_dim
+        self.output_experts = nn.Parameter(_uniform(*shape, self.head_dim, self.dim, fan_in=inner))
+        self.output_bias = nn.Parameter(torch.zeros(self.dim)) if bias else None
+        self.source_router = nn.Linear(self.dim, num_heads * num_experts, bias=False)
+        self.destination_router = nn.Linear(self.dim, num_heads * num_experts, bias=False)
+        for linear in (self.source_router, self.destination_router):
+            _equal_row_norms(linear.weight)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        *,
+        attention_mask: Mask | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_bias: Tensor | None = None,
+        past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        causal: bool | None = None,
+        return_dict: bool = False,
+        implementation: str | None = None,
+        **aliases: Any,
+    ) -> Any:
+        """Attend from ``hidden_states`` ``[B, n, dim]``; arguments as in ``SoftmaxModule.forward``.
+
+        ``aux`` has "routing": the ``Routing`` of the new value tokens ("source") and of the queries ("destination"),
+        "aux_loss", and "heads" ``[B, H, n, D]``, the heads before the output experts.
+        """
+        context, implementation = _read_aliases(context, implementation, aliases)
+        self._check_input(hidden_states, context)
+        cache = self._open_cache(past_key_value, use_cache, context)
+        past = cache.length(self.layer_idx) if cache is not None else 0
+        origin = hidden_states if context is None else context
+        source = self._route(self.source_router, origin)
+        destination = self._route(self.destination_router, hidden_states)
+        project_in, project_out = PROJECTIONS[self.projection]
+        query, key = (
+            _split(self.q_proj(hidden_states), self.num_heads),
+            _split(self.k_proj(origin), self.num_heads),
+        )
+        value = project_in(origin, self.value_experts, source)
+        query, key = self._encode(query, key, position_ids, position_embeddings, past, context)
+        if cache is not None:
+            key, value, _ = cache.update(self.layer_idx, key, value)
+        given, bias = read_attention_mask(
+            attention_mask,
+            batch=query.shape[0],
+            heads=self.num_heads,
+            num_queries=query.shape[2],
+            num_keys=key.shape[2],
+        )
+        if position_bias is not None:
+            bias = position_bias if bias is None else bias + position_bias
+        mask = self._own_mask(self.causal and context is None if causal is None else causal) & given
+        result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
+        maps = self._map(query, key, mask, bias, result.lse) if output_attentions else None
+        output = project_out(result.output, self.output_experts, destination)
+        output = output if self.output_bias is None else output + self.output_bias
+        aux = result.aux | {
+            "routing": {"source": source, "destination": destination},
+            "aux_loss": self._aux_loss(source, destination),
+            "heads": result.output,
+        }
+        given_back = AttentionOutput(output, maps, cache if use_cache else None, result.lse, aux)
+        return given_back if return_dict else (output, maps, aux["aux_loss"])
+
+    def effective_map(
+        self, hidden_states: Tensor, *, head: int, batch: int = 0, **arguments: Any
+    ) -> ExpertMap:
+        """The map of one head with its gates, region by region, from one forward pass with these arguments.
+
+        Raises:
+            ValueError: the call has a bias or a cache, which these numbers cannot hold.
+        """
+        if arguments.get("past_key_value") is not None:
+            raise ValueError(
+                "effective_map needs the gates of every key; a cache keeps none of the past: pass all tokens"
+            )
+        calls: list[AttendCall] = []
+        with torch.no_grad(), observing(calls.append):
+            aux = self.forward(hidden_states, **arguments, return_dict=True).aux
+        (call,) = calls
+        if call.bias is not None:
+            raise ValueError("effective_map cannot hold a bias: pass a Mask or a key mask, no position_bias")
+        wide = torch.promote_types(call.q.dtype, torch.float32)
+        query, key, lse, source, destination = (
+            tensor.to(wide).cpu().numpy()
+            for tensor in (
+                call.q[batch, head],
+                call.k[batch, head],
+                call.lse[batch, head],
+                aux["routing"]["source"].dense()[batch, :, head],
+                aux["routing"]["destination"].dense()[batch, :, head],
+            )
+        )
+        attention = SoftmaxMap(query, key, lse, scale=call.scale, mask=call.mask, batch=batch)
+        return ExpertMap(attention, source, destination)
+
+    def _route(self, linear: nn.Linear, tokens: Tensor) -> Routing:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        logits = nn.functional.linear(tokens.to(wide), linear.weight.to(wide))
+        return experts.route(logits.unflatten(-1, (self.num_heads, -1)), self.top_k, self.router)
+
+    def _aux_loss(self, source: Routing, destination: Routing) -> Tensor | None:
+        if not self.training:
+            return None
+        if not self.aux_loss_coeff:
+            return source.scores.new_zeros(())
+        return self.aux_loss_coeff * (experts.balance(source) + experts.balance(destination)) / 2
+
+    def _encode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        position_ids: Tensor | None,
+        tables: tuple[Tensor, Tensor] | None,
+        past: int,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if tables is None and self.use_rotary and context is None:
+            if position_ids is None:
+                position_ids = torch.arange(past, past + query.shape[2], device=query.device)
+            tables = rope_tables(position_ids, self.rotary_dim, base=self.rope_base)
+        return super()._encode(query, key, position_ids, tables, past, context)
+
+
+SwitchHead = SwitchHeadAttention
+
+
+def _split(projected: Tensor, heads: int) -> Tensor:
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _uniform(*shape: int, fan_in: int) -> Tensor:
+    bound = 1 / math.sqrt(fan_in)
+    return torch.empty(*shape).uniform_(-bound, bound)
+
+
+def _equal_row_norms(weight: Tensor) -> None:
+    """No expert starts ahead of another: all selection rows keep their direction and get the mean length."""
+    with torch.no_grad():
+        norms = weight.norm(dim=1, keepdim=True)
+        weight.mul_(norms.mean() / norms)
