@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from attnlab_kernels import DifferentialAttention
+from attnlab_kernels import MECHANISMS, DifferentialAttention
 from attnlab_kernels.caches import ContiguousKV
 from attnlab_kernels.masks import Causal, Full, Padding
 from attnlab_kernels.mechanisms.differential_attention import scheduled_lambda
@@ -56,6 +58,8 @@ def test_halves_load_and_equal_transformers_diffllama(layer, kv_heads):
     want, _ = theirs(x, position_embeddings=tables, attention_mask=future)
     got, _, _ = mine(x, position_embeddings=tables)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    mine.use_rotary = True
+    torch.testing.assert_close(mine(x)[0], want, atol=2e-6, rtol=0)
 
 
 def test_the_schedule_of_the_paper():
@@ -168,6 +172,25 @@ def test_grouped_keys_have_the_map_of_their_query_head():
     for head in range(4):
         tile = module.effective_map(x, head=head).tile(slice(None), slice(None))
         np.testing.assert_allclose(tile, result.attentions[0, head].numpy(), atol=2e-6)
+
+
+def test_a_padded_batch_equals_each_sequence_alone(variant):
+    module, x = make(variant=variant), hidden(9)
+    keep = torch.ones(2, 9, dtype=torch.long)
+    keep[1, 5:] = 0
+    together = module(x, attention_mask=keep)[0]
+    torch.testing.assert_close(together[1, :5], module(x[1:, :5])[0][0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(together[0], module(x[:1])[0][0], atol=2e-6, rtol=0)
+
+
+def test_the_guides_call_works_and_the_cache_has_the_catalogs_bytes():
+    record = MECHANISMS["differential"]
+    names: dict[str, Any] = {"DifferentialAttention": DifferentialAttention, "x": hidden(3, width=512)}
+    exec(record.snippet, names)
+    assert names["output"].shape == (2, 3, 512)
+    _, _, cache = names["attn"](names["x"], use_cache=True)
+    shape = {"heads": 4, "kv_heads": 4, "head_dim": 64, "tokens": 3, "layers": 1, "bytes_per_element": 4}
+    assert cache.nbytes() == 2 * record.cache_bytes(**shape)
 
 
 def test_lambda_starts_near_its_initial_value_and_learns():

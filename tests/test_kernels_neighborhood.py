@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnlab_kernels import (
+    MECHANISMS,
     Neighborhood,
     NeighborhoodAttention,
     NeighborhoodAttention1D,
@@ -247,6 +248,15 @@ def test_the_map_times_the_values_is_the_output_before_the_projection(kind, spac
         np.testing.assert_array_equal(weights.image(row).ravel(), tile[row])
         assert np.count_nonzero(tile[row]) == 3 ** len(space)
     np.testing.assert_array_equal(weights.tile(slice(2, 9), slice(1, 6)), tile[2:9, 1:6])
+
+
+def test_the_guides_call_works():
+    names: dict[str, Any] = {
+        "NeighborhoodAttention2D": NeighborhoodAttention2D,
+        "image": torch.randn(1, 8, 9, 256),
+    }
+    exec(MECHANISMS["neighborhood"].snippet, names)
+    assert names["output"].shape == (1, 8, 9, 256)
 
 
 def test_a_flat_image_with_its_shape_equals_the_image():

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnlab_kernels import SwitchHeadAttention
+from attnlab_kernels import MECHANISMS, SwitchHeadAttention
 from attnlab_kernels.caches import ContiguousKV
 from attnlab_kernels.operations.expert_projection import reference as experts
+from attnlab_kernels.positions import rope_tables
 
 
 def make(seed: int = 0, **changes) -> SwitchHeadAttention:
@@ -181,6 +182,38 @@ def test_prefill_then_decode_equals_the_full_pass(chunks):
     assert cache.nbytes() == 2 * 13 * 2 * 2 * 6 * 4
     step = module(x[:, :4], use_cache=True, return_dict=True)
     assert step.cache.seq_len == 4
+
+
+@pytest.mark.parametrize(("fraction", "turned"), [(0.5, 4), (1, 8)])
+def test_a_rotation_turns_a_share_of_each_head(fraction, turned):
+    module, x = make(d_model=16, use_rotary=True, rotary_fraction=fraction), hidden(9, width=16)
+    own = module(x)[0]
+    module.use_rotary = False
+    tables = rope_tables(torch.arange(9), turned)
+    assert torch.equal(module(x, position_embeddings=tables)[0], own)
+    assert (module(x)[0] - own).abs().max() > 1e-3
+
+
+def test_a_padded_batch_equals_each_sequence_alone(projection):
+    module, x = make(projection=projection), hidden(9)
+    keep = torch.ones(2, 9, dtype=torch.long)
+    keep[1, 5:] = 0
+    x[1, 5:] = 100
+    together = module(x, attention_mask=keep)[0]
+    torch.testing.assert_close(together[1, :5], module(x[1:, :5])[0][0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(together[0], module(x[:1])[0][0], atol=2e-6, rtol=0)
+
+
+def test_the_guides_call_works_and_the_cache_has_the_catalogs_bytes():
+    record = MECHANISMS["switch_head"]
+    names: dict[str, Any] = {"SwitchHeadAttention": SwitchHeadAttention, "x": hidden(3, width=512)}
+    exec(record.snippet, names)
+    assert names["output"].shape == (2, 3, 512)
+    assert names["aux_loss"].shape == ()
+    cache = ContiguousKV()
+    names["attn"](names["x"], past_key_value=cache)
+    shape = {"heads": 2, "kv_heads": 2, "head_dim": 256, "tokens": 3, "layers": 1, "bytes_per_element": 4}
+    assert cache.nbytes() == 2 * record.cache_bytes(**shape)
 
 
 def test_a_future_token_changes_no_past_output():
