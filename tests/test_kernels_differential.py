@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,27 @@ def test_the_map_times_the_values_is_the_output_before_the_norm(variant):
         want = 1 - (weight if weight.dim() == 0 else weight[1, head]).expand(9).numpy()
         np.testing.assert_allclose(signed.row_sums(), want, atol=2e-6)
         assert tile.min() < 0
+
+
+def cells(tile: np.ndarray, height: int, width: int) -> list[list[np.ndarray]]:
+    edges = [
+        [side * part // count for part in range(count + 1)]
+        for side, count in zip(tile.shape, (height, width), strict=True)
+    ]
+    return [[tile[a:b, c:d] for c, d in pairwise(edges[1])] for a, b in pairwise(edges[0])]
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 3), (11, 5), (20, 20), (1, 1)])
+def test_a_pixel_is_the_largest_signed_weight_or_the_mean_under_it(height, width, monkeypatch):
+    monkeypatch.setattr("attnlab_kernels.difference_map.BLOCK_CELLS", 20)
+    signed = make(causal=False).effective_map(hidden(13), head=1)
+    rows, cols = slice(1, 12), slice(0, 13)
+    tile = signed.tile(rows, cols)
+    pixels = cells(tile, min(height, 11), min(width, 13))
+    largest = [[part.flat[np.abs(part).argmax()] for part in line] for line in pixels]
+    np.testing.assert_allclose(signed.pool(rows, cols, height, width), largest, atol=1e-7)
+    means = [[part.mean() for part in line] for line in pixels]
+    np.testing.assert_allclose(signed.pool(rows, cols, height, width, "mean"), means, atol=1e-7)
 
 
 def numbers(result, head: int) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
+import subprocess
+import sys
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -155,7 +157,7 @@ def test_gradients_equal_those_of_dense_attention(where):
     rows = np.arange(where.size)
     steps = [
         np.clip(part, 0, 2 * k - 2)
-        for part, k in zip(where.offsets(rows, rows), where.kernel_size, strict=True)
+        for part, k in zip(where.offsets(rows[:, None], rows[None]), where.kernel_size, strict=True)
     ]
     bias = table[(slice(None), *(torch.from_numpy(step) for step in steps))]
     bias = bias.masked_fill(~slow_mask(where), -torch.inf)
@@ -248,6 +250,24 @@ def test_the_map_times_the_values_is_the_output_before_the_projection(kind, spac
         np.testing.assert_array_equal(weights.image(row).ravel(), tile[row])
         assert np.count_nonzero(tile[row]) == 3 ** len(space)
     np.testing.assert_array_equal(weights.tile(slice(2, 9), slice(1, 6)), tile[2:9, 1:6])
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 3), (20, 9), (60, 60), (1, 1)])
+@pytest.mark.parametrize("causal", [(True, False), (False, False)])
+def test_a_pixel_is_the_largest_weight_or_the_mean_under_it(height, width, causal, monkeypatch):
+    monkeypatch.setattr("attnlab_kernels.neighborhood.BLOCK_CELLS", 200)
+    module = make(NeighborhoodAttention2D, causal=causal, dilation=2, relative_position_bias=True)
+    keep = torch.ones(2, 7, 6, dtype=torch.bool)
+    keep[0, :5, ::2] = False
+    weights = module.effective_map(image(7, 6), head=1, attention_mask=keep)
+    rows, cols = slice(3, 42), slice(1, 40)
+    tile = weights.tile(rows, cols)
+    edges = [[39 * part // count for part in range(count + 1)] for count in (min(height, 39), min(width, 39))]
+    for reduce, fold in (("max", np.max), ("mean", np.mean)):
+        want = [[fold(tile[a:b, c:d]) for c, d in pairwise(edges[1])] for a, b in pairwise(edges[0])]
+        got = weights.pool(rows, cols, height, width, reduce)
+        np.testing.assert_allclose(got, want, atol=1e-7)
+    assert (weights.row_sums() == 0).any()
 
 
 def test_the_guides_call_works():
@@ -352,3 +372,14 @@ def test_an_image_smaller_than_the_window_is_refused():
         NeighborhoodError, match=r"must fit into every axis; got \(3, 3\) \* \(2, 2\) over \(9, 5\)"
     ):
         make(dilation=2)(image(9, 5))
+
+
+def test_the_maps_of_the_new_mechanisms_load_no_torch():
+    code = (
+        "import sys, attnlab_kernels.neighborhood, attnlab_kernels.difference_map, attnlab_kernels.expert_map\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"

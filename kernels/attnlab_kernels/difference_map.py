@@ -7,12 +7,13 @@ negative and a row sums to 1 - λ; nothing here renormalises.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.effective_map import BLOCK_CELLS, SoftmaxMap, pixel_edges
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,32 @@ class DifferenceMap:
         weight = np.broadcast_to(np.asarray(self.weight, np.float32), self.shape[:1])[rows, None]
         subtracted = np.multiply(weight, self.second.tile(rows, cols), dtype=np.float32)
         return np.subtract(self.first.tile(rows, cols), subtracted, dtype=np.float32)
+
+    def pool(
+        self, rows: slice, cols: slice, height: int, width: int, reduce: str = "max"
+    ) -> NDArray[np.float32]:
+        """As ``SoftmaxMap.pool``, with the signed weight of largest size as the maximum.
+
+        Computes every cell of the region, block by block.
+        """
+        row_edges, col_edges = pixel_edges(rows, cols, self.shape, height, width, reduce)
+        out = np.zeros((len(row_edges) - 1, len(col_edges) - 1), np.float32)
+        span = slice(int(col_edges[0]), int(col_edges[-1]))
+        if span.start == span.stop:
+            return out
+        bins = col_edges[:-1] - span.start
+        for pixel, (top, bottom) in enumerate(pairwise(row_edges.tolist())):
+            step = max(1, BLOCK_CELLS // (span.stop - span.start))
+            for start in range(top, bottom, step):
+                tile = self.tile(slice(start, min(start + step, bottom)), span)
+                if reduce == "mean":
+                    out[pixel] += np.add.reduceat(tile.sum(axis=0), bins) / (bottom - top)
+                    continue
+                highest = np.maximum.reduceat(np.maximum(tile.max(axis=0), 0), bins)
+                lowest = np.minimum.reduceat(np.minimum(tile.min(axis=0), 0), bins)
+                extreme = np.where(highest >= -lowest, highest, lowest)
+                out[pixel] = np.where(np.abs(extreme) > np.abs(out[pixel]), extreme, out[pixel])
+        return out / np.diff(col_edges).astype(np.float32) if reduce == "mean" else out
 
     def row_sums(self) -> NDArray[np.float64]:
         """Sum of each row over all keys: 1 - λ, or 0 for a dead row."""

@@ -77,15 +77,11 @@ class SoftmaxMap:
         Pixel ``y`` covers rows ``floor(y * R / height)`` up to the next pixel's. A side with fewer cells than
         pixels keeps one pixel a cell, so a small region comes back as its tile. Masked cells count as 0.
         """
-        if reduce not in ("max", "mean"):
-            raise ValueError(f"reduce must be 'max' or 'mean'; got {reduce!r}")
-        if height < 1 or width < 1:
-            raise ValueError(f"height and width must be at least 1 pixel; got {height} x {width}")
+        row_edges, col_edges = pixel_edges(rows, cols, self.shape, height, width, reduce)
         r0, r1 = _bounds(rows, self.shape[0], "rows")
         c0, c1 = _bounds(cols, self.shape[1], "cols")
         if r1 - r0 <= height and c1 - c0 <= width:
             return self.tile(rows, cols)
-        row_edges, col_edges = _edges(r0, r1, height), _edges(c0, c1, width)
         maximum = reduce == "max"
         out = np.full((len(row_edges) - 1, len(col_edges) - 1), -np.inf if maximum else 0.0, np.float32)
         fold = np.maximum if maximum else np.add
@@ -161,6 +157,17 @@ class SoftmaxMap:
                 np.copyto(part, dtype(-np.inf), where=~keep)
         scores[np.isneginf(lse)] = -np.inf
         return scores
+
+
+def pixel_edges(
+    rows: slice, cols: slice, shape: tuple[int, int], height: int, width: int, reduce: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First row and column of each pixel of a region, and one past the last; ValueError if there can be none."""
+    if reduce not in ("max", "mean"):
+        raise ValueError(f"reduce must be 'max' or 'mean'; got {reduce!r}")
+    if height < 1 or width < 1:
+        raise ValueError(f"height and width must be at least 1 pixel; got {height} x {width}")
+    return _edges(*_bounds(rows, shape[0], "rows"), height), _edges(*_bounds(cols, shape[1], "cols"), width)
 
 
 def _bounds(part: slice, size: int, name: str) -> tuple[int, int]:

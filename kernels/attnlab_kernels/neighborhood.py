@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnlab_kernels.effective_map import BLOCK_CELLS, pixel_edges
+
 Indices = NDArray[np.int64]
 
 
@@ -123,13 +125,26 @@ class Neighborhood:
         ]
         return np.ravel_multi_index(np.meshgrid(*axes, indexing="ij"), self.space).ravel()
 
+    def windows(self, rows: Indices) -> tuple[Indices, NDArray[np.bool_]]:
+        """Key pixels ``[rows, slots]`` in window order, and which of them exist (a causal window may lack some)."""
+        keys = np.zeros((len(rows), 1), np.int64)
+        exists = np.ones((len(rows), 1), bool)
+        axes = zip(self._places(rows), self.space, self.kernel_size, self.dilation, self.limits, strict=True)
+        for place, length, kernel, dilation, (first, count) in axes:
+            slot = np.arange(kernel)
+            present = slot < count[place][:, None]
+            key = np.where(present, first[place][:, None] + dilation * slot, place[:, None])
+            keys = (keys[:, :, None] * length + key[:, None]).reshape(len(rows), -1)
+            exists = (exists[:, :, None] & present[:, None]).reshape(len(rows), -1)
+        return keys, exists
+
     def offsets(self, rows: Indices, cols: Indices) -> tuple[Indices, ...]:
-        """Key minus query in steps of the dilation plus ``kernel_size - 1``, ``[rows, cols]`` for each axis.
+        """Key minus query in steps of the dilation plus ``kernel_size - 1``, broadcast, for each axis.
 
         Inside a window this is an index into a table of ``2 * kernel_size - 1``; outside it may be anything.
         """
         grids = zip(self._places(rows), self._places(cols), self.dilation, self.kernel_size, strict=True)
-        return tuple((key[None] - query[:, None]) // step + kernel - 1 for query, key, step, kernel in grids)
+        return tuple((key - query) // step + kernel - 1 for query, key, step, kernel in grids)
 
     def _places(self, pixels: Indices) -> tuple[Indices, ...]:
         return tuple(np.unravel_index(pixels, self.space))
@@ -189,15 +204,54 @@ class NeighborhoodMap:
         """Sum of each row: 1, or 0 for a dead row. Costs one window a row."""
         return np.array([self.window(row)[1].sum(dtype=np.float64) for row in range(self.neighborhood.size)])
 
+    def pool(
+        self, rows: slice, cols: slice, height: int, width: int, reduce: str = "max"
+    ) -> NDArray[np.float32]:
+        """Maximum or mean of the weights under each of ``height x width`` pixels of a region, as ``SoftmaxMap.pool``.
+
+        Visits the windows of the rows, block by block, so the cost does not grow with the number of columns.
+        """
+        row_edges, col_edges = pixel_edges(rows, cols, self.shape, height, width, reduce)
+        out = np.zeros((len(row_edges) - 1, len(col_edges) - 1), np.float64)
+        step = max(1, BLOCK_CELLS // (self.neighborhood.slots * self.query.shape[1]))
+        for start in range(int(row_edges[0]), int(row_edges[-1]), step):
+            block = np.arange(start, min(start + step, int(row_edges[-1])))
+            keys, exists = self.neighborhood.windows(block)
+            inside = exists & (keys >= col_edges[0]) & (keys < col_edges[-1])
+            weights = self._window_weights(block, keys)[inside]
+            pixel_row = np.broadcast_to(np.searchsorted(row_edges, block, "right")[:, None] - 1, keys.shape)
+            place = (pixel_row[inside], np.searchsorted(col_edges, keys[inside], "right") - 1)
+            (np.maximum if reduce == "max" else np.add).at(out, place, weights)
+        if reduce == "mean":
+            out /= np.diff(row_edges)[:, None] * np.diff(col_edges)[None, :]
+        return out.astype(np.float32)
+
+    def _window_weights(self, rows: Indices, keys: Indices) -> NDArray[np.float64]:
+        """Weights ``[rows, slots]`` of keys ``[rows, slots]``, whether they exist or not."""
+        query, key = self.query[rows].astype(np.float64), self.key[keys].astype(np.float64)
+        scores = np.einsum("rd,rsd->rs", query, key) * self.scale
+        if self.bias is not None:
+            scores += self.bias[self._bias_places(rows[:, None], keys)]
+        if self.visible is not None:
+            scores = np.where(self.visible[keys], scores, -np.inf)
+        lse = self.lse[rows].astype(np.float64)
+        return np.exp(scores - np.where(np.isneginf(lse), np.inf, lse)[:, None])
+
+    def _bias_places(self, rows: Indices, cols: Indices) -> tuple[Indices, ...]:
+        """Indices into the table for pairs of pixels; a pair outside a window gets any."""
+        assert self.bias is not None
+        indices = self.neighborhood.offsets(rows, cols)
+        return tuple(
+            np.clip(index, 0, size - 1) for index, size in zip(indices, self.bias.shape, strict=True)
+        )
+
     def _weights(self, rows: Indices, cols: Indices) -> NDArray[np.float32]:
         keep = self.neighborhood.allowed(rows, cols)
         if self.visible is not None:
             keep &= self.visible[cols]
         scores = self.query[rows].astype(np.float64) @ self.key[cols].astype(np.float64).T * self.scale
         if self.bias is not None:
-            indices = self.neighborhood.offsets(rows, cols)
-            limits = zip(indices, self.bias.shape, strict=True)
-            scores += self.bias[tuple(np.clip(index, 0, length - 1) for index, length in limits)]
+            scores += self.bias[self._bias_places(rows[:, None], cols[None])]
         lse = self.lse[rows].astype(np.float64)
         scores -= np.where(np.isneginf(lse), 0, lse)[:, None]
         return np.exp(np.where(keep, scores, -np.inf)).astype(np.float32)
