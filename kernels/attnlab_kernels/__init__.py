@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.difference_map import DifferenceMap
     from attnlab_kernels.expert_map import ExpertMap
     from attnlab_kernels.mechanisms.build import build_mechanism
+    from attnlab_kernels.mechanisms.cross_attention import CrossAttention
     from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
     from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention2D,
         NeighborhoodAttention3D,
     )
+    from attnlab_kernels.mechanisms.self_attention import SelfAttention
     from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
     from attnlab_kernels.mechanisms.switch_head import SwitchHeadAttention
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
@@ -47,6 +49,8 @@ _LAZY = {
     "NeighborhoodAttention2D": "attnlab_kernels.mechanisms.neighborhood_attention",
     "NeighborhoodAttention3D": "attnlab_kernels.mechanisms.neighborhood_attention",
     "NeighborhoodMap": "attnlab_kernels.neighborhood",
+    "CrossAttention": "attnlab_kernels.mechanisms.cross_attention",
+    "SelfAttention": "attnlab_kernels.mechanisms.self_attention",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
     "SwitchHeadAttention": "attnlab_kernels.mechanisms.switch_head",
     "Unsupported": "attnlab_kernels.operations.softmax.api",
@@ -62,6 +66,7 @@ __all__ = [
     "And",
     "AttentionOutput",
     "Causal",
+    "CrossAttention",
     "DifferenceMap",
     "DifferentialAttention",
     "ExpertMap",
@@ -80,6 +85,7 @@ __all__ = [
     "NeighborhoodMap",
     "Padding",
     "Parameter",
+    "SelfAttention",
     "SlidingWindowAttention",
     "SoftmaxMap",
     "SwitchHeadAttention",
