@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
     from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
+    from attnlab_kernels.mechanisms.linear_attention import FAVORPlusAttention, LinearAttention
+    from attnlab_kernels.mechanisms.linformer import LinformerAttention
     from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
     from attnlab_kernels.mechanisms.neighborhood_attention import (
         NeighborhoodAttention,
@@ -40,8 +42,12 @@ _LAZY = {
     "DifferenceMap": "attnlab_kernels.difference_map",
     "DifferentialAttention": "attnlab_kernels.mechanisms.differential_attention",
     "ExpertMap": "attnlab_kernels.expert_map",
+    "CrossAttention": "attnlab_kernels.mechanisms.cross_attention",
+    "FAVORPlusAttention": "attnlab_kernels.mechanisms.linear_attention",
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
+    "LinearAttention": "attnlab_kernels.mechanisms.linear_attention",
+    "LinformerAttention": "attnlab_kernels.mechanisms.linformer",
     "MultiHeadAttention": "attnlab_kernels.mechanisms.multi_head",
     "Neighborhood": "attnlab_kernels.neighborhood",
     "NeighborhoodAttention": "attnlab_kernels.mechanisms.neighborhood_attention",
@@ -49,7 +55,6 @@ _LAZY = {
     "NeighborhoodAttention2D": "attnlab_kernels.mechanisms.neighborhood_attention",
     "NeighborhoodAttention3D": "attnlab_kernels.mechanisms.neighborhood_attention",
     "NeighborhoodMap": "attnlab_kernels.neighborhood",
-    "CrossAttention": "attnlab_kernels.mechanisms.cross_attention",
     "SelfAttention": "attnlab_kernels.mechanisms.self_attention",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
     "SwitchHeadAttention": "attnlab_kernels.mechanisms.switch_head",
@@ -70,9 +75,12 @@ __all__ = [
     "DifferenceMap",
     "DifferentialAttention",
     "ExpertMap",
+    "FAVORPlusAttention",
     "FlashAttention",
     "Full",
     "GroupedQueryAttention",
+    "LinearAttention",
+    "LinformerAttention",
     "Mask",
     "MaskError",
     "Mechanism",

@@ -1,0 +1,1 @@
+"""Linear attention: keys and values fold into one state of fixed size."""

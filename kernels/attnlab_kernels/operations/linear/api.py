@@ -1,0 +1,106 @@
+"""Linear attention: the one call, its forms, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnlab_kernels.operations.linear.chunked import chunked
+from attnlab_kernels.operations.linear.reference import LinearSums, Raw, parallel, recurrent
+
+FORMS: dict[str, Callable[..., Raw]] = {"parallel": parallel, "recurrent": recurrent, "chunked": chunked}
+
+
+class LinearResult(NamedTuple):
+    """What ``linear_attend`` gives back."""
+
+    output: Tensor
+    """``[B, H, n, Dv]`` in the values' dtype; zero where no key was seen"""
+    denominator: Tensor | None
+    """``[B, H, n]`` float32 or wider, epsilon included; None without normalisation"""
+    sums: LinearSums
+    """over the past and these keys, float32 or wider"""
+    form: str
+    reason: str
+
+
+def linear_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    eps: float = 1e-6,
+    normalize: bool = True,
+    past: LinearSums | None = None,
+    form: str = "auto",
+    chunk: int = 64,
+) -> LinearResult:
+    """``O_i = q_i S_i / (q_i z_i + eps)`` with ``S_i = sum_j k_j v_j^T`` and ``z_i = sum_j k_j``, features given.
+
+    Sums are float32 (float64 for float64 inputs): in bfloat16 a normaliser stops growing at 256.
+
+    Args:
+        query: features ``[B, H, n, f]``; a masked key has features of zero.
+        key: features ``[B, H, m, f]``.
+        value: ``[B, H, m, Dv]``.
+        causal: the sums run over keys up to the query's own; needs n = m.
+        eps: added to the denominator.
+        normalize: False leaves the denominator out.
+        past: sums over earlier keys.
+        form: "parallel" (quadratic reference), "recurrent", "chunked" or "auto".
+        chunk: tokens of a chunk.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown form, eps below 0 or a chunk below 1.
+    """
+    _check(query, key, value, causal, eps, chunk)
+    name, reason = _choose(form, query.shape[2], causal)
+    wide = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+    query, key, values = query.to(wide), key.to(wide), value.to(wide)
+    if past is None:
+        batch, heads, _, features = key.shape
+        past = LinearSums(
+            key.new_zeros(batch, heads, features, value.shape[-1]), key.new_zeros(batch, heads, features)
+        )
+    past = LinearSums(past.state.to(wide), past.normaliser.to(wide))
+    if 0 in (query.shape[2], key.shape[2]):
+        name, reason = "parallel", "nothing to sum"
+    raw = FORMS[name](query, key, values, causal=causal, past=past, chunk=chunk)
+    if not normalize:
+        return LinearResult(raw.numerator.to(value.dtype), None, raw.sums, name, reason)
+    denominator = raw.denominator + eps
+    empty = denominator == 0
+    output = raw.numerator / denominator.masked_fill(empty, 1)[..., None]
+    output = output.masked_fill(empty[..., None], 0)
+    return LinearResult(output.to(value.dtype), denominator, raw.sums, name, reason)
+
+
+def _choose(form: str, num_queries: int, causal: bool) -> tuple[str, str]:
+    if form != "auto":
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}; got {form!r}")
+        return form, "asked for"
+    if num_queries == 1 and causal:
+        return "recurrent", "auto: one token"
+    return "chunked", "auto: linear in the number of tokens"
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, causal: bool, eps: float, chunk: int) -> None:
+    fits = query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2]
+    if not fits or query.shape[3] != key.shape[3] or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "shapes must be query [B, H, n, f], key [B, H, m, f], value [B, H, m, Dv]; "
+            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if causal and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"causal needs as many queries as keys (earlier keys go into past); got {query.shape[2]} and {key.shape[2]}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0; got {eps}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token; got {chunk}")

@@ -1,0 +1,35 @@
+"""Linear attention in chunks: weights inside a chunk, one state between chunks. O(n c + n f) for each head and width.
+
+Hua et al., "Transformer Quality in Linear Time", https://arxiv.org/abs/2202.10447.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attnlab_kernels.operations.linear.reference import LinearSums, Raw, read, total
+
+
+def chunked(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, past: LinearSums, chunk: int) -> Raw:
+    """The same as ``reference.parallel``; ``chunk`` tokens at a time, the last chunk may be shorter."""
+    sums = total(key, value, past)
+    if not causal:
+        return Raw(*read(query, sums), sums)
+    length = query.shape[2]
+    rest = -length % chunk
+    query, key, value = (
+        functional.pad(part, (0, 0, 0, rest)).unflatten(2, (-1, chunk)) for part in (query, key, value)
+    )
+    states = _before(key.transpose(-1, -2) @ value, past.state)
+    normalisers = _before(key.sum(dim=3), past.normaliser)
+    weights = (query @ key.transpose(-1, -2)).tril()
+    numerator = weights @ value + query @ states
+    denominator = weights.sum(dim=-1) + (query @ normalisers[..., None]).squeeze(-1)
+    return Raw(numerator.flatten(2, 3)[:, :, :length], denominator.flatten(2, 3)[:, :, :length], sums)
+
+
+def _before(parts: Tensor, past: Tensor) -> Tensor:
+    """For each chunk along dimension 2, the sum over the past and over the chunks before it."""
+    return torch.cat((past[:, :, None], parts[:, :, :-1]), dim=2).cumsum(dim=2)
