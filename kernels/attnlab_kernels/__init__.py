@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.build import build_mechanism
     from attnlab_kernels.mechanisms.cross_attention import CrossAttention
     from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
+    from attnlab_kernels.mechanisms.efficient_attention import EfficientAttention, MemoryEfficientAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
     from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
     from attnlab_kernels.mechanisms.linear_attention import FAVORPlusAttention, LinearAttention
@@ -43,11 +44,13 @@ _LAZY = {
     "DifferentialAttention": "attnlab_kernels.mechanisms.differential_attention",
     "ExpertMap": "attnlab_kernels.expert_map",
     "CrossAttention": "attnlab_kernels.mechanisms.cross_attention",
+    "EfficientAttention": "attnlab_kernels.mechanisms.efficient_attention",
     "FAVORPlusAttention": "attnlab_kernels.mechanisms.linear_attention",
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
     "LinearAttention": "attnlab_kernels.mechanisms.linear_attention",
     "LinformerAttention": "attnlab_kernels.mechanisms.linformer",
+    "MemoryEfficientAttention": "attnlab_kernels.mechanisms.efficient_attention",
     "MultiHeadAttention": "attnlab_kernels.mechanisms.multi_head",
     "Neighborhood": "attnlab_kernels.neighborhood",
     "NeighborhoodAttention": "attnlab_kernels.mechanisms.neighborhood_attention",
@@ -74,6 +77,7 @@ __all__ = [
     "CrossAttention",
     "DifferenceMap",
     "DifferentialAttention",
+    "EfficientAttention",
     "ExpertMap",
     "FAVORPlusAttention",
     "FlashAttention",
@@ -84,6 +88,7 @@ __all__ = [
     "Mask",
     "MaskError",
     "Mechanism",
+    "MemoryEfficientAttention",
     "MultiHeadAttention",
     "Neighborhood",
     "NeighborhoodAttention",
