@@ -143,7 +143,8 @@ def test_the_map_times_the_values_is_the_output():
 def test_a_context_without_tokens_gives_zeros():
     module, x = make(bias=False), hidden(5).requires_grad_()
     nothing = contexts(7)[:, :0]
-    result = module(x, nothing, torch.ones(2, 0), return_attention=True, return_dict=True, use_cache=True)
+    nobody = torch.ones(2, 0, dtype=torch.bool)
+    result = module(x, nothing, nobody, return_attention=True, return_dict=True, use_cache=True)
     assert not result.output.any()
     assert result.attentions.shape == (2, 3, 5, 0)
     assert torch.isneginf(result.lse).all()

@@ -96,6 +96,9 @@ def test_chunks_outside_the_mask_are_not_visited(monkeypatch):
         visited.clear()
         chunked.run(query, key, value, mask=mask, scale=1.0, chunk=3)
         assert len(visited) == tiles
+    visited.clear()
+    make(chunk_size=4)(hidden(12))
+    assert len(visited) == 9
 
 
 @pytest.mark.parametrize("mask", [Causal() & Padding(((2, 5), (0, 5)))], ids=["causal and padding"])

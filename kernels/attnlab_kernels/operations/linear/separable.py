@@ -26,9 +26,7 @@ def separate(query: Tensor, key: Tensor, keep: Tensor | None) -> tuple[Tensor, T
     if keep is None:
         return query, key.softmax(dim=2)
     gone = ~keep[:, None, :, None]
-    # all keys gone: any scores do, their weights are set to zero
-    nobody = gone.all(dim=2, keepdim=True)
-    key = key.masked_fill(gone, -torch.inf).masked_fill(nobody, 0)
+    key = key.masked_fill(gone, -torch.inf)
     return query, key.softmax(dim=2).masked_fill(gone, 0)
 
 
