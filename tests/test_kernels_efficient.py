@@ -14,6 +14,7 @@ from attnlab_kernels.catalog import MECHANISMS
 from attnlab_kernels.masks import Causal, Full, Padding, Window
 from attnlab_kernels.operations.linear.separable import separable_attend, separate
 from attnlab_kernels.operations.softmax import chunked, eager
+from attnlab_kernels.operations.softmax.api import attend, observing
 
 MASKS = {
     "full": Full(),
@@ -178,6 +179,21 @@ def test_prefill_then_decode_equals_the_full_pass(chunks):
         torch.testing.assert_close(torch.cat(parts, dim=1), module(x), atol=2e-6, rtol=0)
     shape = {"heads": 3, "kv_heads": 3, "head_dim": 8, "layers": 1, "bytes_per_element": 4}
     assert cache.nbytes() == 2 * MECHANISMS["efficient"].cache_bytes(tokens=11, **shape)
+
+
+@pytest.mark.parametrize("variant", ["memory_efficient", "spatial_reduction"])
+def test_an_observer_sees_what_was_attended_to(variant):
+    module, calls = make(variant), []
+    grid = {"spatial_shape": (2, 4)} if variant == "spatial_reduction" else {}
+    with observing(calls.append):
+        result = module(hidden(8), return_dict=True, **grid)
+    (call,) = calls
+    again = attend(
+        call.q, call.k, call.v, mask=call.mask, scale=call.scale, bias=call.bias, implementation="eager"
+    )
+    torch.testing.assert_close(call.output, again.output, atol=2e-6, rtol=0)
+    torch.testing.assert_close(call.lse, again.lse, atol=2e-6, rtol=0)
+    assert call.implementation == result.aux["implementation"]
 
 
 def test_a_future_token_changes_no_past_output():

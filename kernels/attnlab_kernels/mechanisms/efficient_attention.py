@@ -18,7 +18,7 @@ from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear.separable import separable_attend, separate
 from attnlab_kernels.operations.softmax import chunked
-from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, tell
 from attnlab_kernels.output import AttentionOutput
 
 Variant = Literal["memory_efficient", "linear", "spatial_reduction"]
@@ -156,6 +156,7 @@ class EfficientAttention(base.SoftmaxModule):
         output, lse = chunked.run(
             q, k, v, mask=mask, scale=self.scale, bias=bias, dropout=dropout, chunk=self.chunk_size
         )
+        tell(AttendCall(q, k, v, mask, self.scale, bias, output, lse, "chunked"))
         aux = {"implementation": "chunked", "reason": f"chunks of {self.chunk_size} queries and keys"}
         return AttentionOutput(output, lse=lse, aux=aux)
 

@@ -32,6 +32,7 @@ __all__ = [
     "observing",
     "supports",
     "survey",
+    "tell",
 ]
 
 
@@ -168,8 +169,7 @@ def attend(
     else:
         output, lse = IMPLEMENTATIONS[name].run(q, k, v, mask=tight, scale=factor, bias=bias, **extra)
     lse = lse.detach() if q.dtype == torch.float64 else lse.detach().float()
-    for observer in tuple(getattr(_observers, "stack", ())):
-        observer(AttendCall(q, k, v, mask, factor, bias, output, lse, name))
+    tell(AttendCall(q, k, v, mask, factor, bias, output, lse, name))
     return AttentionOutput(output, lse=lse, aux={"implementation": name, "reason": reason})
 
 
@@ -232,6 +232,12 @@ def observing(callback: Callable[[AttendCall], None]) -> Iterator[None]:
         yield
     finally:
         _observers.stack = [entry for entry in stack if entry is not callback]
+
+
+def tell(call: AttendCall) -> None:
+    """Give a finished call to this thread's observers; for softmax attention that does not go through ``attend``."""
+    for observer in tuple(getattr(_observers, "stack", ())):
+        observer(call)
 
 
 def survey(device: str = "cpu") -> list[dict[str, Any]]:
