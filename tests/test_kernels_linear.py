@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnlab_kernels import FAVORPlusAttention, LinearAttention, LinformerAttention
+from attnlab_kernels import FAVORPlusAttention, LinearAttention, LinformerAttention, Unsupported
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_kernels.linear_state import LinearState
 from attnlab_kernels.masks import Causal, Padding, Window
@@ -329,6 +329,11 @@ def test_features_are_kept_with_the_weights_and_redrawn_only_in_training():
     _, cache = module(hidden(3), use_cache=True)
     with pytest.raises(ValueError, match="redraw_features in training cannot continue"):
         module(hidden(1), past_key_value=cache)
+
+
+def test_an_implementation_of_the_softmax_is_unsupported():
+    with pytest.raises(Unsupported, match="got 'sdpa_flash'"):
+        make()(hidden(3), implementation="sdpa_flash")
 
 
 def test_performers_class_returns_the_output_alone():

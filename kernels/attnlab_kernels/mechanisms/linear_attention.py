@@ -14,6 +14,7 @@ from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear import feature_maps
 from attnlab_kernels.operations.linear.api import FORMS, linear_attend
+from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
 
 
@@ -106,7 +107,7 @@ class LinearAttention(base.SoftmaxModule):
             causal: overrides the module's setting.
 
         Raises:
-            ValueError: an argument that does not fit.
+            ValueError: an argument that does not fit; Unsupported for an implementation of another operation.
         """
         context, implementation = base._read_aliases(context, implementation, aliases)
         form = _check_form(implementation or self.implementation)
@@ -253,7 +254,7 @@ def _check_features(feature_map: str, num_features: int | None, redraw: bool) ->
 
 def _check_form(name: str) -> str:
     if name != "auto" and name not in FORMS:
-        raise ValueError(f"implementation must be one of {', '.join(('auto', *FORMS))}; got {name!r}")
+        raise Unsupported(f"implementation must be one of {', '.join(('auto', *FORMS))}; got {name!r}")
     return name
 
 
