@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.linear_attention import FAVORPlusAttention, LinearAttention
     from attnlab_kernels.mechanisms.linformer import LinformerAttention
     from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
+    from attnlab_kernels.mechanisms.multi_head_latent import MultiHeadLatentAttention
     from attnlab_kernels.mechanisms.neighborhood_attention import (
         NeighborhoodAttention,
         NeighborhoodAttention1D,
@@ -59,6 +60,7 @@ _LAZY = {
     "NeighborhoodAttention3D": "attnlab_kernels.mechanisms.neighborhood_attention",
     "NeighborhoodMap": "attnlab_kernels.neighborhood",
     "SelfAttention": "attnlab_kernels.mechanisms.self_attention",
+    "MultiHeadLatentAttention": "attnlab_kernels.mechanisms.multi_head_latent",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
     "SwitchHeadAttention": "attnlab_kernels.mechanisms.switch_head",
     "Unsupported": "attnlab_kernels.operations.softmax.api",
@@ -90,6 +92,7 @@ __all__ = [
     "Mechanism",
     "MemoryEfficientAttention",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
     "Neighborhood",
     "NeighborhoodAttention",
     "NeighborhoodAttention1D",

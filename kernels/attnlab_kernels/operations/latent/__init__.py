@@ -1,0 +1,1 @@
+"""Attention over one small latent a token."""
