@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention2D,
         NeighborhoodAttention3D,
     )
+    from attnlab_kernels.mechanisms.paged import PagedAttention
     from attnlab_kernels.mechanisms.self_attention import SelfAttention
     from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
     from attnlab_kernels.mechanisms.switch_head import SwitchHeadAttention
@@ -61,6 +62,7 @@ _LAZY = {
     "NeighborhoodMap": "attnlab_kernels.neighborhood",
     "SelfAttention": "attnlab_kernels.mechanisms.self_attention",
     "MultiHeadLatentAttention": "attnlab_kernels.mechanisms.multi_head_latent",
+    "PagedAttention": "attnlab_kernels.mechanisms.paged",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
     "SwitchHeadAttention": "attnlab_kernels.mechanisms.switch_head",
     "Unsupported": "attnlab_kernels.operations.softmax.api",
@@ -100,6 +102,7 @@ __all__ = [
     "NeighborhoodAttention3D",
     "NeighborhoodMap",
     "Padding",
+    "PagedAttention",
     "Parameter",
     "SelfAttention",
     "SlidingWindowAttention",
