@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.difference_map import DifferenceMap
     from attnlab_kernels.expert_map import ExpertMap
     from attnlab_kernels.mechanisms.build import build_mechanism
+    from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
     from attnlab_kernels.mechanisms.cross_attention import CrossAttention
     from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
     from attnlab_kernels.mechanisms.efficient_attention import EfficientAttention, MemoryEfficientAttention
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
+    from attnlab_kernels.scheduler import ChunkedPrefillScheduler
 
 _LAZY = {
     "AttentionOutput": "attnlab_kernels.output",
@@ -48,6 +50,8 @@ _LAZY = {
     "CrossAttention": "attnlab_kernels.mechanisms.cross_attention",
     "EfficientAttention": "attnlab_kernels.mechanisms.efficient_attention",
     "FAVORPlusAttention": "attnlab_kernels.mechanisms.linear_attention",
+    "ChunkedPrefill": "attnlab_kernels.mechanisms.chunked_prefill",
+    "ChunkedPrefillScheduler": "attnlab_kernels.scheduler",
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
     "LinearAttention": "attnlab_kernels.mechanisms.linear_attention",
@@ -78,6 +82,8 @@ __all__ = [
     "And",
     "AttentionOutput",
     "Causal",
+    "ChunkedPrefill",
+    "ChunkedPrefillScheduler",
     "CrossAttention",
     "DifferenceMap",
     "DifferentialAttention",
