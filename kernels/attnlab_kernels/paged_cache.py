@@ -158,17 +158,18 @@ class PagedKV:
         self.pool.release(self._sequence(seq_id).table)
         del self._sequences[seq_id]
 
-    def crop(self, seq_id: Hashable, length: int) -> None:
-        """Forget a sequence's tokens from ``length`` on, and give back blocks that are no longer needed."""
+    def crop(self, seq_id: Hashable, length: int, *, layer: int | None = None) -> None:
+        """Forget a sequence's tokens from ``length`` on, in one layer or all, and give back the blocks that empties."""
         sequence = self._sequence(seq_id)
-        if not 0 <= length <= max(sequence.lengths):
-            raise CacheError(
-                f"length must be between 0 and the {max(sequence.lengths)} tokens of {seq_id!r}; got {length}"
-            )
-        kept = -(-length // self.block_size)
+        longest = max(sequence.lengths) if layer is None else sequence.lengths[layer]
+        if not 0 <= length <= longest:
+            raise CacheError(f"length must be between 0 and the {longest} tokens of {seq_id!r}; got {length}")
+        cut = range(self.layers) if layer is None else (layer,)
+        for index in cut:
+            sequence.lengths[index] = min(sequence.lengths[index], length)
+        kept = -(-max(sequence.lengths) // self.block_size)
         self.pool.release(sequence.table[kept:])
         del sequence.table[kept:], sequence.tokens[length:], sequence.digests[length // self.block_size :]
-        sequence.lengths = [min(held, length) for held in sequence.lengths]
 
     def length(self, seq_id: Hashable, layer: int = 0) -> int:
         """Tokens of a sequence that have passed this layer."""

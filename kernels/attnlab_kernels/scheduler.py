@@ -88,8 +88,8 @@ class ChunkedPrefillScheduler:
             budget -= 1
         for seq_id, held in filling:
             budget -= self._fill(batch, seq_id, held, budget)
-        limit = min(self.max_batch_sequences, self.max_batch_tokens)
-        while budget > 0 and self._waiting and len(self._running) < limit:
+        # what runs has had a token by now, so there are never more decodes than the budget has tokens
+        while budget > 0 and self._waiting and len(self._running) < self.max_batch_sequences:
             seq_id = next(iter(self._waiting))
             held = self._running[seq_id] = self._waiting.pop(seq_id)
             budget -= self._fill(batch, seq_id, held, budget)

@@ -134,25 +134,25 @@ class PagedAttention(SoftmaxModule):
                 ]
                 return self._finish(results, count, None, return_dict)
             opened, cache = self._sequences(seq_id, seq_ids, past_key_value, batch)
+            past = cache.lengths(self.layer_idx)
             try:
-                past = torch.tensor(cache.lengths(self.layer_idx), device=query.device)
                 if position_ids is None:
-                    position_ids = past[:, None] + torch.arange(count, device=query.device)
+                    steps = torch.arange(count, device=query.device)
+                    position_ids = torch.tensor(past, device=query.device)[:, None] + steps
                 query, key = self._encode(query, key, position_ids, position_embeddings, 0, None)
                 rows = [
                     [tensor[b, :, :n].transpose(0, 1) for b, n in enumerate(counts)]
                     for tensor in (key, value)
                 ]
                 self.pages.append(self.layer_idx, cache.seq_ids, rows[0], rows[1])
-            except ValueError:
-                for new in opened:
-                    self.pages.free(new)
+                results = [
+                    self._paged(query[b, :, :n], cache.seq_ids[b], mask, name, output_attentions)
+                    for b, n in enumerate(counts)
+                ]
+                return self._finish(results, count, cache, return_dict)
+            except BaseException:
+                self._undo(cache, past, opened)
                 raise
-            results = [
-                self._paged(query[b, :, :n], cache.seq_ids[b], mask, name, output_attentions)
-                for b, n in enumerate(counts)
-            ]
-            return self._finish(results, count, cache, return_dict)
 
     def new_cache(self, batch: int = 1) -> PagedSequences:
         """New, empty sequences of this module's pool, to pass as ``past_key_value``."""
@@ -181,6 +181,7 @@ class PagedAttention(SoftmaxModule):
                 raise ValueError(
                     f"past_key_value must be PagedSequences of this module's pool; got {type(past).__name__}"
                 )
+            past.lengths()  # CacheError if one of them has ended
             names = past.seq_ids
         elif seq_ids is not None:
             names = tuple(seq_ids)
@@ -192,6 +193,14 @@ class PagedAttention(SoftmaxModule):
         for name in opened:
             self.pages.open(name)
         return opened, past if isinstance(past, PagedSequences) else PagedSequences(self.pages, names)
+
+    def _undo(self, cache: PagedSequences, past: list[int], opened: list[Hashable]) -> None:
+        """A call that fails leaves every sequence as it was."""
+        for seq_id, length in zip(cache.seq_ids, past, strict=True):
+            if seq_id in opened and seq_id in self.pages:
+                self.pages.free(seq_id)
+            elif seq_id in self.pages:
+                self.pages.crop(seq_id, length, layer=self.layer_idx)
 
     def _paged(
         self, query: Tensor, seq_id: Hashable, mask: Mask, name: str, output_attentions: bool
