@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attnlab_kernels.catalog import MECHANISMS
+from attnlab_kernels.catalog import MECHANISMS, has_module
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,10 +63,10 @@ def test_the_python_module_example_of_the_readme_runs():
     subprocess.run([sys.executable, "-c", example], check=True, timeout=120)
 
 
-def test_the_catalog_and_the_changelog_agree_on_what_is_built():
+def test_the_catalog_and_the_changelog_agree_on_which_modules_there_are():
     changelog = (ROOT / "CHANGELOG.md").read_text()
     for record in MECHANISMS.values():
-        assert not record.built or record.class_name in changelog
+        assert not has_module(record) or record.class_name in changelog
 
 
 def test_make_targets_of_the_documents_exist():

@@ -31,7 +31,7 @@ def test_what_is_built_is_what_can_be_built():
         if record.built:
             assert type(build_mechanism(record.id, dim=32, num_heads=4)).__name__ == record.class_name
         else:
-            with pytest.raises(ValueError, match="not built yet; built are multi_head"):
+            with pytest.raises(ValueError, match="one that experiments can run: multi_head"):
                 build_mechanism(record.id, dim=32, num_heads=4)
 
 

@@ -130,7 +130,7 @@ def test_every_problem_is_reported_at_once() -> None:
     ("changes", "parts"),
     [
         ({"vary__mechanism": ["multi_haed"]}, ("did you mean 'multi_head'?", "choices: ", "'multi_haed'")),
-        ({"vary__mechanism": ["ring"]}, ("not built yet", "choices: multi_head, flash")),
+        ({"vary__mechanism": ["ring"]}, ("cannot be run in an experiment yet", "choices: multi_head, flash")),
         ({"vary__mechanism": [{"sliding_window": {"window_size": 0}}]}, ("window_size", "at least 1", "0")),
         ({"vary__mechanism": [{"sliding_window": {"windowsize": 4}}]}, ("windowsize", "window_size")),
         ({"vary__mechanism": [{"a": {}, "b": {}}]}, ("must be a name or {name:",)),

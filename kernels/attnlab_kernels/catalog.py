@@ -10,7 +10,15 @@ from attnlab_kernels.catalog_record import CatalogError, Mechanism, Parameter
 from attnlab_kernels.catalog_special import SPECIAL_RECORDS
 from attnlab_kernels.catalog_standard import STANDARD_RECORDS
 
-__all__ = ["MECHANISMS", "CatalogError", "Mechanism", "Parameter", "mechanism", "validate_parameters"]
+__all__ = [
+    "MECHANISMS",
+    "CatalogError",
+    "Mechanism",
+    "Parameter",
+    "has_module",
+    "mechanism",
+    "validate_parameters",
+]
 
 IDS = (
     "multi_head",
@@ -42,6 +50,13 @@ def mechanism(mechanism_id: str) -> Mechanism:
     if mechanism_id not in MECHANISMS:
         raise CatalogError(f"mechanism must be one of {', '.join(MECHANISMS)}; got {mechanism_id!r}")
     return MECHANISMS[mechanism_id]
+
+
+def has_module(record: Mechanism) -> bool:
+    """Whether its module can be imported from ``attnlab_kernels``; that experiments can run it is ``built``."""
+    from attnlab_kernels import __all__ as exported
+
+    return record.class_name in exported
 
 
 def validate_parameters(mechanism_id: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class Mechanism:
     parameters: tuple[Parameter, ...]
     operation: str | None
     built: bool
+    """experiments can run it"""
     swap: Swap
     swap_note: str
     snippet: str

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Literal
 
-from attnlab_kernels.catalog import Mechanism
+from attnlab_kernels.catalog import Mechanism, has_module
+
+Stage = Literal["experiment", "module", "described"]
+
+STAGE_WORDS: dict[Stage, str] = {
+    "experiment": "in experiments",
+    "module": "as a module",
+    "described": "not yet",
+}
+
+
+def stage(mechanism: Mechanism) -> Stage:
+    """Where it can be used: in experiments, only as a PyTorch module, or nowhere yet."""
+    if mechanism.built:
+        return "experiment"
+    return "module" if has_module(mechanism) else "described"
 
 
 def mechanism_document(mechanism: Mechanism) -> dict[str, Any]:
@@ -13,4 +28,8 @@ def mechanism_document(mechanism: Mechanism) -> dict[str, Any]:
     values = {item.name: getattr(mechanism, item.name) for item in fields(mechanism)}
     document = {name: value for name, value in values.items() if not callable(value)}
     parameters = [asdict(parameter) for parameter in mechanism.parameters]
-    return document | {"use_cases": list(mechanism.use_cases), "parameters": parameters}
+    return document | {
+        "stage": stage(mechanism),
+        "use_cases": list(mechanism.use_cases),
+        "parameters": parameters,
+    }

@@ -31,12 +31,12 @@ def build_mechanism(mechanism_id: str, *, dim: int, num_heads: int, **parameters
         parameters: the catalog's parameters, and any of ``SHARED``. Without dropout unless asked for.
 
     Raises:
-        CatalogError: unknown or not built yet, or a parameter that does not fit; ValueError from the module.
+        CatalogError: unknown, or not for experiments yet, or a parameter that does not fit; ValueError from the module.
     """
     record = mechanism(mechanism_id)
     if mechanism_id not in BUILT:
         built = ", ".join(name for name in MECHANISMS if name in BUILT)
-        raise CatalogError(f"mechanism {record.id!r} is in the catalog but not built yet; built are {built}")
+        raise CatalogError(f"mechanism must be one that experiments can run: {built}; got {record.id!r}")
     shared = {"dropout": 0.0} | {name: parameters.pop(name) for name in SHARED if name in parameters}
     own = validate_parameters(mechanism_id, parameters)
     if mechanism_id == "grouped_query" and own["num_kv_heads"] is None:

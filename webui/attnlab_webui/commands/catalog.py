@@ -18,7 +18,7 @@ from attnlab_webui.commands.console import (
     say,
     short_bytes,
 )
-from attnlab_webui.mechanism_facts import mechanism_document
+from attnlab_webui.mechanism_facts import STAGE_WORDS, mechanism_document, stage
 from attnlab_webui.system_facts import model_facts
 
 SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
@@ -31,7 +31,7 @@ def mechanisms(
     name: Annotated[str | None, typer.Argument(help="A mechanism's name, for everything about it.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """The catalog: what each attention mechanism is, and whether it is built."""
+    """The catalog: what each attention mechanism is, and where it can be used."""
     if name is not None and name not in MECHANISMS:
         refuse(f"NAME must be a mechanism of the catalog, got {name!r}; choices: {', '.join(MECHANISMS)}")
     if json:
@@ -40,10 +40,10 @@ def mechanisms(
         print_document(documents if name is None else documents[0])
     elif name is None:
         rows = [
-            (item.id, "yes" if item.built else "not yet", item.swap, item.year, item.title)
+            (item.id, STAGE_WORDS[stage(item)], item.swap, item.year, item.title)
             for item in MECHANISMS.values()
         ]
-        print_table(("name", "built", "swap", "year", "title"), rows, empty="the catalog is empty")
+        print_table(("name", "can be used", "swap", "year", "title"), rows, empty="the catalog is empty")
     else:
         typer.echo(mechanism_words(MECHANISMS[name]))
 
@@ -51,8 +51,7 @@ def mechanisms(
 def mechanism_words(mechanism: Mechanism) -> str:
     """The record as text for a terminal."""
     lines = [
-        f"{mechanism.title} ({mechanism.id}), {mechanism.year}"
-        + ("" if mechanism.built else ": not built yet"),
+        f"{mechanism.title} ({mechanism.id}), {mechanism.year}" + f": {STAGE_WORDS[stage(mechanism)]}",
         mechanism.summary,
         "",
         mechanism.formula,
