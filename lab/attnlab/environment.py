@@ -23,6 +23,8 @@ PACKAGES = (
     "ray",
     "flash-attn",
 )
+OPENMP = ("OMP_", "GOMP_", "KMP_", "MKL_")
+"""settings that decide how long threads spin at a barrier, which a busy machine pays for"""
 CLOCK_FIELDS = (
     "driver_version",
     "uuid",
@@ -50,6 +52,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "usable_cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(),
+            "openmp": {name: value for name, value in sorted(os.environ.items()) if name.startswith(OPENMP)},
         },
         "memory_bytes": _memory(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
