@@ -4,7 +4,7 @@
 
 The page contract
 -----------------
-A page is one module in `attnlab_webui.pages`, named in `PAGES` below, with
+A page is one module in `attnlab_webui.pages`, named in `site_map.PAGES`, with
 
     def build(store: Store) -> None
 
@@ -27,7 +27,6 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -39,30 +38,12 @@ import gradio as gr
 
 from attnlab_webui import api, theme
 from attnlab_webui.guard import Guard, check_bind, guard_from_settings
+from attnlab_webui.site_map import PAGES, Page
 
 if TYPE_CHECKING:
     from attnlab_storage.database import Store
 
 __all__ = ["PAGES", "Page", "build_app", "check_bind"]
-
-
-@dataclass(frozen=True)
-class Page:
-    """One page: `key` is its module in `attnlab_webui.pages` and its name in the navigation bar."""
-
-    key: str
-    title: str
-    path: str  # "" is the front page
-
-
-PAGES = (
-    Page("new", "New experiment", ""),
-    Page("queue", "Queue", "queue"),
-    Page("experiment", "Experiment", "experiment"),
-    Page("compare", "Compare", "compare"),
-    Page("mechanisms", "Mechanisms", "mechanisms"),
-    Page("system", "System", "system"),
-)
 
 
 def build_pages(store: Store) -> gr.Blocks:

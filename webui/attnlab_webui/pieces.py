@@ -15,6 +15,7 @@ import gradio as gr
 from gradio.context import Context
 
 from attnlab.views.labels import format_bytes
+from attnlab_webui.site_map import PAGES
 
 # listener arguments: handlers that run by themselves, and handlers that a person waits for
 INTERNAL: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -53,9 +54,7 @@ def escape(value: object) -> str:
 
 
 def navigation(active: str) -> gr.HTML:
-    """The bar on top of every page; `active` is the key of the page (see `app.PAGES`)."""
-    from attnlab_webui.app import PAGES
-
+    """The bar on top of every page; `active` is the key of the page (see `site_map.PAGES`)."""
     here = ' aria-current="page"'
     links = "".join(
         f'<a class="at-link" href="/{page.path}"{here if page.key == active else ""}>{escape(page.title)}</a>'
