@@ -40,7 +40,7 @@ def test_a_run_document_says_all_that_the_contract_names(made, documents):
     assert document["latency_ms"]["median"] <= document["latency_ms"]["p90"] <= max(samples)
     assert document["peak_memory_bytes"] == 3_000_000
     assert document["accuracy"] == {"logit_error": 1e-5, "kl": 0.01}
-    assert document["map_check"] == {"row_sum_defect": 2e-7, "output_defect": 4e-7}
+    assert document["map_check"] == {"row_sum_defect": 2e-7, "output_defect": 4e-7, "lse_defect": None}
     assert document["swap"] == {"kind": "approximate", "loss": {"kl": 0.01, "logit_error": 1e-5}}
     assert (document["layers"], document["heads"]) == (2, 4)
     assert document["environment"]["device"] == "cpu"
@@ -56,7 +56,7 @@ def test_a_run_that_failed_keeps_its_reason_and_has_no_numbers(documents):
     assert document["latency_ms"] is None
     assert document["peak_memory_bytes"] is None
     assert document["accuracy"] == {}
-    assert document["map_check"] == {"row_sum_defect": None, "output_defect": None}
+    assert document["map_check"] == {"row_sum_defect": None, "output_defect": None, "lse_defect": None}
 
 
 def test_a_queued_run_has_no_outcome_yet(sqlite_store, make_traced):

@@ -162,10 +162,19 @@ def _worst(rows: Iterable[MeasurementRow], name: str) -> float | None:
 
 
 def _map_check(traces: Iterable[TraceRow]) -> dict[str, float | None]:
-    """The largest defects over all recorded layers: rows that do not sum to 1, P V that is not the output."""
-    check = {}
-    for name in ("row_sum_defect", "output_defect"):
-        numbers = [getattr(trace, name) for trace in traces]
+    """The largest defects over all recorded layers.
+
+    Rows of the map that do not sum to 1, P V that is not the kernel's output, and the kernel's own log-sum-exp off
+    the exact one of its Q and K.
+    """
+    traces = list(traces)
+    found = {
+        "row_sum_defect": [trace.row_sum_defect for trace in traces],
+        "output_defect": [trace.output_defect for trace in traces],
+        "lse_defect": [(trace.detail or {}).get("lse_defect") for trace in traces],
+    }
+    check: dict[str, float | None] = {}
+    for name, numbers in found.items():
         known = [number for number in numbers if number is not None and not math.isnan(number)]
         check[name] = max(known, default=None)
     return check

@@ -145,6 +145,8 @@ def _check(document: Mapping[str, Any]) -> str:
         rows.append(("rows sum to 1 within", _judged(check["row_sum_defect"], ROW_SUM_LIMIT)))
     if check["output_defect"] is not None:
         rows.append(("P V equals the output within", _judged(check["output_defect"], OUTPUT_LIMIT)))
+    if check["lse_defect"] is not None:
+        rows.append(("kernel's log-sum-exp exact within", _judged(check["lse_defect"], OUTPUT_LIMIT)))
     return _section("Self-check of the maps", pieces.facts(rows)) if rows else ""
 
 
@@ -181,13 +183,18 @@ def sample_strip(samples: Sequence[float], name: str) -> str:
         f'<circle cx="{x:.1f}" cy="{9 + (7 * i) % 11:.0f}" r="2.2"/>' for i, x in enumerate(places)
     )
     middle = sorted(places)[len(places) // 2]
-    label = f"{len(samples)} samples of the {escape(name)}, {low:.4g} to {high:.4g} ms"
+    label = f"{len(samples)} samples of the {escape(name)}, {tick(low)} to {tick(high)} ms"
     return (
         f'<svg class="at-strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" role="img" aria-label="{label}">'
         f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="2" y2="24"/>{dots}'
-        f'<text x="2" y="{STRIP_HEIGHT - 1}">{low:.4g}</text>'
-        f'<text x="{STRIP_WIDTH - 2}" y="{STRIP_HEIGHT - 1}" text-anchor="end">{high:.4g} ms</text></svg>'
+        f'<text x="2" y="{STRIP_HEIGHT - 1}">{tick(low)}</text>'
+        f'<text x="{STRIP_WIDTH - 2}" y="{STRIP_HEIGHT - 1}" text-anchor="end">{tick(high)} ms</text></svg>'
     )
+
+
+def tick(milliseconds: float) -> str:
+    """Four digits, never an exponent."""
+    return f"{milliseconds:,.0f}" if milliseconds >= 1000 else f"{milliseconds:.4g}"
 
 
 def _memory(document: Mapping[str, Any]) -> str:
