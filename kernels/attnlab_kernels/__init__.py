@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
     from attnlab_kernels.mechanisms.efficient_attention import EfficientAttention, MemoryEfficientAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
+    from attnlab_kernels.mechanisms.flash_attention_3 import (
+        FlashAttention3,
+        FlashAttention3Core,
+        is_flash_attention_3_available,
+    )
     from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
     from attnlab_kernels.mechanisms.linear_attention import FAVORPlusAttention, LinearAttention
     from attnlab_kernels.mechanisms.linformer import LinformerAttention
@@ -53,6 +58,8 @@ _LAZY = {
     "ChunkedPrefill": "attnlab_kernels.mechanisms.chunked_prefill",
     "ChunkedPrefillScheduler": "attnlab_kernels.scheduler",
     "FlashAttention": "attnlab_kernels.mechanisms.flash",
+    "FlashAttention3": "attnlab_kernels.mechanisms.flash_attention_3",
+    "FlashAttention3Core": "attnlab_kernels.mechanisms.flash_attention_3",
     "GroupedQueryAttention": "attnlab_kernels.mechanisms.grouped_query",
     "LinearAttention": "attnlab_kernels.mechanisms.linear_attention",
     "LinformerAttention": "attnlab_kernels.mechanisms.linformer",
@@ -72,6 +79,7 @@ _LAZY = {
     "Unsupported": "attnlab_kernels.operations.softmax.api",
     "attend": "attnlab_kernels.operations.softmax.api",
     "build_mechanism": "attnlab_kernels.mechanisms.build",
+    "is_flash_attention_3_available": "attnlab_kernels.mechanisms.flash_attention_3",
     "observing": "attnlab_kernels.operations.softmax.api",
     "supports": "attnlab_kernels.operations.softmax.api",
     "survey": "attnlab_kernels.operations.softmax.api",
@@ -91,6 +99,8 @@ __all__ = [
     "ExpertMap",
     "FAVORPlusAttention",
     "FlashAttention",
+    "FlashAttention3",
+    "FlashAttention3Core",
     "Full",
     "GroupedQueryAttention",
     "LinearAttention",
@@ -118,6 +128,7 @@ __all__ = [
     "Window",
     "attend",
     "build_mechanism",
+    "is_flash_attention_3_available",
     "mask_from_json",
     "observing",
     "supports",

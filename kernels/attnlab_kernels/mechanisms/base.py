@@ -227,7 +227,7 @@ class SoftmaxModule(nn.Module):
             )
         with torch.no_grad():
             keys = lower.hide_padding(key, mask).to(lse.dtype)
-            groups = query.to(lse.dtype).reshape(batch, key.shape[1], -1, self.head_dim)
+            groups = query.to(lse.dtype).reshape(batch, key.shape[1], -1, query.shape[-1])
             scores = (groups @ keys.transpose(-1, -2) * self.scale).reshape(batch, heads, num_queries, -1)
             scores = scores if bias is None else scores + bias
             safe = torch.where(torch.isneginf(lse), 0, lse)
