@@ -42,7 +42,7 @@ browser: venv
 # also from a plain checkout with nothing installed but torch, triton and numpy
 gpu-test:
 	PYTHONPATH=$(SOURCES) $(GPU_PYTHON) -m pytest -c /dev/null --rootdir=. --noconftest --import-mode=importlib \
-	    -o markers="gpu: needs a CUDA device" -ra tests/test_kernels_gpu.py
+	    -o markers="gpu: needs a CUDA device" -ra tests/test_kernels_gpu.py || [ $$? = 5 ]  # 5: all skipped
 	mkdir -p benchmarks/results
 	PYTHONPATH=$(SOURCES) $(GPU_PYTHON) benchmarks/softmax_attention.py --device cuda \
 	    --out benchmarks/results/softmax_attention_cuda.json

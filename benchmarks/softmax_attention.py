@@ -71,6 +71,9 @@ class Row:
 def main() -> int:
     options = read_options()
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("not measured: torch sees no CUDA device here")
+        return 0
     torch.manual_seed(options.seed)
     rows: list[Row] = []
     for shape in grid(options):
