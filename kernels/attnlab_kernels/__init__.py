@@ -41,14 +41,18 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.paged import PagedAttention
     from attnlab_kernels.mechanisms.self_attention import SelfAttention
     from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
+    from attnlab_kernels.mechanisms.sparse_attention import DSA, BlockSparseAttention, SparseAttention
     from attnlab_kernels.mechanisms.switch_head import SwitchHeadAttention
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
     from attnlab_kernels.scheduler import ChunkedPrefillScheduler
+    from attnlab_kernels.sparse_map import SparseMap
 
 _LAZY = {
     "AttentionOutput": "attnlab_kernels.output",
+    "BlockSparseAttention": "attnlab_kernels.mechanisms.sparse_attention",
+    "DSA": "attnlab_kernels.mechanisms.sparse_attention",
     "DifferenceMap": "attnlab_kernels.difference_map",
     "DifferentialAttention": "attnlab_kernels.mechanisms.differential_attention",
     "ExpertMap": "attnlab_kernels.expert_map",
@@ -75,6 +79,8 @@ _LAZY = {
     "MultiHeadLatentAttention": "attnlab_kernels.mechanisms.multi_head_latent",
     "PagedAttention": "attnlab_kernels.mechanisms.paged",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
+    "SparseAttention": "attnlab_kernels.mechanisms.sparse_attention",
+    "SparseMap": "attnlab_kernels.sparse_map",
     "SwitchHeadAttention": "attnlab_kernels.mechanisms.switch_head",
     "Unsupported": "attnlab_kernels.operations.softmax.api",
     "attend": "attnlab_kernels.operations.softmax.api",
@@ -86,9 +92,11 @@ _LAZY = {
 }
 
 __all__ = [
+    "DSA",
     "MECHANISMS",
     "And",
     "AttentionOutput",
+    "BlockSparseAttention",
     "Causal",
     "ChunkedPrefill",
     "ChunkedPrefillScheduler",
@@ -123,6 +131,8 @@ __all__ = [
     "SelfAttention",
     "SlidingWindowAttention",
     "SoftmaxMap",
+    "SparseAttention",
+    "SparseMap",
     "SwitchHeadAttention",
     "Unsupported",
     "Window",
