@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention3D,
     )
     from attnlab_kernels.mechanisms.paged import PagedAttention
+    from attnlab_kernels.mechanisms.ring_attention import BlockwiseRingAttention, RingAttention
     from attnlab_kernels.mechanisms.self_attention import SelfAttention
     from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
     from attnlab_kernels.mechanisms.sparse_attention import DSA, BlockSparseAttention, SparseAttention
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
+    from attnlab_kernels.ring_map import RingMap
     from attnlab_kernels.scheduler import ChunkedPrefillScheduler
     from attnlab_kernels.sparse_map import SparseMap
 
@@ -53,6 +55,7 @@ _LAZY = {
     "AttentionOutput": "attnlab_kernels.output",
     "BlockSparseAttention": "attnlab_kernels.mechanisms.sparse_attention",
     "DSA": "attnlab_kernels.mechanisms.sparse_attention",
+    "BlockwiseRingAttention": "attnlab_kernels.mechanisms.ring_attention",
     "DifferenceMap": "attnlab_kernels.difference_map",
     "DifferentialAttention": "attnlab_kernels.mechanisms.differential_attention",
     "ExpertMap": "attnlab_kernels.expert_map",
@@ -78,6 +81,8 @@ _LAZY = {
     "SelfAttention": "attnlab_kernels.mechanisms.self_attention",
     "MultiHeadLatentAttention": "attnlab_kernels.mechanisms.multi_head_latent",
     "PagedAttention": "attnlab_kernels.mechanisms.paged",
+    "RingAttention": "attnlab_kernels.mechanisms.ring_attention",
+    "RingMap": "attnlab_kernels.ring_map",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
     "SparseAttention": "attnlab_kernels.mechanisms.sparse_attention",
     "SparseMap": "attnlab_kernels.sparse_map",
@@ -97,6 +102,7 @@ __all__ = [
     "And",
     "AttentionOutput",
     "BlockSparseAttention",
+    "BlockwiseRingAttention",
     "Causal",
     "ChunkedPrefill",
     "ChunkedPrefillScheduler",
@@ -128,6 +134,8 @@ __all__ = [
     "Padding",
     "PagedAttention",
     "Parameter",
+    "RingAttention",
+    "RingMap",
     "SelfAttention",
     "SlidingWindowAttention",
     "SoftmaxMap",
