@@ -204,6 +204,24 @@ def test_gradients_are_those_of_finite_differences(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_lies_in_a_slot_without_a_token_changes_nothing_forward_or_backward(layout):
+    table = torch.from_numpy(shard_positions(layout, 7, 3))
+    empty = (table < 0)[:, None, None, :, None]
+    generator = torch.manual_seed(6)
+    shape = (3, 1, 2, table.shape[1], 2)
+    q, k, v, weights = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(4))
+    found = []
+    for filling in (0.0, torch.nan):
+        parts = [torch.where(empty, filling, part).requires_grad_() for part in (q, k, v)]
+        output = ring_attend(parts[0], parts[1], parts[2], table, table, ring=Ring(3), scale=0.7).output
+        output.backward(torch.where(empty, filling, weights))
+        found.append([output.detach(), *(part.grad for part in parts)])
+        assert not output.masked_select(empty).any()
+    assert empty.any()
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_are_rotated_by_their_place_in_the_text_not_in_the_shard(layout):
     attention = module(ring_size=3, layout=layout, use_rotary=True, causal=True, head_dim=4)
     plain = GroupedQueryAttention(
@@ -343,34 +361,43 @@ CASES: dict[str, dict[str, Any]] = {
     "after": {"group": "two", "layout": "zigzag", "length": 9, "overlap_comm_compute": False},
     "padded": {"group": "three", "layout": "striped", "length": 14, "pad": (3, 12)},
     "rotary": {"group": "three", "layout": "zigzag", "length": 14, "use_rotary": True},
+    "more keys": {"group": "three", "layout": "zigzag", "length": 6, "keys": 12},
+    "fewer keys": {"group": "two", "layout": "striped", "length": 10, "keys": 6},
+    "uneven keys": {"group": "two", "layout": "contiguous", "length": 7, "keys": 9},
 }
 
 
 def case_settings(case: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in case.items() if name not in ("group", "length", "pad")}
+    return {name: value for name, value in case.items() if name not in ("group", "length", "pad", "keys")}
 
 
 def take_part(case: dict[str, Any], group: dist.ProcessGroup) -> dict[str, np.ndarray]:
-    """One rank's forward and backward: output, its positions, gradients of its tokens and of the weights."""
-    attention = module(**case_settings(case))
+    """One rank's forward and backward: output, gradients of its tokens and of the weights, and positions."""
+    attention, length = module(**case_settings(case)), case["length"]
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     cut = {"size": size, "layout": case["layout"]}
-    part, positions = shard(tokens(case["length"]), rank, **cut)
-    weights, _ = shard(
-        torch.randn(BATCH, case["length"], DIM, dtype=torch.float64, generator=torch.manual_seed(2)),
-        rank,
-        **cut,
+    part, positions = shard(tokens(length), rank, **cut)
+    source, key_positions = shard(tokens(case.get("keys", length), seed=3), rank, **cut)
+    slopes = torch.randn(BATCH, length, DIM, dtype=torch.float64, generator=torch.manual_seed(2))
+    weights, _ = shard(slopes, rank, **cut)
+    inputs = [part, source] if "keys" in case else [part]
+    given: dict[str, Any] = {}
+    if length % size or (positions < 0).any():
+        # full shards need no positions
+        given["positions"] = torch.where(positions < 0, -1, positions + case.get("keys", length) - length)
+        given["key_positions"] = key_positions if "keys" in case else None
+    result = attention(
+        *(tensor.requires_grad_() for tensor in inputs),
+        ring_group=group,
+        attention_mask=Padding((case["pad"],)) if "pad" in case else None,
+        return_dict=True,
+        **given,
     )
-    part.requires_grad_()
-    # full shards need no positions
-    given = positions if bool((positions < 0).any()) else None
-    mask = Padding((case["pad"],)) if "pad" in case else None
-    result = attention(part, ring_group=group, attention_mask=mask, positions=given, return_dict=True)
-    found = torch.autograd.grad((result.output * weights).sum(), [part, *attention.parameters()])
-    arrays = {f"grad{index}": grad.numpy() for index, grad in enumerate(found)}
-    return arrays | {
+    found = torch.autograd.grad((result.output * weights).sum(), [*inputs, *attention.parameters()])
+    return {f"grad{index}": grad.numpy() for index, grad in enumerate(found)} | {
         "output": result.output.detach().numpy(),
         "positions": positions.numpy(),
+        "key_positions": key_positions.numpy(),
         "tiles": np.array(result.aux["tiles"]),
     }
 
@@ -425,27 +452,27 @@ def ranks(running: tuple[Path, list[subprocess.Popen[str]]]) -> Path:
 def test_a_gloo_ring_equals_full_attention_forward_and_backward(name, ranks):
     case = CASES[name]
     attention, length = module(**case_settings(case)), case["length"]
-    x = tokens(length).requires_grad_()
+    inputs = [tokens(length).requires_grad_()]
+    if "keys" in case:
+        inputs.append(tokens(case["keys"], seed=3).requires_grad_())
     if case.get("use_rotary"):
-        expected = attention(x)  # one rank, held to be right above
+        expected = attention(*inputs)  # one rank, held to be right above
     else:
-        allowed = (
-            lower_right(length, length)
-            if case.get("causal", True)
-            else torch.ones(length, length, dtype=torch.bool)
-        )
-        start, stop = case.get("pad", (0, length))
+        num_keys = inputs[-1].shape[1]
+        allowed = lower_right(length, num_keys) | (not case.get("causal", True))
+        start, stop = case.get("pad", (0, num_keys))
         allowed[:, :start], allowed[:, stop:] = False, False
-        expected = full(attention, x, x, allowed)
-    wanted = gradients(expected, attention, x)
+        expected = full(attention, inputs[0], inputs[-1], allowed)
+    wanted = gradients(expected, attention, *inputs)
     parts = [np.load(ranks / f"{name}-{rank}.npz") for rank in GROUPS[case["group"]]]
     for part in parts:
+        for index, which in enumerate(("positions", "key_positions")[: len(inputs)]):
+            real = part[which] >= 0
+            assert_same(part[f"grad{index}"][:, real], wanted[index].numpy()[:, part[which][real]])
         real = part["positions"] >= 0
-        where = part["positions"][real]
-        assert_same(part["output"][:, real], expected.detach().numpy()[:, where])
-        assert_same(part["grad0"][:, real], wanted[0].numpy()[:, where])
+        assert_same(part["output"][:, real], expected.detach().numpy()[:, part["positions"][real]])
     assert sum((part["positions"] >= 0).sum() for part in parts) == length
-    for index, weight in enumerate(wanted[1:], start=1):
+    for index, weight in enumerate(wanted[len(inputs) :], start=len(inputs)):
         assert_same(sum(part[f"grad{index}"] for part in parts), weight.numpy())
 
 

@@ -131,7 +131,7 @@ def _forward(
     ring: Ring, query: Tensor, positions: Tensor, block: Payload, rule: Rule, overlap: bool
 ) -> Program[tuple[Tensor, Tensor, list[bool]]]:
     """One rank's part: ``block`` is (key, value, positions), at first its own."""
-    grouped = _grouped(hide(query, positions), block[0].shape[1])
+    grouped = _grouped(query, block[0].shape[1])
     output = grouped.new_zeros(*grouped.shape[:-1], block[1].shape[-1])
     lse = grouped.new_full(grouped.shape[:-1], -torch.inf)
     visited = []
@@ -161,8 +161,8 @@ def _backward(
     """
     query, positions, output, lse, grad = mine
     heads = block[0].shape[1]
-    grouped, result, slope = (_grouped(hide(part, positions), heads) for part in (query, output, grad))
-    delta = (slope * result).sum(dim=-1)
+    grouped, slope = (_grouped(hide(part, positions), heads) for part in (query, grad))
+    delta = (slope * _grouped(output, heads)).sum(dim=-1)
     lse = lse.unflatten(1, (heads, -1))
     query_grad = torch.zeros_like(grouped)
     travelling = None
