@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from attnlab_kernels.catalog import MECHANISMS, validate_parameters
+from attnlab_kernels.catalog import MECHANISMS, has_module, validate_parameters
 
 SEVENTEEN = [
     *("multi_head", "self", "cross"),
@@ -128,3 +128,7 @@ def test_a_bad_parameter_names_argument_rule_value_and_choices(mechanism, given,
     with pytest.raises(ValueError) as caught:
         validate_parameters(mechanism, given)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_every_class_of_the_catalog_can_be_imported():
+    assert [record.id for record in MECHANISMS.values() if not has_module(record)] == []

@@ -108,7 +108,7 @@ class SoftmaxModule(nn.Module):
         Raises:
             ValueError: an argument that does not fit; Unsupported if the implementation cannot run it.
         """
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
         query, key, value = self._project(hidden_states, hidden_states if context is None else context)
         cache = self._open_cache(past_key_value, use_cache, context)
@@ -255,7 +255,7 @@ def read_width(default_name: str, given: int | None, aliases: Mapping[str, Any])
     return width
 
 
-def _read_aliases(
+def read_aliases(
     context: Tensor | None, implementation: str | None, aliases: dict[str, Any]
 ) -> tuple[Tensor | None, str | None]:
     for name in CONTEXT_NAMES:

@@ -10,7 +10,7 @@ from attnlab_kernels.caches import Cache
 from attnlab_kernels.cross_cache import CrossKV
 from attnlab_kernels.masks import Full, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import SoftmaxModule, _read_aliases, read_width
+from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.output import AttentionOutput
 
 CONTEXT_WIDTHS = ("key_dim", "kv_dim", "context_dim")
@@ -109,7 +109,7 @@ class CrossAttention(SoftmaxModule):
             ValueError: an argument that does not fit; Unsupported if the implementation cannot run it.
         """
         _refuse_order(bool(causal), position_embeddings is not None)
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         if use_cache and not return_dict and not isinstance(past_key_value, CrossKV):
             raise ValueError("use_cache needs return_dict=True, or a CrossKV as past_key_value to write into")
         cache = self._cross_cache(past_key_value, use_cache)

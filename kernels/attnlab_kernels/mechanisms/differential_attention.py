@@ -17,7 +17,7 @@ from attnlab_kernels.difference_map import DifferenceMap
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import SoftmaxModule, _read_aliases, read_width
+from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.differential.reference import Pair, compose
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
 from attnlab_kernels.output import AttentionOutput
@@ -140,7 +140,7 @@ class DifferentialAttention(SoftmaxModule):
         A mask and a bias act on both maps, a rotation (of d) on both queries and keys. ``attentions`` is the signed map
         ``[B, H, n, m]``, detached; ``aux`` has "lambda" (a number, or ``[B, H, n]``) and "lse", one for each map.
         """
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
         cache = self._open_cache(past_key_value, use_cache, context)
         past = cache.length(self.layer_idx) if cache is not None else 0

@@ -128,7 +128,7 @@ class EfficientAttention(base.SoftmaxModule):
         for name in ("position_ids", "position_embeddings", "position_bias"):
             call.pop(name, None)
         mask = call.pop("attention_mask", None)
-        context, implementation = base._read_aliases(context, call.pop("implementation", None), call)
+        context, implementation = base.read_aliases(context, call.pop("implementation", None), call)
         implementation = implementation or self.implementation
         if self.variant == "linear":
             if implementation not in ("auto", "eager"):

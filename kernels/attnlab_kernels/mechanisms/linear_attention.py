@@ -109,7 +109,7 @@ class LinearAttention(base.SoftmaxModule):
         Raises:
             ValueError: an argument that does not fit; Unsupported for an implementation of another operation.
         """
-        context, implementation = base._read_aliases(context, implementation, aliases)
+        context, implementation = base.read_aliases(context, implementation, aliases)
         form = _check_form(implementation or self.implementation)
         _refuse_rotary(position_embeddings is not None)
         if position_bias is not None:

@@ -11,7 +11,7 @@ from attnlab_kernels.caches import Cache
 from attnlab_kernels.latent_cache import LatentKV
 from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import _read_aliases, read_width
+from attnlab_kernels.mechanisms.base import read_aliases, read_width
 from attnlab_kernels.operations.latent.reference import (
     FORMS,
     Form,
@@ -128,7 +128,7 @@ class MultiHeadLatentAttention(nn.Module):
         Raises:
             ValueError: an argument that does not fit; Unsupported if the implementation cannot run it.
         """
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
         cache = self._open_cache(past_key_value, use_cache)
         past = cache.length(self.layer_idx) if cache is not None else 0

@@ -14,7 +14,7 @@ from torch.nn import functional
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.masks import Causal, Mask, Padding
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import SoftmaxModule, _read_aliases, read_width
+from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.paged.reference import gather, walk
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_cache import PagedKV
@@ -117,7 +117,7 @@ class PagedAttention(SoftmaxModule):
         Raises:
             ValueError: an argument that does not fit; OutOfBlocks, and no change, if the pool is too small.
         """
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         self._check_call(hidden_states, context, causal, position_bias)
         name = implementation or self.implementation
         batch, count = hidden_states.shape[:2]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnlab_kernels.caches import Cache, ContiguousKV, RollingKV
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import MAP_LIMIT_BYTES, SoftmaxModule, _read_aliases, read_width
+from attnlab_kernels.mechanisms.base import MAP_LIMIT_BYTES, SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.sparse.reference import Result, full_map, run
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.patterns import (
@@ -153,7 +153,7 @@ class SparseAttention(SoftmaxModule):
         Raises:
             ValueError: an argument that does not fit, a context, or a cache without ``causal``.
         """
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         reason = _chosen(implementation or self.implementation)
         if context is not None:
             raise PatternError(

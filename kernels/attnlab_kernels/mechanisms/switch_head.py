@@ -16,7 +16,7 @@ from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.expert_map import ExpertMap
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import SoftmaxModule, _read_aliases, read_width
+from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.expert_projection import reference as experts
 from attnlab_kernels.operations.expert_projection.reference import Router, Routing
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
@@ -139,7 +139,7 @@ class SwitchHeadAttention(SoftmaxModule):
         ``aux`` has "routing": the ``Routing`` of the new value tokens ("source") and of the queries ("destination"),
         "aux_loss", and "heads" ``[B, H, n, D]``, the heads before the output experts.
         """
-        context, implementation = _read_aliases(context, implementation, aliases)
+        context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
         cache = self._open_cache(past_key_value, use_cache, context)
         past = cache.length(self.layer_idx) if cache is not None else 0
