@@ -95,7 +95,7 @@ EFFICIENT_RECORDS = (
                 "sparsity_pattern",
                 "choice",
                 "local",
-                choices=("local", "strided", "local_global", "bigbird"),
+                choices=("local", "strided", "fixed", "local_global", "longformer", "bigbird"),
                 help="which pairs are allowed",
             ),
             Parameter(
