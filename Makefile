@@ -19,7 +19,7 @@ test: venv models browser
 
 check: venv
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/pyright
 
 format: venv

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from attnlab.estimate import estimate
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from attnlab.describe import experiment_document, run_document
+from attnlab.estimate import estimate
 from attnlab.spec import MAX_SPEC_BYTES, ExperimentSpec, parse_spec
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_storage import queue, results, settings
