@@ -368,9 +368,12 @@ def test_a_run_taken_away_writes_nothing_more(
     assert tensors.tensor_info(sqlite_store, claim.run_id) == []
 
 
+@pytest.mark.parametrize("free", [True, False])
 def test_what_the_writer_raises_reaches_the_computation(
-    sqlite_store: Store, tiny: str, monkeypatch: pytest.MonkeyPatch
+    sqlite_store: Store, tiny: str, monkeypatch: pytest.MonkeyPatch, free: bool
 ) -> None:
+    monkeypatch.setattr("attnlab.procedure.core_is_free", lambda device: free)
+
     def full(self: Recorder, capture: Any) -> None:
         raise OSError("disk full")
 
@@ -394,7 +397,7 @@ def test_the_computation_waits_for_a_slow_writer(
     monkeypatch.setattr(recorder, "_write_capture", slow)
 
     def produce() -> None:
-        with recorder.writer(9) as writer:
+        with recorder.writer(9, beside=True) as writer:
             for number in range(9):
                 writer.put(number)  # type: ignore[arg-type]
                 waiting.append(number)

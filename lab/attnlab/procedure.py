@@ -20,7 +20,7 @@ from .probes.maps import LayerCapture, capture_call, refine
 from .probes.memory import peak_memory
 from .probes.statistics import head_statistics
 from .probes.timing import kernels_that_ran, latency
-from .recorder import Recorder
+from .recorder import Recorder, core_is_free
 from .spec import RunPoint, parse_spec
 from .subjects import Subject
 from .subjects.model import ModelSubject
@@ -110,7 +110,8 @@ class Procedure:
         wanted = self._wanted(subject)
         captured: list[LayerCapture] = []
         began = time.perf_counter()
-        with self._recorder.writer(len(wanted)) as writer:
+        beside = core_is_free(self._device)
+        with self._recorder.writer(len(wanted), beside=beside) as writer:
 
             def capture(call: LayerCall) -> None:
                 if self._keeps(call):

@@ -235,7 +235,8 @@ def _sqlite_engine(url: URL, begin: str, *, query_only: bool = False) -> Engine:
         connection.isolation_level = None  # the begin event below says how a transaction starts
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA wal_autocheckpoint = 4096")  # pages, 64 MB
+        # 256 MB: copying the log into the file waits for the disk, and a map should be captured without it
+        connection.execute("PRAGMA wal_autocheckpoint = 16384")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")
 

@@ -10,6 +10,7 @@ supervisor ends.
 
 import argparse
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -64,6 +65,9 @@ def preload(job: str) -> None:
     for module in HEAVY if job == EXECUTE else ():
         importlib.import_module(module)
     resolve(job)
+    # what is imported stays: collections during a run need not walk it
+    gc.collect()
+    gc.freeze()
 
 
 def obey(order: Order) -> int:
