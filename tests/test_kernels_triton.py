@@ -17,6 +17,7 @@ import torch
 
 from attnlab_kernels.masks import Causal
 from attnlab_kernels.operations.softmax.api import supports
+from attnlab_kernels.static_facts import BLOCK_SHARED
 
 LAWS = Path(__file__).with_name("test_kernels_softmax.py")
 
@@ -41,19 +42,18 @@ def test_the_kernel_obeys_every_law_under_the_interpreter(tmp_path):
 COMPILE = """
 import json, sys
 from dataclasses import asdict
-from attnlab_kernels.operations.softmax.triton_static import compile_forward, launchable
+from attnlab_kernels.operations.softmax.triton_static import forward_case, launchable
+from attnlab_kernels.static_facts import compile_case
 capability = int(sys.argv[1])
 for dtype, block_d, config in launchable(capability):
-    facts = compile_forward(capability, dtype, block_d, config)
+    facts = compile_case(forward_case(dtype, block_d, config), capability)
     print(json.dumps([dtype, block_d, asdict(config), asdict(facts)]), flush=True)
 """
-# shared memory that one block may ask for: A100, H100, B200
-CARD_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", CARD_LIMIT)
+@pytest.mark.parametrize("capability", BLOCK_SHARED)
 def test_every_tile_the_launcher_can_choose_compiles_without_spilling(capability):
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -74,7 +74,7 @@ def test_every_tile_the_launcher_can_choose_compiles_without_spilling(capability
         assert facts["local_bytes"] == 0, where
         assert 0 < facts["registers"] <= 255, where
         assert facts["registers"] * 32 * config["num_warps"] <= 65536, where
-        assert facts["shared_bytes"] <= CARD_LIMIT[capability], where
+        assert facts["shared_bytes"] <= BLOCK_SHARED[capability], where
         # a tile of fewer than 64 rows is too short for the newer instructions
         if dtype == "bf16" and config["block_m"] >= 64:
             assert MATRIX_INSTRUCTION[capability] in facts["matrix_instructions"], where
@@ -92,6 +92,7 @@ def in_process(code: str, **environment: str) -> str:
 SAY_SUPPORT = """
 import torch
 from attnlab_kernels.operations.softmax.api import supports
+from attnlab_kernels.static_facts import BLOCK_SHARED
 q = torch.zeros(1, 2, 8, 16, dtype=torch.{dtype})
 print(supports("triton", q, q, q, need_grad={grad}).reason)
 """

@@ -1,0 +1,94 @@
+"""Every Triton kernel of the package, compiled without a GPU: a registry, and the walk that the static panel shows.
+
+    python -m attnlab_kernels.static_kernels --capabilities 90 --kernels "softmax forward"
+
+prints one JSON document: versions, and the facts of each kernel in each form for each card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import import_module, metadata
+from typing import Any
+
+from attnlab_kernels.static_facts import CAPABILITIES, StaticCase, compile_case
+
+# operation -> module with ``cases(capability)``; a kernel that is not here is not on the panel
+REGISTRY: dict[str, str] = {
+    "softmax": "attnlab_kernels.operations.softmax.triton_static",
+}
+
+
+def cases(capability: int) -> Iterator[tuple[str, StaticCase]]:
+    """Every (operation, case) that a launcher can start on sm_``capability``."""
+    for operation, module in REGISTRY.items():
+        list_cases: Callable[[int], list[StaticCase]] = import_module(module).cases
+        for case in list_cases(capability):
+            yield operation, case
+
+
+def walk(
+    capabilities: tuple[int, ...] = CAPABILITIES,
+    keep: Callable[[StaticCase], bool] = lambda case: True,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Compile what ``keep`` keeps; a case that does not compile is a row with its error."""
+    rows: list[dict[str, Any]] = []
+    for capability in capabilities:
+        for operation, case in cases(capability):
+            if not keep(case):
+                continue
+            tell(f"sm_{capability} {case.kernel}: {case.form}")
+            rows.append(_row(operation, case, capability))
+    return {
+        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"triton": metadata.version("triton"), "torch": metadata.version("torch")},
+        "capabilities": list(capabilities),
+        "rows": rows,
+    }
+
+
+def _row(operation: str, case: StaticCase, capability: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "operation": operation,
+        "kernel": case.kernel,
+        "form": case.form,
+        "capability": capability,
+        "dtype": case.dtype,
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "facts": None,
+        "error": None,
+    }
+    try:
+        row["facts"] = asdict(compile_case(case, capability))
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES)
+    )
+    parser.add_argument("--kernels", nargs="+", help="only kernels whose name has one of these words in it")
+    options = parser.parse_args()
+
+    def keep(case: StaticCase) -> bool:
+        return options.kernels is None or any(word in case.kernel for word in options.kernels)
+
+    document = walk(tuple(options.capabilities), keep, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(document, indent=1))
+    return 1 if any(row["error"] for row in document["rows"]) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
