@@ -37,7 +37,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 
 from attnlab.hook import Hook, LayerCall, cache_keyword
 from attnlab.probes.maps import element_mask
-from attnlab.swap import Swap, plan_swap
+from attnlab.swap import Shape, Swap, plan_swap
 from attnlab.transformers_masks import describe_mask
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Padding, Window
@@ -408,8 +408,9 @@ def test_flash_is_fused_or_refused(implementation: str) -> None:
 
 
 def test_a_swap_says_whether_it_is_exact() -> None:
-    assert plan_swap("sliding_window", {"window_size": 8}, "auto").kind(tokens=9, kv_heads=3) == "approximate"
-    assert plan_swap("sliding_window", {"window_size": 9}, "auto").kind(tokens=9, kv_heads=3) == "exact"
-    assert plan_swap("grouped_query", {"num_kv_heads": 1}, "auto").kind(tokens=9, kv_heads=3) == "approximate"
-    assert plan_swap("grouped_query", {"num_kv_heads": None}, "auto").kind(tokens=9, kv_heads=3) == "exact"
-    assert plan_swap("flash", {}, "auto").kind(tokens=9, kv_heads=3) == "exact"
+    shape = Shape(tokens=9, kv_heads=3)
+    assert plan_swap("sliding_window", {"window_size": 8}, "auto").kind(shape) == "approximate"
+    assert plan_swap("sliding_window", {"window_size": 9}, "auto").kind(shape) == "exact"
+    assert plan_swap("grouped_query", {"num_kv_heads": 1}, "auto").kind(shape) == "approximate"
+    assert plan_swap("grouped_query", {"num_kv_heads": None}, "auto").kind(shape) == "exact"
+    assert plan_swap("flash", {}, "auto").kind(shape) == "exact"

@@ -18,9 +18,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from attnlab_kernels.masks import Causal, Full, Mask
-from attnlab_kernels.operations.softmax.api import Unsupported, attend
+from attnlab_kernels.operations.softmax.api import Unsupported
 
-from .swap import Swap
+from .swap import ModelCall, Swap
 from .transformers_masks import MaskCarrier, describe_mask
 
 NAME = "attnlab"
@@ -42,6 +42,9 @@ HARMLESS = frozenset(
     }
 )
 """keywords that models pass along and that change nothing in the attention itself"""
+
+CONTEXT = ("key_value_states", "encoder_hidden_states")
+"""what a model's attention calls the other sequence that it reads"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,8 @@ class LayerCall:
     """float32 [B, Hq, Sq], natural log"""
     implementation: str
     reason: str
+    again: Callable[[], object] | None = None
+    """computes it once more, alone; None: softmax attention of these tensors"""
 
 
 Listener = Callable[[LayerCall], None]
@@ -84,6 +89,8 @@ class Hook:
     implementations: Counter[str] = field(default_factory=Counter)
     _names: dict[int, str] = field(default_factory=dict)
     _seen: Counter[int] = field(default_factory=Counter)
+    _crossing: set[int] = field(default_factory=set)
+    """modules whose present keys are of another sequence"""
 
     def __post_init__(self) -> None:
         self._names = {id(module): name for name, module in self.model.named_modules()}
@@ -101,9 +108,12 @@ class Hook:
             raise Unsupported(f"model: {type(self.model).__name__} does not let its attention be replaced")
         self.model.set_attn_implementation(NAME)
         token = _current.set(self)
+        watching = [handle for module in self.model.modules() for handle in self._watch(module)]
         try:
             yield
         finally:
+            for handle in watching:
+                handle.remove()
             _current.reset(token)
             self.model.set_attn_implementation(before)
 
@@ -133,23 +143,42 @@ class Hook:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float
     ) -> Tensor:
         """Compute one attention with the swapped mechanism; returns [B, Hq, Sq, Dv]."""
-        key, value = self.swap.keys_and_values(key, value)
-        mask = self.swap.mask(mask)
-        implementation = self.swap.chosen(query, key, value, mask)
-        result = attend(query, key, value, mask=mask, scale=scale, implementation=implementation)
-        implementation = str(result.aux["implementation"])
         layer, name = self._place(module)
-        self.implementations[implementation] += 1
+        call = ModelCall(query, key, value, mask, scale, layer, name, id(module) in self._crossing)
+        made = self.swap.attend(call)
+        self.implementations[made.implementation] += 1
         if self.listener is not None:
-            reason = str(result.aux.get("reason", ""))
-            lse = result.lse
-            assert lse is not None
             self.listener(
                 LayerCall(
-                    layer, name, query, key, value, mask, scale, result.output, lse, implementation, reason
+                    layer,
+                    name,
+                    made.query,
+                    made.key,
+                    made.value,
+                    made.mask,
+                    made.scale,
+                    made.output,
+                    made.lse,
+                    made.implementation,
+                    made.reason,
+                    made.again,
                 )
             )
-        return result.output
+        return made.output
+
+    def _watch(self, module: Any) -> Iterator[Any]:
+        """Learn of an attention whether its keys are of another sequence, from what its caller hands over."""
+        accepted = inspect.signature(module.forward).parameters
+        named = [name for name in CONTEXT if name in accepted]
+        if not named:
+            return
+
+        def note(module: Any, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            bound = dict(zip(accepted, given, strict=False)) | keywords
+            crosses = any(bound.get(name) is not None for name in named)
+            (self._crossing.add if crosses else self._crossing.discard)(id(module))
+
+        yield module.register_forward_pre_hook(note, with_kwargs=True)
 
     def _place(self, module: Any) -> tuple[int, str]:
         layer = self.calls

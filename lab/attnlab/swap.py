@@ -4,104 +4,98 @@ Exact swaps compute the same numbers another way. Approximate ones compute somet
 weights, so their loss has to be measured. Everything else is no swap and is refused with the reason.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from attnlab_kernels.catalog import MECHANISMS
-from attnlab_kernels.masks import Mask, Window
-from attnlab_kernels.operations.softmax.api import Unsupported, supports
+from attnlab_kernels.operations.softmax.api import Unsupported
+
+from .swaps.eight_bit import FlashAttention3Swap
+from .swaps.latent import LatentSwap
+from .swaps.served import RANKS, ChunkedPrefillSwap, MemoryEfficientSwap, PagedSwap, RingSwap
+from .swaps.softmax import Attended, ModelCall, Shape, Swap
+
+__all__ = ["Attended", "ModelCall", "Shape", "Swap", "plan_swap"]
 
 UNFUSED = ("eager", "sdpa_math")
 """implementations that form the n x n matrix"""
-FUSED = ("sdpa_flash", "triton", "sdpa_cudnn", "sdpa_efficient")
-"""what flash may be on auto, best first"""
+
+Given = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Swap:
-    """One mechanism as a change of the keys, the values and the mask of softmax attention."""
-
-    mechanism: str = "multi_head"
-    implementation: str = "auto"
-    window_size: int | None = None
-    """a query sees this many keys, its own included (in a model that looks ahead: as many after it)"""
-    num_kv_heads: int | None = None
-    """mean-pool the model's key and value heads to this many"""
-
-    def mask(self, mask: Mask) -> Mask:
-        """Return the model's own mask narrowed to the window."""
-        if self.window_size is None:
-            return mask
-        before = self.window_size - 1
-        ahead = 0 if mask.band().right == 0 else before
-        return mask & Window(before, ahead)
-
-    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, Hkv, S, D] with neighbouring heads averaged (Ainslie et al. 2023, GQA).
-
-        Raises:
-            Unsupported: the model's heads cannot be pooled to that number.
-        """
-        heads = key.shape[1]
-        if self.num_kv_heads in (None, heads):
-            return key, value
-        assert self.num_kv_heads is not None
-        if heads % self.num_kv_heads:
-            raise Unsupported(
-                f"num_kv_heads: must divide the model's {heads} key and value heads, got {self.num_kv_heads}"
-            )
-        return _pooled(key, self.num_kv_heads), _pooled(value, self.num_kv_heads)
-
-    def chosen(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str:
-        """Return the implementation to ask for: flash on auto takes the first fused one that runs the call.
-
-        Raises:
-            Unsupported: no fused implementation runs it.
-        """
-        if self.mechanism != "flash" or self.implementation != "auto":
-            return self.implementation
-        refused = []
-        for name in FUSED:
-            support = supports(name, query, key, value, mask=mask)
-            if support:
-                return name
-            refused.append(f"{name}: {support.reason}")
-        raise Unsupported(f"flash: no fused implementation runs this call ({'; '.join(refused)})")
-
-    def kind(self, tokens: int, kv_heads: int) -> str:
-        """Return ``exact`` or ``approximate`` for a model with that many key heads on that many tokens."""
-        narrowed = self.window_size is not None and self.window_size < tokens
-        pooled = self.num_kv_heads is not None and self.num_kv_heads < kv_heads
-        return "approximate" if narrowed or pooled else "exact"
-
-    @property
-    def exact(self) -> "Swap":
-        """The same implementation without the approximation: what the loss is measured against."""
-        return Swap("multi_head", self.implementation)
-
-
-def plan_swap(mechanism: str, parameters: dict[str, Any], implementation: str) -> Swap:
-    """Return what a mechanism means inside a model.
+def plan_swap(mechanism: str, parameters: Given, implementation: str) -> Swap:
+    """Return what a mechanism does inside a model. It keeps what it learns of the tokens: one for every run.
 
     Raises:
         Unsupported: the mechanism cannot go into trained weights, or the implementation contradicts it.
     """
     known = MECHANISMS[mechanism]
-    if known.swap == "not_applicable":
+    if known.swap == "not_applicable" or mechanism not in _PLANS:
         raise Unsupported(f"{mechanism}: cannot be put into trained weights: {known.swap_note}")
-    if mechanism == "flash" and implementation in UNFUSED:
+    return _PLANS[mechanism](implementation, known.validate(parameters))
+
+
+def _plain(mechanism: str) -> Callable[[str, Given], Swap]:
+    def plan(implementation: str, given: Given) -> Swap:
+        window, kv_heads = given.get("window_size"), given.get("num_kv_heads")
+        return Swap(mechanism, implementation, window, kv_heads)
+
+    return plan
+
+
+def _flash(implementation: str, given: Given) -> Swap:
+    if implementation in UNFUSED:
         raise Unsupported(f"flash: is fused, and {implementation} forms the n x n matrix")
-    match mechanism:
-        case "sliding_window" | "grouped_query":
-            window, kv_heads = parameters.get("window_size"), parameters.get("num_kv_heads")
-            return Swap(mechanism, implementation, window, kv_heads)
-        case "multi_head" | "flash":
-            return Swap(mechanism, implementation)
-    raise Unsupported(f"{mechanism}: cannot be put into a model yet")
+    return Swap("flash", implementation)
 
 
-def _pooled(tensor: Tensor, heads: int) -> Tensor:
-    batch, present, tokens, size = tensor.shape
-    return tensor.reshape(batch, heads, present // heads, tokens, size).mean(dim=2)
+def _efficient(implementation: str, given: Given) -> Swap:
+    if given["variant"] == "memory_efficient":
+        return MemoryEfficientSwap("efficient", implementation, chunk_size=given["chunk_size"])
+    raise Unsupported("efficient: spatial_reduction needs a trained convolution over a grid of tokens")
+
+
+def _flash_attention_3(implementation: str, given: Given) -> Swap:
+    return FlashAttention3Swap(
+        "flash_attention_3",
+        implementation,
+        use_fp8=given["use_fp8"],
+        fp8_block_size=given["fp8_block_size"],
+    )
+
+
+def _latent(implementation: str, given: Given) -> Swap:
+    return LatentSwap("multi_head_latent", implementation, rank=given["kv_lora_rank"])
+
+
+def _paged(implementation: str, given: Given) -> Swap:
+    sizes = {name: given[name] for name in ("num_kv_heads", "block_size", "num_blocks")}
+    return PagedSwap("paged", implementation, **sizes)
+
+
+def _ring(implementation: str, given: Given) -> Swap:
+    return RingSwap(
+        "ring",
+        implementation,
+        ring_size=given["ring_size"] or RANKS,
+        layout=given.get("layout", "contiguous"),
+    )
+
+
+def _chunked_prefill(implementation: str, given: Given) -> Swap:
+    return ChunkedPrefillSwap("chunked_prefill", implementation, chunk_size=given["chunk_size"])
+
+
+_PLANS: dict[str, Callable[[str, Given], Swap]] = {
+    "multi_head": _plain("multi_head"),
+    "self": _plain("self"),
+    "flash": _flash,
+    "sliding_window": _plain("sliding_window"),
+    "grouped_query": _plain("grouped_query"),
+    "efficient": _efficient,
+    "flash_attention_3": _flash_attention_3,
+    "multi_head_latent": _latent,
+    "paged": _paged,
+    "ring": _ring,
+    "chunked_prefill": _chunked_prefill,
+}

@@ -1,5 +1,6 @@
 """One attention of a model, on its real Q, K and V, to be run again alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,6 +25,8 @@ class KernelCall:
     floor_bytes: int
     """output and log-sum-exp: what it must make whatever the kernel"""
     backward: bool
+    again: Callable[[], object] | None = None
+    """what to run instead of softmax attention of these tensors"""
 
     @classmethod
     def of(cls, call: LayerCall, backward: bool) -> "KernelCall":
@@ -31,10 +34,16 @@ class KernelCall:
         if backward:
             query, key, value = (tensor.clone().requires_grad_() for tensor in (query, key, value))
         floor = sum(tensor.numel() * tensor.element_size() for tensor in (call.output, call.lse))
-        return cls(call.layer, query, key, value, call.mask, call.scale, call.implementation, floor, backward)
+        again = None if backward else call.again
+        return cls(
+            call.layer, query, key, value, call.mask, call.scale, call.implementation, floor, backward, again
+        )
 
     def run(self) -> None:
         """Compute it once; with ``backward`` also its gradients."""
+        if self.again is not None:
+            self.again()
+            return
         made = attend(
             self.query,
             self.key,

@@ -16,7 +16,7 @@ from ..models import LoadedModel
 from ..outcomes import CheckFailed
 from ..probes.accuracy import compare_hidden, compare_logits, perplexity
 from ..spec import ExperimentSpec, RunPoint
-from ..swap import plan_swap
+from ..swap import Shape, plan_swap
 from .tokens import read_tokens
 
 CHECKED_TOKENS = 256
@@ -52,7 +52,9 @@ class ModelSubject:
         config = self._model.config.get_text_config()
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.layers = config.num_hidden_layers
-        self.kind = self.swap.kind(self.tokens, kv_heads)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.kind = self.swap.kind(Shape(self.tokens, kv_heads, heads, head_dim, loaded.causal))
         self._hook = Hook(self._model, self.swap)
         self._cache: DynamicCache | None = None
 

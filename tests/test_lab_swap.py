@@ -1,0 +1,222 @@
+"""Every mechanism that can stand in a trained model does, by its own operation, under the label that it deserves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from attnlab.hook import Hook, LayerCall, cache_keyword
+from attnlab.probes.maps import element_mask
+from attnlab.swap import Shape, Swap, plan_swap
+from attnlab_kernels.catalog import MECHANISMS
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.operations.softmax.api import Unsupported
+
+LENGTH = 45
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 40,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+READ = Shape(LENGTH, kv_heads=2, heads=6, head_dim=8)
+EXACT: list[tuple[str, dict[str, Any], str]] = [
+    ("multi_head", {}, "sdpa_flash"),
+    ("self", {}, "sdpa_flash"),
+    ("flash", {}, "sdpa_flash"),
+    ("flash_attention_3", {}, "sdpa_flash"),
+    ("grouped_query", {}, "sdpa_flash"),
+    ("paged", {"block_size": 4}, "sdpa_flash"),
+    ("ring", {}, "ring"),
+    ("ring", {"ring_size": 3}, "ring"),
+    ("chunked_prefill", {"chunk_size": 7}, "sdpa_flash"),
+    ("efficient", {"chunk_size": 8}, "chunked"),
+    ("multi_head_latent", {"kv_lora_rank": 32}, "sdpa_flash"),
+]
+APPROXIMATE: list[tuple[str, dict[str, Any], str]] = [
+    ("sliding_window", {"window_size": 5}, "banded"),
+    ("grouped_query", {"num_kv_heads": 1}, "sdpa_flash"),
+    ("flash_attention_3", {"use_fp8": True, "fp8_block_size": 16}, "fp8_reference"),
+    ("multi_head_latent", {"kv_lora_rank": 11}, "sdpa_flash"),
+]
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(3)
+    return model
+
+
+def tokens(batch: int = 1, length: int = LENGTH) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def through(model: Any, swap: Swap, **inputs: Any) -> tuple[Tensor, list[LayerCall]]:
+    hook, calls = Hook(model, swap), []
+    with hook.installed():
+        output = hook.forward(lambda: model(**inputs), calls.append)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state, calls
+
+
+def eager(model: Any, **inputs: Any) -> Tensor:
+    model.set_attn_implementation("eager")
+    output = model(**inputs)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def padded(batch: int = 3) -> tuple[dict[str, Tensor], Tensor]:
+    mask = torch.ones(batch, LENGTH, dtype=torch.long)
+    for index, pad in enumerate((0, 4, 17)):
+        mask[index, :pad] = 0
+    return {"input_ids": tokens(batch), "attention_mask": mask}, mask.bool()
+
+
+@pytest.mark.parametrize(("mechanism", "parameters", "ran"), EXACT)
+def test_an_exact_swap_leaves_the_logits_and_says_what_ran(
+    mechanism: str, parameters: dict[str, Any], ran: str
+) -> None:
+    model, swap = llama(), plan_swap(mechanism, parameters, "auto")
+    ours, calls = through(model, swap, input_ids=tokens())
+    assert (ours - eager(model, input_ids=tokens())).abs().max() < 2e-5
+    assert {call.implementation for call in calls} == {ran}
+    assert swap.kind(READ) == "exact"
+
+
+@pytest.mark.parametrize(("mechanism", "parameters", "ran"), EXACT)
+def test_an_exact_swap_honours_padding(mechanism: str, parameters: dict[str, Any], ran: str) -> None:
+    model, (inputs, real) = llama(), padded()
+    ours, _ = through(model, plan_swap(mechanism, parameters, "auto"), **inputs)
+    assert (ours - eager(model, **inputs))[real].abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(("mechanism", "parameters", "ran"), EXACT)
+def test_decoding_through_an_exact_swap_is_the_last_row_of_the_prompt(
+    mechanism: str, parameters: dict[str, Any], ran: str
+) -> None:
+    model, ids = llama(), tokens(2)
+    hook, cache, calls = Hook(model, plan_swap(mechanism, parameters, "auto")), DynamicCache(), []
+    given = {cache_keyword(model): cache}
+    own = eager(model, input_ids=ids)[:, -1]
+    with hook.installed():
+        model(input_ids=ids[:, :-1], **given)
+        for _ in range(2):  # a step is repeated when it is timed
+            made = hook.forward(lambda: model(input_ids=ids[:, -1:], **given), calls.append)
+            assert (made.logits[:, -1] - own).abs().max() < 2e-5
+            cache.crop(-1)
+    assert {call.key.shape[2] for call in calls} == {LENGTH}
+
+
+@pytest.mark.parametrize(("mechanism", "parameters", "ran"), APPROXIMATE)
+def test_an_approximate_swap_that_binds_changes_the_logits(
+    mechanism: str, parameters: dict[str, Any], ran: str
+) -> None:
+    model, swap = llama(), plan_swap(mechanism, parameters, "auto")
+    ours, calls = through(model, swap, input_ids=tokens())
+    assert (ours - eager(model, input_ids=tokens())).abs().max() > 1e-3
+    assert {call.implementation for call in calls} == {ran}
+    assert swap.kind(READ) == "approximate"
+
+
+@pytest.mark.parametrize(("mechanism", "parameters", "ran"), EXACT + APPROXIMATE)
+def test_the_map_of_a_swap_times_its_values_is_its_output(
+    mechanism: str, parameters: dict[str, Any], ran: str
+) -> None:
+    inputs, real = padded()
+    _, calls = through(llama(), plan_swap(mechanism, parameters, "auto"), **inputs)
+    tolerance = 0.1 if parameters.get("use_fp8") else 1e-5
+    for call in calls:
+        group = call.query.shape[1] // call.key.shape[1]
+        for batch, head in ((0, 0), (2, 5)):
+            made = SoftmaxMap(
+                call.query[batch, head].numpy(),
+                call.key[batch, head // group].numpy(),
+                call.lse[batch, head].numpy(),
+                call.scale,
+                element_mask(call.mask, batch),
+            )
+            weights = torch.from_numpy(made.tile(slice(None), slice(None)))
+            mixed = weights @ call.value[batch, head // group]
+            assert (mixed - call.output[batch, head])[real[batch]].abs().max() < tolerance
+
+
+@pytest.mark.parametrize(("mechanism", "parameters", "ran"), EXACT + APPROXIMATE)
+def test_a_swap_runs_again_alone(mechanism: str, parameters: dict[str, Any], ran: str) -> None:
+    _, calls = through(llama(), plan_swap(mechanism, parameters, "auto"), input_ids=tokens())
+    for call in calls:
+        if call.again is not None:
+            made: Any = call.again()
+            assert torch.equal(made.output, call.output)
+
+
+@pytest.mark.parametrize(
+    "mechanism", [name for name in MECHANISMS if MECHANISMS[name].swap == "not_applicable"]
+)
+def test_what_needs_training_is_refused_with_the_reason(mechanism: str) -> None:
+    with pytest.raises(Unsupported, match=f"{mechanism}: cannot be put into trained weights: .{{20}}"):
+        plan_swap(mechanism, {}, "auto")
+
+
+def test_an_encoder_has_no_prompt_to_chunk() -> None:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SHAPE)).eval()
+    with pytest.raises(Unsupported, match="not causal"):
+        through(model, plan_swap("chunked_prefill", {}, "auto"), input_ids=tokens())
+
+
+@pytest.mark.parametrize("mechanism", ["paged", "ring", "efficient", "multi_head_latent"])
+def test_an_encoder_takes_what_knows_no_order(mechanism: str) -> None:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SHAPE)).eval().requires_grad_(False)
+    inputs, real = padded()
+    parameters = {"kv_lora_rank": 96} if mechanism == "multi_head_latent" else {}
+    ours, _ = through(model, plan_swap(mechanism, parameters, "auto"), **inputs)
+    assert (ours - eager(model, **inputs))[real].abs().max() < 2e-5
+
+
+def test_a_ring_refuses_a_window_that_it_does_not_know() -> None:
+    model = MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=5)).eval()
+    with pytest.raises(Unsupported, match="causal and padding only"):
+        through(model, plan_swap("ring", {}, "auto"), input_ids=tokens())
+
+
+def test_a_pool_that_is_too_small_is_refused_by_its_parameter() -> None:
+    with pytest.raises(Unsupported, match="num_blocks"):
+        through(llama(), plan_swap("paged", {"block_size": 4, "num_blocks": 3}, "auto"), input_ids=tokens())
+
+
+def test_pages_are_walked_by_a_decoded_token() -> None:
+    model, ids, cache, calls = llama(), tokens(), DynamicCache(), []
+    hook = Hook(model, plan_swap("paged", {"block_size": 4}, "auto"))
+    with hook.installed():
+        model(input_ids=ids[:, :-1], **{cache_keyword(model): cache})
+        hook.forward(lambda: model(input_ids=ids[:, -1:], **{cache_keyword(model): cache}), calls.append)
+    assert {call.implementation for call in calls} == {"paged walk"}
+
+
+def test_a_fitted_latent_loses_less_the_wider_it_is() -> None:
+    model = llama()
+    own = eager(model, input_ids=tokens())
+    losses = []
+    for rank in (4, 16, 28, 32):
+        ours, _ = through(
+            model, plan_swap("multi_head_latent", {"kv_lora_rank": rank}, "auto"), input_ids=tokens()
+        )
+        losses.append(float((ours - own).square().mean()))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1e-9 < losses[-2]
