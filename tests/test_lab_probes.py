@@ -14,7 +14,6 @@ from attnlab.probes.accuracy import attention_errors, compare_hidden, compare_lo
 from attnlab.probes.kernel import KernelCall
 from attnlab.probes.maps import capture_call, output_defect, refine
 from attnlab.probes.memory import peak_memory, resident
-from attnlab.probes.statistics import head_statistics
 from attnlab.probes.timing import kernels_that_ran, latency
 from attnlab_kernels.masks import Causal, Full, Mask, Padding, Window
 from attnlab_kernels.operations.softmax.api import Unsupported, attend
@@ -49,61 +48,6 @@ def made_call(
     return LayerCall(
         2, "layer", query, key, value, mask, 0.5, result.output, result.lse, "eager", "asked for"
     )
-
-
-def exact(call: LayerCall, element: int = 0) -> np.ndarray:
-    """The map [Hq, Sq, Sk] in float64 by the book."""
-    query, key = call.query[element].double().numpy(), call.key[element].double().numpy()
-    scores = np.einsum("hid,hjd->hij", query, np.repeat(key, 3, 0)) * call.scale
-    size = {"num_queries": query.shape[1], "num_keys": key.shape[1]}
-    allowed = call.mask.allowed(
-        np.arange(size["num_queries"]), np.arange(size["num_keys"]), batch=element, **size
-    )
-    weights = np.where(allowed, np.exp(scores), 0)
-    total = weights.sum(-1, keepdims=True)
-    return weights / np.where(total == 0, 1, total)
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_statistics_are_those_of_the_float64_map(mask: Mask) -> None:
-    call = made_call(mask)
-    weights = exact(call)
-    live = weights.sum(-1)[0] > 0
-    first = mask.band().key_interval(13)[0]
-    distance = np.abs(np.arange(13)[:, None] - np.arange(13))
-    previous = np.array([weights[:, i, i - 1] for i in range(1, 13) if live[i] and i - 1 >= first]).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.nansum(np.where(weights > 0, weights * np.log(weights), 0), -1)
-    expected = {
-        "entropy": entropy,
-        "sink_mass": weights[:, :, min(first, 12)],
-        "max_weight": weights.max(-1),
-        "mean_distance": (weights * distance).sum(-1),
-    }
-    rows = {(row.name, row.head): row for row in head_statistics(call)}
-    assert len(rows) == 5 * 6
-    for head in range(6):
-        for name, values in expected.items():
-            wanted = values[head][live].mean() if live.any() else 0
-            assert rows[name, head].value == pytest.approx(wanted, abs=1e-5), name
-        wanted = previous[head].mean() if previous.size else 0
-        assert rows["previous_token", head].value == pytest.approx(wanted, abs=1e-5)
-        assert rows["entropy", head].layer == 2
-
-
-def test_statistics_are_the_same_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = made_call(Causal())
-    whole = [row.value for row in head_statistics(call)]
-    monkeypatch.setattr("attnlab.probes.statistics.BLOCK_CELLS", 6 * 13 * 2)
-    assert [row.value for row in head_statistics(call)] == pytest.approx(whole, abs=1e-6)
-
-
-def test_a_decoded_token_has_statistics_of_its_own_row() -> None:
-    call = made_call(Causal(), queries=1)
-    weights = exact(call)[:, 0]
-    rows = {(row.name, row.head): row.value for row in head_statistics(call)}
-    assert rows["previous_token", 4] == pytest.approx(weights[4, 11], abs=1e-6)
-    assert rows["mean_distance", 4] == pytest.approx((weights[4] * (12 - np.arange(13))).sum(), abs=1e-5)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -323,5 +267,5 @@ def test_a_long_reason_is_cut_and_its_traceback_is_not() -> None:
 
 
 def test_rows_are_what_the_store_takes() -> None:
-    made: list[Any] = [*head_statistics(made_call(Causal())), *attention_errors(made_call(Causal()))]
+    made: list[Any] = attention_errors(made_call(Causal()))
     assert all(isinstance(row, MeasurementRow) and type(row.value) is float for row in made)

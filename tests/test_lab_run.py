@@ -20,6 +20,7 @@ from attnlab.procedure import choose_device
 from attnlab.recorder import Recorder
 from attnlab.run import execute, run_here
 from attnlab.spec import parse_spec
+from attnlab.views.statistics import STATISTICS
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import mask_from_json
 from attnlab_kernels.operations.softmax.api import Unsupported
@@ -110,10 +111,9 @@ def test_a_run_stores_all_that_was_asked_for(store: Store, tiny: str) -> None:
     assert all(trace.row_sum_defect < 5e-6 and trace.output_defect < 1e-5 for trace in traces)
     found = {row.name for row in results.measurements(store, run.id)}
     assert found == {
-        "check_error", "logit_error", "perplexity", "attention_error", "lse_error", "entropy", "sink_mass",
-        "previous_token", "max_weight", "mean_distance", "latency", "attention_latency", "capture_overhead",
-        "peak_memory", "attention_peak_memory",
-    }  # fmt: skip
+        "check_error", "logit_error", "perplexity", "attention_error", "lse_error", "latency", "attention_latency",
+        "capture_overhead", "peak_memory", "attention_peak_memory",
+    } | {name for name, one in STATISTICS.items() if "needle" not in one.needs}  # fmt: skip
     assert len(results.measurements(store, run.id, "entropy")) == LAYERS * HEADS
     given = results.run_input(store, run.id)
     assert given is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from attnlab.views import statistics
 from attnlab.views.errors import NotFound
 from attnlab.views.viewport import find_run
 from attnlab_storage import results, tensors
@@ -16,7 +17,7 @@ from attnlab_storage.results import ExperimentRow, MeasurementRow, RunRow, Trace
 from attnlab_storage.tables import OUTCOMES
 
 ACCURACY = ("check_error", "logit_error", "kl", "perplexity", "attention_error", "lse_error")
-STATISTICS = ("entropy", "sink_mass", "previous_token", "max_weight", "mean_distance")
+STATISTICS = tuple(statistics.STATISTICS)
 
 
 def run_document(store: Store, run_id: int) -> dict[str, Any]:

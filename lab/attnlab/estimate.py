@@ -10,6 +10,7 @@ from typing import Any
 from attnlab.bundled import BUNDLED, describe_model
 from attnlab.spec import ExperimentSpec, RunPoint
 from attnlab.views.labels import format_bytes
+from attnlab.views.statistics import STATISTICS
 from attnlab_kernels.masks import Causal, Full, Mask, Window
 from attnlab_storage import results
 from attnlab_storage.database import Store
@@ -19,7 +20,6 @@ PROCESS_BYTES = 700_000_000  # a worker that has imported torch and transformers
 START_SECONDS = 5.0  # a child takes the run, the model is loaded and checked
 CPU_FLOPS, GPU_FLOPS = 5e10, 2e13  # what a forward of a small model reaches; the rough in a rough guess
 STATISTICS_ROW_BYTES = 120
-STATISTICS = 5
 HISTORY_POINTS = 64  # with more runs than this no history is looked up
 _DENSE = ("eager", "sdpa_math")  # implementations that hold heads x n x n scores
 
@@ -111,7 +111,7 @@ def stored_bytes(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> int:
     size = min(BYTES[point.dtype], 4)  # float64 is kept as float32
     maps = (shape.heads * queries + kv_heads * keys) * shape.head_dim * size
     maps += shape.heads * queries * 8 + kv_heads * keys * 4
-    rows = shape.layers * shape.heads * STATISTICS * STATISTICS_ROW_BYTES
+    rows = shape.layers * shape.heads * len(STATISTICS) * STATISTICS_ROW_BYTES
     return layers * maps * ("maps" in spec.record) + rows * ("statistics" in spec.record)
 
 

@@ -20,6 +20,7 @@ from .probes.maps import LayerCapture, capture_call, refine
 from .probes.memory import peak_memory
 from .probes.statistics import head_statistics
 from .probes.timing import kernels_that_ran, latency
+from .probes.token_facts import token_facts
 from .recorder import Recorder, core_is_free
 from .spec import RunPoint, parse_spec
 from .subjects import Subject
@@ -145,6 +146,7 @@ class Procedure:
         """Measure accuracy and statistics in one forward of their own."""
         record = set(self._spec.record)
         compared = {0, subject.layers // 2, subject.layers - 1}
+        given = subject.input_row()
         rows: list[MeasurementRow] = []
 
         def measure(call: LayerCall) -> None:
@@ -152,7 +154,10 @@ class Procedure:
             if "accuracy" in record and call.layer in compared:
                 rows.extend(attention_errors(call))
             if "statistics" in record and self._keeps(call):
-                rows.extend(head_statistics(call))
+                facts = token_facts(given, call.query.shape[2], call.key.shape[2])
+                found = head_statistics(call, facts)
+                rows.extend(found.rows)
+                self._recorder.curves(call.layer, found.curves)
 
         subject.prepare()
         hidden = subject.step(self._listening(measure))

@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -68,6 +68,12 @@ class Recorder:
         for start in range(0, len(pending), MEASUREMENTS_AT_ONCE):
             with recording(self._store, self._claim) as session:
                 record_measurements(session, self._claim, pending[start : start + MEASUREMENTS_AT_ONCE])
+
+    def curves(self, layer: int, curves: Mapping[str, np.ndarray]) -> None:
+        """Keep curves of a layer's heads, float32 [heads, points] by name."""
+        with recording(self._store, self._claim) as session:
+            for name, array in curves.items():
+                self._write(session, layer, (name, array, "float32"))
 
     def writer(self, layers: int, *, beside: bool) -> "DirectWriter | CaptureWriter":
         """Return what takes the captures of a forward: beside the computation, or in its own thread."""

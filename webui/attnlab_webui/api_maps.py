@@ -7,11 +7,12 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Query, Response
 
-from attnlab.describe import STATISTICS, run_brief
+from attnlab.describe import run_brief
 from attnlab.views.colormaps import COLORMAPS, colormap
 from attnlab.views.difference import difference
 from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
+from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import thumbnails
 from attnlab.views.tokens import token_labels
 from attnlab.views.viewport import cell, load_map, recorded, viewport
@@ -119,7 +120,7 @@ def run_thumbnails(
 
 @router.get("/runs/{run_id}/statistics")
 def statistics(run_id: int, store: StoreDep) -> dict[str, Any]:
-    """Per-layer, per-head numbers: {name: {unit, layers, heads, values[layer][head]}}."""
+    """Per-layer, per-head numbers: {name: {title, formula, source, unit, layers, heads, values[layer][head]}}."""
     find_run(store, run_id)
     rows = results.measurements(store, run_id)
     found = {name: statistic_info(rows, name) for name in STATISTICS}
@@ -127,9 +128,15 @@ def statistics(run_id: int, store: StoreDep) -> dict[str, Any]:
     return {
         "run": run_id,
         "statistics": {
-            name: {key: getattr(info, key) for key in keep} for name, info in found.items() if info.layers
+            name: {key: getattr(info, key) for key in keep} | _words(STATISTICS[name])
+            for name, info in found.items()
+            if info.layers
         },
     }
+
+
+def _words(one: Statistic) -> dict[str, str]:
+    return {"title": one.title, "formula": one.formula, "source": one.source}
 
 
 @router.get("/compare/viewport")

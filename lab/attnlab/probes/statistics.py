@@ -1,89 +1,141 @@
 """What each head does, in numbers, streamed from Q, K and log-sum-exp: no n x n matrix is formed.
 
-Entropy after Clark et al. 2019 (1906.04341), sink mass after Xiao et al. 2023 (2309.17453), mean distance
-after Vig and Belinkov 2019 (1906.04284), maximum weight after Voita et al. 2019 (1905.09418), previous token
-as in TransformerLens.
+`attnlab.views.statistics.STATISTICS` has the formula and the source of each.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from attnlab_kernels.masks import Mask
 from attnlab_storage.results import MeasurementRow
 
 from ..hook import LayerCall
+from ..views.statistics import COVERED, CURVE_POINTS, LOCAL_BAND, STATISTICS, TOP_KEYS
+from .head_sums import Block, HeadSums
 from .maps import BLOCK_CELLS, first_element, grouped_scores
+from .token_facts import TokenFacts
 
-UNITS = {
-    "entropy": "nats",
-    "sink_mass": "probability",
-    "previous_token": "probability",
-    "max_weight": "probability",
-    "mean_distance": "tokens",
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "local_mass": {"band": LOCAL_BAND},
+    "top_mass": {"keys": TOP_KEYS},
+    "coverage_keys": {"mass": COVERED},
 }
 
 
-def head_statistics(call: LayerCall) -> list[MeasurementRow]:
-    """Return the mean over queries of each statistic, one row a head, of batch element 0.
+class HeadStatistics(NamedTuple):
+    """Rows for the store, and curves float32 [Hq, points] by name."""
 
-    Queries that may attend to nothing are left out. ``sink_mass`` is the weight on the first real key,
-    ``previous_token`` the weight on the key just before the query (queries that have one).
+    rows: list[MeasurementRow]
+    curves: dict[str, np.ndarray]
+
+
+class AnyMap(Protocol):
+    """One head's map, of whatever kind."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def mask(self) -> Mask: ...
+
+    def tile(self, rows: slice, cols: slice) -> np.ndarray: ...
+
+
+def head_statistics(call: LayerCall, tokens: TokenFacts | None = None) -> HeadStatistics:
+    """Return every statistic of each head of batch element 0, mean over the rows that may attend to anything.
+
+    What no row has (a copy of its token, a needle) is left out.
     """
     one = first_element(call)
+    norms = torch.linalg.vector_norm(one.value[0].double(), dim=-1)
     heads, num_queries = one.query.shape[1:3]
-    sums = {name: torch.zeros(heads, dtype=torch.float64, device=one.query.device) for name in UNITS}
-    rows = torch.zeros((), dtype=torch.float64, device=one.query.device)
-    with_previous = torch.zeros_like(rows)
-    first = one.mask.band().key_interval(one.key.shape[2])[0]
-    for start, stop, low, high in _blocks(one):
-        weights, scores, live = _block(one, start, stop, low, high)
-        places = torch.arange(low, high, device=weights.device)
-        positions = torch.arange(start, stop, device=weights.device) + one.key.shape[2] - num_queries
-        rows += live.sum()
-        # H = lse - sum p s, since log p = s - lse
-        entropy = one.lse[0][:, start:stop] - (weights * scores).sum(-1)
-        sums["entropy"] += entropy[:, live].clamp_min(0).sum(-1)
-        sums["max_weight"] += weights.amax(-1)[:, live].sum(-1)
-        sums["mean_distance"] += (weights * (positions[:, None] - places).abs()).sum(-1)[:, live].sum(-1)
-        if low <= first < high:
-            sums["sink_mass"] += weights[:, live, first - low].sum(-1)
-        has_previous = live & (positions - 1 >= max(low, first)) & (positions - 1 < high)
-        chosen = weights[:, has_previous]
-        index = (positions[has_previous] - 1 - low).expand(heads, -1)[..., None]
-        sums["previous_token"] += chosen.gather(-1, index).sum((-1, -2))
-        with_previous += has_previous.sum()
-    counts = dict.fromkeys(UNITS, rows) | {"previous_token": with_previous}
-    return [
-        MeasurementRow(name, float(value), UNITS[name], layer=call.layer, head=head)
-        for name, total in sums.items()
-        for head, value in enumerate((total / counts[name].clamp_min(1)).tolist())
-    ]
+    shape = (heads, num_queries, one.key.shape[2])
+    sums = HeadSums(
+        shape,
+        first_key(one.mask, shape[2]),
+        tokens,
+        norms.repeat_interleave(heads // len(norms), 0),
+        one.query.device,
+    )
+    for span in _spans(one.mask, shape):
+        sums.add(_softmax_block(one, *span))
+    return _finished(sums, call.layer)
 
 
-def _blocks(call: LayerCall) -> Iterator[tuple[int, int, int, int]]:
+def map_statistics(maps: Sequence[AnyMap], layer: int, tokens: TokenFacts | None = None) -> HeadStatistics:
+    """`head_statistics` of maps of any kind, one a head; of a signed map each row's absolute weights, summing to 1."""
+    mask = maps[0].mask
+    shape = (len(maps), *maps[0].shape)
+    sums = HeadSums(shape, first_key(mask, shape[2]), tokens, None, torch.device("cpu"))
+    size = {"num_queries": shape[1], "num_keys": shape[2]}
+    for start, stop, low, high in _spans(mask, shape):
+        tiles = np.stack([one.tile(slice(start, stop), slice(low, high)) for one in maps])
+        allowed = mask.allowed(np.arange(start, stop), np.arange(low, high), **size)
+        sums.add(Block(torch.from_numpy(np.abs(tiles)), allowed, start, low))
+    return _finished(sums, layer)
+
+
+def first_key(mask: Mask, num_keys: int) -> int:
+    """Return the first key that exists (of a padded batch element, where its sequence begins)."""
+    return min(mask.band().key_interval(num_keys)[0], num_keys - 1)
+
+
+def _finished(sums: HeadSums, layer: int) -> HeadStatistics:
+    rows = []
+    for name, values in sums.means().items():
+        for head, value in enumerate(values.tolist()):
+            detail = CONSTANTS.get(name)
+            if name == "heavy_hitter_mass":
+                columns, mass = sums.heavy_columns(head)
+                detail = {"columns": columns, "mass": mass}
+            elif name in ("duplicate_token", "induction", "needle_mass"):
+                detail = {"queries": sums.rows[name]}
+            rows.append(MeasurementRow(name, value, STATISTICS[name].unit, layer, head, detail=detail))
+    if not rows:
+        return HeadStatistics([], {})
+    live = np.where(sums.live, 1.0, 0.0)
+    entropy = _pooled(sums.row_entropy.cpu().numpy(), live)
+    mass = _pooled(sums.column_mass.cpu().numpy(), np.ones(sums.keys))
+    return HeadStatistics(rows, {"row_entropy": entropy, "column_mass": mass})
+
+
+def _pooled(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """float32 [heads, <= CURVE_POINTS]: weighted means of neighbours, NaN where no row is alive."""
+    length = values.shape[1]
+    starts = np.arange(min(CURVE_POINTS, length)) * length // min(CURVE_POINTS, length)
+    with np.errstate(invalid="ignore"):
+        pooled = np.add.reduceat(values * weight, starts, axis=1) / np.add.reduceat(weight, starts)
+    return pooled.astype(np.float32)
+
+
+def _spans(mask: Mask, shape: tuple[int, int, int]) -> Iterator[tuple[int, int, int, int]]:
     """Yield (first row, last row + 1, first key, last key + 1): the keys that the mask allows those rows."""
-    heads, num_queries = call.query.shape[1:3]
-    num_keys = call.key.shape[2]
-    step = max(1, BLOCK_CELLS // (heads * num_keys))
+    heads, num_queries, num_keys = shape
+    visited = mask.count(num_queries, num_keys) // max(1, num_queries)
+    cells = BLOCK_CELLS // heads
+    # a block of s rows touches about visited + s keys, never more than there are
+    step = max(1, int((math.sqrt(visited**2 + 4 * cells) - visited) / 2), cells // num_keys)
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
-        low, high = call.mask.key_range(start, stop, num_queries=num_queries, num_keys=num_keys)
+        low, high = mask.key_range(start, stop, num_queries=num_queries, num_keys=num_keys)
         if low < high:
             yield start, stop, low, high
 
 
-def _block(call: LayerCall, start: int, stop: int, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weights and scores [Hq, rows, keys], 0 where forbidden, and which rows may attend at all."""
+def _softmax_block(call: LayerCall, start: int, stop: int, low: int, high: int) -> Block:
+    """Return the weights of some rows, rebuilt from Q, K and the kernel's log-sum-exp."""
     wide = torch.promote_types(call.query.dtype, torch.float32)
-    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
+    size = {"num_queries": call.query.shape[2], "num_keys": call.key.shape[2]}
     query, key = call.query[0][:, start:stop].to(wide), call.key[0][:, low:high].to(wide)
     scores = grouped_scores(query, key).mul_(call.scale)
-    allowed = call.mask.allowed(
-        np.arange(start, stop), np.arange(low, high), num_queries=num_queries, num_keys=num_keys
-    )
-    forbidden = torch.as_tensor(~allowed, device=scores.device)
-    lse = call.lse[0][:, start:stop].to(wide)
-    weights = torch.exp(scores - lse[..., None]).masked_fill_(forbidden, 0)
-    return weights, scores.masked_fill_(forbidden, 0), ~forbidden.all(-1)
+    allowed = call.mask.allowed(np.arange(start, stop), np.arange(low, high), **size)
+    scores -= call.lse[0][:, start:stop].to(wide)[..., None].nan_to_num(neginf=0.0)
+    weights: Tensor = scores.exp_()
+    if not allowed.all():
+        weights.masked_fill_(torch.as_tensor(~allowed, device=weights.device), 0)
+    return Block(weights, allowed, start, low)

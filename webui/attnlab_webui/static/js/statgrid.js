@@ -3,16 +3,10 @@
 import { makeScale, precise, short } from "./colour.js";
 import { readInk } from "./ink.js";
 
-const WORDS = {
-  entropy: "entropy",
-  sink_mass: "mass on the first token",
-  previous_token: "mass on the previous token",
-  max_weight: "largest weight",
-};
 const TOP = 5;
 
 export class StatGrid {
-  // statistics: {name: {unit, layers, heads, values: [layer][head]}}
+  // statistics: {name: {title, formula, source, unit, layers, heads, values: [layer][head]}}
   constructor(root, state, actions) {
     this.root = root;
     this.state = state;
@@ -42,7 +36,7 @@ export class StatGrid {
     this.statistics = statistics;
     const names = Object.keys(statistics);
     this.root.hidden = names.length === 0;
-    this.choice.replaceChildren(...names.map((name) => new Option(WORDS[name] ?? name.replaceAll("_", " "), name)));
+    this.choice.replaceChildren(...names.map((name) => new Option(statistics[name].title, name)));
     this.show();
   }
 
@@ -56,6 +50,7 @@ export class StatGrid {
     const { info } = this;
     if (!info) return;
     this.choice.value = info.name;
+    this.choice.title = `${info.formula}\n${info.source}`;
     this.canvas.setAttribute(
       "aria-label",
       `${this.choice.selectedOptions[0].text} of every layer and head; arrow keys move, Enter opens`,
