@@ -1,7 +1,8 @@
 """Any region of an attention map from O(n) numbers: queries, keys, the kernel's log-sum-exp. No torch.
 
-``P[i, j] = exp(scale * q_i . k_j - lse_i)`` where the mask allows it, else 0. Nothing here ever holds n x n
-numbers: regions are streamed by row blocks, and only keys inside the mask's ``key_range`` are touched.
+``P[i, j] = exp(scale * q_i . k_j - lse_i)`` where the mask allows it, else 0; soft cap, ALiBi and bias change the
+score as they did in the kernel, and a sink is in the log-sum-exp already. Nothing here ever holds n x n numbers:
+regions are streamed by row blocks, and only keys inside the mask's ``key_range`` are touched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlab_kernels.masks import Mask
+from attnlab_kernels.score_bias import ScoreBias
 
 # regions up to this many cells are computed in float64 (a 512 x 512 screen)
 EXACT_CELLS = 2**18
@@ -34,6 +36,10 @@ class SoftmaxMap:
         scale: the factor on ``q . k``.
         mask: the mask of the kernel call that gave ``lse``.
         batch: batch element, for padding masks.
+        softcap: a scaled score s became ``softcap * tanh(s / softcap)``.
+        alibi: slope of this head, taken ``|p - j|`` times from the score.
+        bias: what was added to the score after that.
+        sink: this head's sink score, which ``lse`` holds; rows then sum to less than 1.
     """
 
     query: NDArray[np.floating[Any]]
@@ -42,6 +48,10 @@ class SoftmaxMap:
     scale: float
     mask: Mask
     batch: int = 0
+    softcap: float | None = None
+    alibi: float | None = None
+    bias: ScoreBias | None = None
+    sink: float | None = None
 
     def __post_init__(self) -> None:
         if self.query.ndim != 2 or self.key.ndim != 2 or self.query.shape[1] != self.key.shape[1]:
@@ -50,6 +60,10 @@ class SoftmaxMap:
             )
         if self.lse.shape != self.query.shape[:1]:
             raise ValueError(f"lse must be [{self.query.shape[0]}], one number a query; got {self.lse.shape}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be a finite number above 0; got {self.softcap}")
+        if self.bias is not None:
+            self.bias.check(*self.shape)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,7 +118,7 @@ class SoftmaxMap:
         return out / area.astype(np.float32)
 
     def row_sums(self, rows: slice | None = None) -> NDArray[np.float64]:
-        """Sum of each row over all keys: float64. 1, or 0 for a dead row, if the log-sum-exp is right."""
+        """Sum of each row over all keys: float64, if the log-sum-exp is right 1 less the sink's share, 0 if dead."""
         r0, r1 = _bounds(rows or slice(None), self.shape[0], "rows")
         sums = np.zeros(r1 - r0, np.float64)
         for start, stop in self._spans(r0, r1, self.shape[1]):
@@ -113,6 +127,12 @@ class SoftmaxMap:
                 scores = self._log_weights(start, stop, lo, hi, np.float64)
                 sums[start - r0 : stop - r0] = np.exp(scores, out=scores).sum(axis=1)
         return sums
+
+    def sink_shares(self) -> NDArray[np.float64]:
+        """What the sink takes of each row, float64 ``[Sq]``; zeros where there is none."""
+        if self.sink is None:
+            return np.zeros(self.shape[0])
+        return np.exp(self.sink - self.lse.astype(np.float64))
 
     def _spans(self, start: int, stop: int, width: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
         """Row blocks of about BLOCK_CELLS visited cells, of whole pixels where a pixel fits."""
@@ -141,6 +161,7 @@ class SoftmaxMap:
         with np.errstate(invalid="ignore", over="ignore"):
             scaled = self.query[r0:r1].astype(dtype) * dtype(self.scale)
             scores = scaled @ self.key[c0:c1].astype(dtype, copy=False).T
+            scores = self._modified(scores, rows, np.arange(c0, c1))
             scores -= np.where(np.isneginf(lse), 0, lse).astype(dtype)[:, None]
         first, last = self.mask.band().row_limits(
             rows, num_queries=num_queries, num_keys=num_keys, batch=self.batch
@@ -156,6 +177,22 @@ class SoftmaxMap:
                 part = scores[:, a - c0 : b - c0]
                 np.copyto(part, dtype(-np.inf), where=~keep)
         scores[np.isneginf(lse)] = -np.inf
+        return scores
+
+    def _modified(
+        self, scores: NDArray[Any], rows: NDArray[np.int64], cols: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Scaled scores after soft cap, ALiBi and bias, in place."""
+        offset = self.shape[1] - self.shape[0]
+        if self.softcap is not None:
+            scores /= scores.dtype.type(self.softcap)
+            np.tanh(scores, out=scores)
+            scores *= scores.dtype.type(self.softcap)
+        if self.alibi is not None:
+            distance = np.abs(rows[:, None] + offset - cols[None, :])
+            scores -= scores.dtype.type(self.alibi) * distance.astype(scores.dtype)
+        if self.bias is not None:
+            scores += self.bias.tile(rows, cols, offset).astype(scores.dtype, copy=False)
         return scores
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Mask, Window, mask_from_band
-from attnlab_kernels.operations.softmax import banded, eager, flex, sdpa, triton_forward
-from attnlab_kernels.operations.softmax.support import Implementation, Support
+from attnlab_kernels.operations.softmax import banded, eager, flex, lower, sdpa, triton_forward
+from attnlab_kernels.operations.softmax.support import PLAIN, Implementation, Modifiers, Support
 from attnlab_kernels.output import AttentionOutput
 
 __all__ = [
@@ -53,10 +53,20 @@ class AttendCall:
     output: Tensor
     lse: Tensor
     implementation: str
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    alibi: Tensor | None = None
 
 
 def _any_call(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
 ) -> Support:
     return Support(True, "the reference: keeps every score in memory")
 
@@ -123,10 +133,16 @@ def attend(
     mask: Mask | None = None,
     scale: float | None = None,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
     dropout: float = 0.0,
     implementation: str = "auto",
 ) -> AttentionOutput:
     """Softmax attention, ``softmax(scale * q k^T + bias, where mask) v``.
+
+    With modifiers, in this order: the soft cap on the scaled scores, then ALiBi, then the bias, then the mask; sinks
+    join the softmax as one more key without a value.
 
     Args:
         q: ``[B, Hq, Sq, D]``.
@@ -135,28 +151,37 @@ def attend(
         mask: who may attend to whom (default: all); query row i sits at position ``Sk - Sq + i``.
         scale: default ``1 / sqrt(D)``.
         bias: added to the scaled scores, broadcasts to ``[B, Hq, Sq, Sk]``; minus infinity forbids a pair.
+        softcap: a scaled score s becomes ``softcap * tanh(s / softcap)``; above 0.
+        sinks: one finite score a query head, ``[Hq]``; rows then sum to less than 1, and the lse holds it too.
+        alibi: one slope a query head, ``[Hq]``; ``slope * |p - j|`` is taken from the score of position p and key j.
         dropout: share of probabilities dropped (only eager does it).
         implementation: a key of ``IMPLEMENTATIONS``, or "auto".
 
     Returns:
         output ``[B, Hq, Sq, Dv]`` in q's dtype; lse ``[B, Hq, Sq]`` natural log, float32 (float64 for
-        float64), detached; ``aux`` with the implementation that ran and the reason. A dead row is zero with lse -inf.
+        float64), detached; ``aux`` with the implementation that ran and the reason. A dead row is zero with lse -inf
+        (with a sink, the sink's score).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown implementation.
         Unsupported: the named implementation cannot run this call.
     """
     mask = Full() if mask is None else mask
+    modifiers = Modifiers(softcap, alibi, sinks)
     _check(q, k, v, mask, bias, dropout)
+    _check_modifiers(q, modifiers)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tight = tighten(mask, q.shape[2], k.shape[2])
-    need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    need_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, bias, *modifiers.tensors)
+    )
+    call = {"bias": bias, "modifiers": modifiers}
     if implementation == "auto":
-        name, reason = choose(q, k, v, mask=tight, bias=bias, need_grad=need_grad, dropout=dropout)
+        name, reason = choose(q, k, v, mask=tight, **call, need_grad=need_grad, dropout=dropout)
     else:
         name = implementation
-        support = supports(
-            name, q, k, v, mask=tight, scale=factor, bias=bias, dropout=dropout, need_grad=need_grad
+        support = _supports(
+            name, q, k, v, mask=tight, scale=factor, **call, dropout=dropout, need_grad=need_grad
         )
         if not support:
             raise Unsupported(f"implementation {name!r} cannot run this call: {support.reason}")
@@ -165,11 +190,11 @@ def attend(
     if 0 in (q.shape[0], q.shape[2], k.shape[2]):
         # no kernel is called on nothing: the CPU flash operator divides by a length
         output = q.new_zeros(*q.shape[:3], v.shape[-1])
-        lse = q.new_full(q.shape[:3], -torch.inf)
+        output, lse = lower.add_sinks(output, q.new_full(q.shape[:3], -torch.inf), sinks)
     else:
-        output, lse = IMPLEMENTATIONS[name].run(q, k, v, mask=tight, scale=factor, bias=bias, **extra)
+        output, lse = IMPLEMENTATIONS[name].run(q, k, v, mask=tight, scale=factor, **call, **extra)
     lse = lse.detach() if q.dtype == torch.float64 else lse.detach().float()
-    tell(AttendCall(q, k, v, mask, factor, bias, output, lse, name))
+    tell(AttendCall(q, k, v, mask, factor, bias, output, lse, name, softcap, sinks, alibi))
     return AttentionOutput(output, lse=lse, aux={"implementation": name, "reason": reason})
 
 
@@ -182,10 +207,40 @@ def supports(
     mask: Mask | None = None,
     scale: float | None = None,
     bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
     dropout: float = 0.0,
     need_grad: bool = False,
 ) -> Support:
     """Whether this implementation gives the reference's answer for this call, or why not."""
+    return _supports(
+        implementation,
+        q,
+        k,
+        v,
+        mask=tighten(mask or Full(), q.shape[2], k.shape[2]),
+        scale=scale,
+        bias=bias,
+        modifiers=Modifiers(softcap, alibi, sinks),
+        dropout=dropout,
+        need_grad=need_grad,
+    )
+
+
+def _supports(
+    implementation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float | None,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    dropout: float,
+    need_grad: bool,
+) -> Support:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {implementation!r}"
@@ -194,8 +249,9 @@ def supports(
         return Support(False, f"only eager drops probabilities; got dropout {dropout}")
     if scale is not None and not scale > 0 and implementation == "triton":
         return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
-    tight = tighten(mask or Full(), q.shape[2], k.shape[2])
-    return IMPLEMENTATIONS[implementation].supports(q, k, v, mask=tight, bias=bias, need_grad=need_grad)
+    return IMPLEMENTATIONS[implementation].supports(
+        q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad
+    )
 
 
 def choose(
@@ -205,6 +261,7 @@ def choose(
     *,
     mask: Mask,
     bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
     dropout: float = 0.0,
     need_grad: bool = False,
 ) -> tuple[str, str]:
@@ -215,7 +272,9 @@ def choose(
     order = orders.get(q.device.type, ("sdpa_math", "eager"))
     passed: list[str] = []
     for name in order:
-        support = IMPLEMENTATIONS[name].supports(q, k, v, mask=mask, bias=bias, need_grad=need_grad)
+        support = IMPLEMENTATIONS[name].supports(
+            q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad
+        )
         if support:
             skipped = f" (passed over {'; '.join(passed)})" if passed else ""
             return name, f"auto: first of {', '.join(order)} that runs this call{skipped}"
@@ -248,7 +307,7 @@ def survey(device: str = "cpu") -> list[dict[str, Any]]:
     rows = []
     for implementation in IMPLEMENTATIONS.values():
         mask = Window(31) if implementation.name == "banded" else Causal()
-        support = implementation.supports(q, k, k, mask=mask, bias=None, need_grad=False)
+        support = implementation.supports(q, k, k, mask=mask, bias=None, modifiers=PLAIN, need_grad=False)
         rows.append(
             {
                 "name": implementation.name,
@@ -300,3 +359,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
             raise ValueError(f"bias must broadcast to {target}; got shape {tuple(bias.shape)}")
     if not 0 <= dropout < 1 or math.isnan(dropout):
         raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
+
+
+def _check_modifiers(q: Tensor, modifiers: Modifiers) -> None:
+    softcap = modifiers.softcap
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number above 0; got {softcap}")
+    for name, tensor in (("sinks", modifiers.sinks), ("alibi", modifiers.alibi)):
+        if tensor is None:
+            continue
+        if tensor.shape != q.shape[1:2] or tensor.device != q.device or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be one float for each of {q.shape[1]} query heads on {q.device}; got "
+                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )

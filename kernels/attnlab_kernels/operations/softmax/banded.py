@@ -11,13 +11,20 @@ from torch import Tensor
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import lower
-from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support, fused_refusal
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attend inside a window; exact, with O(Sq * (window + block)) scores."""
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -31,6 +38,7 @@ def run(
     lse = q.new_full(
         q.shape[:3], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
     )
+    tile = _inner_tile(q, step, band.left, band.right, modifiers.alibi)
     for batch, start, stop in lower.key_groups(mask, num_keys, q.shape[0]):
         # lo..hi are the live rows; blocks of inner..tail have their whole window inside the keys
         lo = min(max(start - band.right - offset, 0), num_queries)
@@ -43,12 +51,12 @@ def run(
             for index in range(batch.start, batch.stop):
                 place = (index, slice(None), slice(inner, tail))
                 out[place], lse[place] = _inner_blocks(
-                    q[place], k[index, :, keys], v[index, :, keys], step, band.left + band.right, scale
+                    q[place], k[index, :, keys], v[index, :, keys], step, tile, scale
                 )
         for rows in (*_spans(lo, inner, step), *_spans(tail, hi, step)):
             place = (batch, slice(None), rows)
-            out[place], lse[place] = _edge_block(q, k, v, batch, rows, mask, scale)
-    return out, lse
+            out[place], lse[place] = _edge_block(q, k, v, batch, rows, mask, scale, modifiers.alibi)
+    return lower.add_sinks(out, lse, modifiers.sinks)
 
 
 def block_rows(width: int) -> int:
@@ -56,8 +64,17 @@ def block_rows(width: int) -> int:
     return 32 if width <= 512 else 64 if width <= 1024 else 128
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool) -> Support:
-    """A window on the CPU, Dv equal to D, no bias."""
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
+) -> Support:
+    """A window on the CPU, Dv equal to D, no bias and no soft cap."""
     if q.device.type != "cpu":
         return Support(
             False, f"banded tiles are for the CPU; on {q.device.type} triton and flex skip tiles themselves"
@@ -66,6 +83,9 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None
         return Support(False, f"banded needs a window shorter than the keys; the mask is {mask.describe()}")
     if bias is not None:
         return Support(False, "banded takes no bias")
+    refusal = fused_refusal(modifiers, need_grad)
+    if refusal:
+        return Support(False, refusal)
     if v.shape[-1] != q.shape[-1]:
         return Support(
             False, f"the flash tile needs Dv equal to D; got D = {q.shape[-1]} and Dv = {v.shape[-1]}"
@@ -74,26 +94,46 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None
 
 
 def _inner_blocks(
-    q: Tensor, k: Tensor, v: Tensor, step: int, reach: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, step: int, tile: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Rows ``[Hq, blocks * step, D]`` over keys ``[Hkv, blocks * step + reach, D]``, block by block."""
     heads, rows, dim = q.shape
+    reach = tile.shape[-1] - step
     queries = q.unflatten(1, (rows // step, step)).transpose(0, 1)  # [blocks, Hq, step, D]
     keys, values = (t.unfold(1, step + reach, step).permute(1, 0, 3, 2) for t in (k, v))
-    row, col = torch.arange(step)[:, None], torch.arange(step + reach)
-    outside = (col < row) | (col > row + reach)
-    tile = torch.zeros(step, step + reach, dtype=q.dtype).masked_fill_(outside, -torch.inf)
     out, lse = flash(queries, keys, values, attn_mask=tile, scale=scale)
     return out.transpose(0, 1).reshape(heads, rows, dim), lse.transpose(0, 1).reshape(heads, rows)
 
 
+def _inner_tile(q: Tensor, step: int, left: int, right: int, slopes: Tensor | None) -> Tensor:
+    """What is added to the scores of a block: ``step`` rows over the ``step + left + right`` keys of their windows."""
+    row, col = torch.arange(step)[:, None], torch.arange(step + left + right)
+    outside = (col < row) | (col > row + left + right)
+    if slopes is None:
+        return torch.zeros(outside.shape, dtype=q.dtype).masked_fill_(outside, -torch.inf)
+    # row r of a block stands over column r + left
+    added = lower.alibi_tile(slopes.detach(), slice(left, left + step), slice(0, step + left + right), 1, 1)
+    return added.to(lower.tile_dtype(q)).masked_fill_(outside, -torch.inf)
+
+
 def _edge_block(
-    q: Tensor, k: Tensor, v: Tensor, batch: slice, rows: slice, mask: Mask, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: slice,
+    rows: slice,
+    mask: Mask,
+    scale: float,
+    slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     size = {"num_queries": q.shape[2], "num_keys": k.shape[2], "batch": batch.start}
     keys = slice(*mask.key_range(rows.start, rows.stop, **size))
     allowed = lower.dense(mask, rows, keys, device=q.device, **size)
-    tile = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+    if slopes is None:
+        tile = torch.zeros(allowed.shape, dtype=q.dtype)
+    else:
+        tile = lower.alibi_tile(slopes.detach(), rows, keys, q.shape[2], k.shape[2]).to(lower.tile_dtype(q))
+    tile = tile.masked_fill(~allowed, -torch.inf)
     return flash(q[batch, :, rows], k[batch, :, keys], v[batch, :, keys], attn_mask=tile, scale=scale)
 
 

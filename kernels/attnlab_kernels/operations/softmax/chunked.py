@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import lower
+from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers
 
 
 def run(
@@ -24,6 +25,7 @@ def run(
     mask: Mask,
     scale: float,
     bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
     dropout: float = 0.0,
     chunk: int = 128,
 ) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,7 @@ def run(
     Args:
         q: ``[B, Hq, Sq, D]``; k ``[B, Hkv, Sk, D]``; v ``[B, Hkv, Sk, Dv]``; heads as in ``attend``.
         bias: added to the scaled scores, broadcasts to ``[B, Hq, Sq, Sk]``; minus infinity forbids a pair.
+        modifiers: soft cap, ALiBi slopes and sinks.
         dropout: share of probabilities dropped after the softmax, the rest scaled up.
 
     Returns:
@@ -47,7 +50,7 @@ def run(
     keys, values = (
         lower.hide_padding(part, mask).to(wide).repeat_interleave(group, dim=1) for part in (k, v)
     )
-    parts = [part for part in (q, k, v, bias) if part is not None]
+    parts = [part for part in (q, k, v, bias, *modifiers.tensors) if part is not None]
     keep_nothing = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
     outputs, sums = [], []
     for start in range(0, q.shape[2], chunk):
@@ -57,11 +60,12 @@ def run(
             rows=rows,
             mask=mask,
             scale=scale,
+            softcap=modifiers.softcap,
             dropout=dropout,
             chunk=chunk,
             num_queries=q.shape[2],
         )
-        arguments = (q[:, :, rows].to(wide), keys, values, bias)
+        arguments = (q[:, :, rows].to(wide), keys, values, bias, modifiers.alibi, modifiers.sinks)
         output, lse = (
             checkpoint(attend_rows, *arguments, use_reentrant=False)
             if keep_nothing
@@ -79,10 +83,13 @@ def _attend_rows(
     keys: Tensor,
     values: Tensor,
     bias: Tensor | None,
+    alibi: Tensor | None,
+    sinks: Tensor | None,
     *,
     rows: slice,
     mask: Mask,
     scale: float,
+    softcap: float | None,
     dropout: float,
     chunk: int,
     num_queries: int,
@@ -91,10 +98,16 @@ def _attend_rows(
     top = query.new_full(shape, -torch.inf)
     total = query.new_zeros(shape)
     output = query.new_zeros(*shape, values.shape[-1])
+    if sinks is not None:
+        # a sink is a key that every row has seen, of value zero
+        top = sinks.detach().to(query.dtype)[:, None].expand(shape)
+        total = torch.exp(sinks.to(query.dtype)[:, None] - top)
+    terms = Modifiers(softcap=softcap, alibi=alibi)
     first, last = _visited(mask, rows, num_queries, keys.shape[2], query.shape[0])
     for start in range(first, last, chunk):
         columns = slice(start, min(start + chunk, last))
         scores = query @ keys[:, :, columns].transpose(-1, -2) * scale
+        scores = lower.modify(scores, terms, rows, columns, num_queries, keys.shape[2])
         if bias is not None:
             scores = scores + lower.bias_tile(bias, slice(None), rows, columns)
         scores = scores.masked_fill(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import lower
+from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers
 
 
 def run(
@@ -21,6 +22,7 @@ def run(
     mask: Mask,
     scale: float,
     bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attend with every score in memory; scores and softmax in float32 (float64 for float64 inputs).
@@ -28,6 +30,7 @@ def run(
     Args:
         q: ``[B, Hq, Sq, D]``; k ``[B, Hkv, Sk, D]``; v ``[B, Hkv, Sk, Dv]``; heads as in ``attend``.
         bias: added to the scaled scores, broadcasts to ``[B, Hq, Sq, Sk]``; minus infinity forbids a pair.
+        modifiers: soft cap, ALiBi slopes and sinks.
         dropout: share of probabilities dropped after the softmax, the rest scaled up.
 
     Returns:
@@ -38,6 +41,7 @@ def run(
     if num_keys == 0:
         return q.new_zeros(batch, heads, num_queries, v.shape[-1]), _wide(q).new_full(q.shape[:3], -torch.inf)
     scores = _per_head(q, _wide(lower.hide_padding(k, mask)).transpose(-1, -2)).mul_(scale)
+    scores = lower.modify(scores, modifiers, slice(0, num_queries), slice(0, num_keys), num_queries, num_keys)
     if bias is not None:
         scores = scores + bias
     allowed = lower.dense_batch(
@@ -45,6 +49,10 @@ def run(
     )
     if allowed is not None:
         scores = scores.masked_fill_(~allowed, -torch.inf)
+    if modifiers.sinks is not None:
+        # one more column, which has no value
+        sinks = modifiers.sinks.to(scores.dtype)[:, None, None]
+        scores = torch.cat((scores, sinks.expand(batch, heads, num_queries, 1)), dim=-1)
     top = scores.detach().amax(dim=-1, keepdim=True)
     # the softmax of a dead row is 0 / 0: give it any scores, and then no weight and no gradient
     dead = torch.isneginf(top)
@@ -57,6 +65,7 @@ def run(
     largest = probabilities.detach().amax(dim=-1, keepdim=True)
     lse = torch.where(dead, top, top - largest.log()).squeeze(-1)
     probabilities = probabilities.masked_fill(dead, 0) if has_dead else probabilities
+    probabilities = probabilities[..., :num_keys]
     if dropout:
         probabilities = functional.dropout(probabilities, dropout)
     return _per_head(probabilities, _wide(lower.hide_padding(v, mask))).to(q.dtype), lse

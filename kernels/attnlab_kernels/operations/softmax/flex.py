@@ -18,18 +18,25 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import lower
-from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
 
 BLOCK = 128
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attend through flex_attention with its own log-sum-exp."""
     k, v = lower.hide_padding(k, mask), lower.hide_padding(v, mask)
     arguments: dict[str, Any] = {
-        "score_mod": None if bias is None else _bias_mod(bias, (*q.shape[:3], k.shape[2])),
+        "score_mod": _score_mod(bias, modifiers, (*q.shape[:3], k.shape[2])),
         "block_mask": block_mask(mask, q.shape[0], q.shape[2], k.shape[2], q.device),
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
@@ -40,11 +47,20 @@ def run(
             out, aux = torch_flex.flex_attention(q, k, v, **arguments)
     else:
         out, aux = _compiled()(q, k, v, **arguments)
-    return out, aux.lse
+    return lower.add_sinks(out, aux.lse, modifiers.sinks)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool) -> Support:
-    """Any mask and bias; no gradient on a CPU."""
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
+) -> Support:
+    """Any mask, bias, soft cap, ALiBi and sinks; no gradient on a CPU."""
     if q.device.type == "cpu":
         if need_grad:
             return Support(False, "FlexAttention has no backward on a CPU")
@@ -56,8 +72,12 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None
         return Support(False, f"FlexAttention is wired for cpu and cuda; got {q.device.type}")
     if q.dtype == torch.float64:
         return Support(False, "FlexAttention on CUDA needs float32, float16 or bfloat16; got float64")
-    if need_grad and bias is not None and bias.requires_grad:
-        return Support(False, "a bias that needs a gradient is not wired through FlexAttention; use eager")
+    if need_grad and any(part is not None and part.requires_grad for part in (bias, modifiers.alibi)):
+        return Support(
+            False, "a bias or slopes that need a gradient are not wired through FlexAttention; use eager"
+        )
+    if need_grad and modifiers.sinks is not None:
+        return Support(False, "sinks join after FlexAttention, without a gradient; use eager or triton")
     return Support(True, "compiled; skips blocks outside the mask")
 
 
@@ -127,15 +147,24 @@ def _mask_mod(
     return single if count == 1 else each
 
 
-def _bias_mod(
-    bias: Tensor, shape: tuple[int, ...]
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    full = bias.expand(shape)
+def _score_mod(
+    bias: Tensor | None, modifiers: Modifiers, shape: tuple[int, ...]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """Soft cap, then ALiBi, then the bias; ``shape`` is ``[B, Hq, Sq, Sk]``."""
+    softcap, slopes = modifiers.softcap, modifiers.alibi
+    if bias is None and softcap is None and slopes is None:
+        return None
+    full = None if bias is None else bias.expand(shape)
+    offset = shape[3] - shape[2]
 
-    def add(score: Tensor, b: Tensor, h: Tensor, row: Tensor, col: Tensor) -> Tensor:
-        return score + full[b, h, row, col]
+    def change(score: Tensor, b: Tensor, h: Tensor, row: Tensor, col: Tensor) -> Tensor:
+        if softcap is not None:
+            score = torch.tanh(score / softcap) * softcap
+        if slopes is not None:
+            score = score - slopes[h] * (row + offset - col).abs()
+        return score if full is None else score + full[b, h, row, col]
 
-    return add
+    return change
 
 
 @cache

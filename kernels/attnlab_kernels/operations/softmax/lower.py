@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Mask
+from attnlab_kernels.operations.softmax.support import Modifiers
 
 Kind = Literal["full", "causal", "masked"]
 
@@ -149,6 +150,40 @@ def bias_tile(bias: Tensor, batch: slice, rows: slice, keys: slice) -> Tensor:
         for size, part in zip(bias.shape, (batch, slice(None), rows, keys), strict=True)
     ]
     return bias[tuple(parts)]
+
+
+def alibi_tile(slopes: Tensor, rows: slice, keys: slice, num_queries: int, num_keys: int) -> Tensor:
+    """``-slope * |p - j|`` as ``[1, Hq, rows, keys]``, float32 or wider."""
+    device = slopes.device
+    position = torch.arange(rows.start, rows.stop, device=device) + (num_keys - num_queries)
+    distance = (position[:, None] - torch.arange(keys.start, keys.stop, device=device)).abs()
+    wide = torch.promote_types(slopes.dtype, torch.float32)
+    return -slopes.to(wide)[None, :, None, None] * distance.to(wide)
+
+
+def tile_dtype(q: Tensor) -> torch.dtype:
+    """What the CPU flash kernel adds to its scores: float32 for half types, or distances would be rounded."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def modify(
+    scores: Tensor, modifiers: Modifiers, rows: slice, keys: slice, num_queries: int, num_keys: int
+) -> Tensor:
+    """Scaled scores ``[B, Hq, rows, keys]`` with soft cap and ALiBi; the scores themselves where there are none."""
+    if modifiers.softcap is not None:
+        scores = torch.tanh(scores / modifiers.softcap) * modifiers.softcap
+    if modifiers.alibi is not None:
+        scores = scores + alibi_tile(modifiers.alibi, rows, keys, num_queries, num_keys).to(scores.dtype)
+    return scores
+
+
+def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Give sinks ``[Hq]`` their share of finished rows ``[B, Hq, S, Dv]`` and lse ``[B, Hq, S]``; no gradient."""
+    if sinks is None:
+        return output, lse
+    total = torch.logaddexp(lse, sinks.detach().to(lse)[:, None])
+    safe = torch.where(torch.isneginf(total), 0, total)
+    return (output * torch.exp(lse - safe)[..., None]).to(output.dtype), total
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,22 @@ from torch.nn import functional
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import lower
-from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support, fused_refusal
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
 # (q, k, v, causal, bias, scale) -> (output, lse), causal only for square blocks
 Call = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """What a dense tile adds to the scores."""
+
+    mask: Mask
+    bias: Tensor | None
+    alibi: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,15 @@ class Kernel:
 
 
 def run(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, bias: Tensor | None = None
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attend block by block as ``lower.plan`` cuts the mask; one block needs no copy of anything."""
     batch, heads, num_queries, _ = q.shape
@@ -45,23 +62,25 @@ def run(
         num_queries=num_queries,
         num_keys=num_keys,
         batch_size=batch,
-        has_bias=bias is not None,
+        has_bias=bias is not None or modifiers.alibi is not None,
         merge=merge,
     )
+    added = Added(mask, bias, modifiers.alibi)
     groups: dict[tuple[int, int, int, int], list[lower.Block]] = {}
     for block in blocks:
         key = (block.batch.start, block.batch.stop, block.rows.start, block.rows.stop)
         groups.setdefault(key, []).append(block)
     if list(groups) == [(0, batch, 0, num_queries)]:
-        return lower.merge([_attend(kernel, q, k, v, block, mask, scale, bias) for block in blocks])
+        done = lower.merge([_attend(kernel, q, k, v, block, scale, added) for block in blocks])
+        return lower.add_sinks(*done, modifiers.sinks)
     out = q.new_zeros(batch, heads, num_queries, v.shape[-1])
     lse = q.new_full((batch, heads, num_queries), -torch.inf, dtype=_lse_dtype(q))
     for parts in groups.values():
         place = (parts[0].batch, slice(None), parts[0].rows)
         out[place], lse[place] = lower.merge(
-            [_attend(kernel, q, k, v, block, mask, scale, bias) for block in parts]
+            [_attend(kernel, q, k, v, block, scale, added) for block in parts]
         )
-    return out, lse
+    return lower.add_sinks(out, lse, modifiers.sinks)
 
 
 def _attend(
@@ -70,16 +89,15 @@ def _attend(
     k: Tensor,
     v: Tensor,
     block: lower.Block,
-    mask: Mask,
     scale: float,
-    bias: Tensor | None,
+    added: Added,
 ) -> tuple[Tensor, Tensor]:
     queries = q[block.batch, :, block.rows]
     keys, values = k[block.batch, :, block.keys], v[block.batch, :, block.keys]
     if block.kind != "masked":
         return kernel.call(queries, keys, values, block.kind == "causal", None, scale)
     allowed = lower.dense(
-        mask,
+        added.mask,
         block.rows,
         block.keys,
         num_queries=q.shape[2],
@@ -87,14 +105,17 @@ def _attend(
         device=q.device,
         batch=block.batch.start,
     )
-    dtype = torch.float32 if kernel.name == "sdpa_math" and q.dtype in HALF else q.dtype
+    exact = kernel.name == "sdpa_math" or (kernel.name == "sdpa_flash" and q.device.type == "cpu")
+    dtype = lower.tile_dtype(q) if exact else q.dtype
     tile = torch.zeros(allowed.shape, dtype=dtype, device=q.device).masked_fill_(~allowed, -torch.inf)
-    if bias is None:
+    if added.alibi is not None:
+        tile = tile + lower.alibi_tile(added.alibi, block.rows, block.keys, q.shape[2], k.shape[2]).to(dtype)
+    if added.bias is None:
         return kernel.call(queries, keys, values, False, tile, scale)
-    added = lower.bias_tile(bias, block.batch, block.rows, block.keys).to(dtype) + tile
-    out, lse = kernel.call(queries, keys, values, False, added, scale)
+    tile = lower.bias_tile(added.bias, block.batch, block.rows, block.keys).to(dtype) + tile
+    out, lse = kernel.call(queries, keys, values, False, tile, scale)
     # kernels disagree on the log-sum-exp of a row that the bias forbids altogether
-    dead = torch.isneginf(added).all(dim=-1)
+    dead = torch.isneginf(tile).all(dim=-1)
     return out.masked_fill(dead[..., None], 0), lse.masked_fill(dead, -torch.inf)
 
 
@@ -179,34 +200,62 @@ run_cudnn = partial(run, CUDNN)
 
 
 def supports_math(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
 ) -> Support:
-    """Anything the reference runs, on any device."""
+    """Anything the reference runs but a soft cap, on any device."""
+    refusal = fused_refusal(modifiers, need_grad)
+    if refusal:
+        return Support(False, refusal)
     return Support(True, "forms all Sq x Sk probabilities in memory")
 
 
 def supports_flash(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
 ) -> Support:
     """CPU: any float type, masks through a dense tile. CUDA: half types, full or causal."""
     if v.shape[-1] != q.shape[-1]:
         return Support(False, f"flash needs Dv equal to D; got D = {q.shape[-1]} and Dv = {v.shape[-1]}")
-    dense = _needs_tile(q, k, mask, bias, need_grad)
+    refusal = _refusal(bias, modifiers, need_grad)
+    dense = _needs_tile(q, k, mask, bias, modifiers, need_grad)
     if q.device.type == "cpu":
-        return _bias_gradient(bias, need_grad) or Support(True, _dense_note(dense))
+        return Support(not refusal, refusal or _dense_note(dense))
     if dense:
         return Support(
-            False, "flash on CUDA takes no dense mask: no window, no bias, no gradient with Sq != Sk"
+            False,
+            "flash on CUDA takes no dense mask: no window, no bias, no ALiBi, no gradient with Sq != Sk",
         )
     if q.dtype not in HALF:
         return Support(False, f"flash on CUDA needs float16 or bfloat16; got {_name(q)}")
+    if refusal:
+        return Support(False, refusal)
     if q.shape[-1] % 8:
         return Support(False, f"flash on CUDA needs D to be a multiple of 8; got {q.shape[-1]}")
     return _ask_torch("flash", q, k, v)
 
 
 def supports_efficient(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
 ) -> Support:
     """CUDA only, float32 and half types, masks through a dense tile."""
     if q.device.type != "cuda":
@@ -222,29 +271,44 @@ def supports_efficient(
         )
     if q.dtype == torch.float64:
         return Support(False, "memory-efficient attention needs float32, float16 or bfloat16; got float64")
-    dense = _needs_tile(q, k, mask, bias, need_grad)
-    return _bias_gradient(bias, need_grad) or _ask_torch("efficient", q, k, v, _dense_note(dense))
+    dense = _needs_tile(q, k, mask, bias, modifiers, need_grad)
+    refusal = _refusal(bias, modifiers, need_grad) or _half_alibi(q, modifiers)
+    if refusal:
+        return Support(False, refusal)
+    return _ask_torch("efficient", q, k, v, _dense_note(dense))
 
 
 def supports_cudnn(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
 ) -> Support:
     """CUDA only, half types, masks through a dense tile."""
     if q.device.type != "cuda":
         return Support(False, f"cuDNN attention has no {q.device.type} kernel, it needs a CUDA device")
     if q.dtype not in HALF:
         return Support(False, f"cuDNN attention needs float16 or bfloat16; got {_name(q)}")
-    dense = _needs_tile(q, k, mask, bias, need_grad)
-    return _bias_gradient(bias, need_grad) or _ask_torch("cudnn", q, k, v, _dense_note(dense))
+    dense = _needs_tile(q, k, mask, bias, modifiers, need_grad)
+    refusal = _refusal(bias, modifiers, need_grad) or _half_alibi(q, modifiers)
+    if refusal:
+        return Support(False, refusal)
+    return _ask_torch("cudnn", q, k, v, _dense_note(dense))
 
 
-def _needs_tile(q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, need_grad: bool) -> bool:
+def _needs_tile(
+    q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, modifiers: Modifiers, need_grad: bool
+) -> bool:
     blocks = lower.plan(
         mask,
         num_queries=q.shape[2],
         num_keys=k.shape[2],
         batch_size=q.shape[0],
-        has_bias=bias is not None,
+        has_bias=bias is not None or modifiers.alibi is not None,
         merge=not need_grad,
     )
     return any(block.kind == "masked" for block in blocks)
@@ -254,10 +318,16 @@ def _dense_note(dense: bool) -> str:
     return "the mask is lowered to a dense Sq x Sk tile, so cost does not follow it" if dense else ""
 
 
-def _bias_gradient(bias: Tensor | None, need_grad: bool) -> Support | None:
+def _refusal(bias: Tensor | None, modifiers: Modifiers, need_grad: bool) -> str:
     if need_grad and bias is not None and bias.requires_grad:
-        return Support(False, "the fused kernel gives no gradient for a bias; use eager or sdpa_math")
-    return None
+        return "the fused kernel gives no gradient for a bias; use eager or sdpa_math"
+    return fused_refusal(modifiers, need_grad)
+
+
+def _half_alibi(q: Tensor, modifiers: Modifiers) -> str:
+    if modifiers.alibi is None or q.dtype not in HALF:
+        return ""
+    return f"the fused kernel takes a bias in {_name(q)}, which rounds ALiBi's distances; use triton or flex"
 
 
 def _ask_torch(backend: str, q: Tensor, k: Tensor, v: Tensor, note: str = "") -> Support:

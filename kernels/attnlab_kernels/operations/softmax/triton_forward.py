@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Mask
-from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.softmax import lower
+from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -87,7 +88,14 @@ def padded(dim: int) -> int:
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Attend with our kernel; the last dimension of q, k and v is made contiguous if it is not."""
     assert bias is None
@@ -133,10 +141,19 @@ def run(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, lse
+    return lower.add_sinks(out, lse, modifiers.sinks)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None, need_grad: bool) -> Support:
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
+) -> Support:
     """Full, causal, windowed and padded masks, any head dimension to 256, forward only."""
     refusal = _platform_refusal(q)
     if refusal:
@@ -147,6 +164,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None
         return Support(False, f"the Triton kernel holds head dimensions to {MAX_HEAD_DIM}; got {q.shape[-1]}")
     if bias is not None:
         return Support(False, "the Triton kernel takes no bias")
+    if modifiers.softcap is not None or modifiers.alibi is not None:
+        return Support(False, "the Triton kernel has no soft cap and no ALiBi yet")
     if need_grad:
         return Support(False, "the Triton kernel has no backward yet")
     if q.device.type != "cuda":
