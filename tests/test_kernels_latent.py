@@ -229,3 +229,44 @@ def test_another_kind_of_cache_is_refused():
         LatentKV.from_tuple((torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3)))
     with pytest.raises(ValueError, match="context must be None"):
         make()(hidden(2), context=hidden(3))
+
+
+def test_yarn_also_multiplies_the_scores_as_in_deepseek_v3():
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        DeepseekV3Attention,
+        DeepseekV3RotaryEmbedding,
+    )
+
+    scaling = {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+        "original_max_position_embeddings": 64,
+    }
+    config = DeepseekV3Config(
+        hidden_size=24,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        q_lora_rank=9,
+        max_position_embeddings=2560,
+        rope_parameters={"rope_theta": 10000.0, **scaling},
+        **SIZES,
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(3)
+    theirs = DeepseekV3Attention(config, layer_idx=0).eval()
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.uniform_(parameter, *((0.3, 2.0) if "norm" in name else (-0.5, 0.5)))
+    ours = make(q_lora_rank=9, rope_scaling=scaling)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = hidden(90)
+    forbidden = torch.full((90, 90), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        tables = DeepseekV3RotaryEmbedding(config)(x, torch.arange(90)[None])
+        expected = theirs(x, tables, forbidden)[0]
+        given = ours(x, position_embeddings=tables)[0]
+        torch.testing.assert_close(given, expected, atol=2e-6, rtol=1e-5)
+        # their angles are float32 products: 1e-5 of a turn at position 89
+        torch.testing.assert_close(ours(x)[0], expected, atol=5e-5, rtol=0)

@@ -369,7 +369,10 @@ def test_half_types_run_in_their_own_dtype(mechanism):
         (lambda: make("multi_head")(hidden(5), attention_mask=torch.ones(4, 5).bool()), r"got \[4, 5\]"),
         (lambda: make("multi_head")(hidden(5), attention_mask=torch.ones(2, 4).bool()), r"end in 5 keys"),
         (lambda: make("multi_head")(hidden(5), implementation="eager", backend="flex"), r"must agree"),
-        (lambda: make("multi_head")(hidden(5), past_key_value=RollingKV(4)), r"must be a ContiguousKV"),
+        (
+            lambda: make("multi_head")(hidden(5), past_key_value=RollingKV(4)),
+            r"one of ContiguousKV, PagedS.*got Roll",
+        ),
         (lambda: make("sliding_window")(hidden(5), past_key_value=RollingKV(4)), r"keep the window of 7"),
         (lambda: build_mechanism("sliding_window", dim=64, num_heads=8, window_size=0), r"at least 1; got 0"),
         (

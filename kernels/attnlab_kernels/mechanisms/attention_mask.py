@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Full, Mask, Padding
+from attnlab_kernels.position_bias import PositionBias
 
 
 def read_attention_mask(
@@ -49,6 +50,24 @@ def read_attention_mask(
             return Padding(ranges), None
         allowed = allowed[:, None, None]
     return Full(), torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+
+
+def read_position_bias(
+    given: PositionBias | None, bias: Tensor | None, *, queries: Tensor, keys: Tensor
+) -> Tensor | None:
+    """``bias`` and what positions add to it, broadcasting to ``[B, H, n, m]``, or None.
+
+    Args:
+        given: a tensor, whose keys beyond the last m are cut at the front, or a function of positions.
+        queries: absolute positions ``[n]``; keys ``[m]``.
+    """
+    if given is None:
+        return bias
+    if not isinstance(given, Tensor):
+        given = given(queries, keys)
+    elif given.shape[-1] > len(keys):
+        given = given[..., -len(keys) :]
+    return given if bias is None else bias + given
 
 
 def _additive(tensor: Tensor) -> Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attnlab_kernels.caches import Cache, ContiguousKV
 from attnlab_kernels.masks import Causal, Full, Mask
-from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
+from attnlab_kernels.mechanisms.attention_mask import read_attention_mask, read_position_bias
 from attnlab_kernels.operations.softmax import lower
 from attnlab_kernels.operations.softmax.api import attend
 from attnlab_kernels.output import AttentionOutput
-from attnlab_kernels.positions import rope_tables, rotate
+from attnlab_kernels.paged_sequences import PagedSequences
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary, rotate
 
 WIDTH_NAMES = ("hidden_size", "dim", "d_model", "embed_dim", "query_dim")
 CONTEXT_NAMES = ("key_value_states", "key_value")
@@ -22,11 +24,26 @@ CONTEXT_NAMES = ("key_value_states", "key_value")
 MAP_LIMIT_BYTES = 2**31
 
 
+class Step(NamedTuple):
+    """What the new tokens of one call attend to, and how."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    bias: Tensor | None
+    cache: Cache | None
+    past: int
+    """tokens that were in the cache before"""
+
+
 class SoftmaxModule(nn.Module):
     """Projections around ``attend``. Parameters are ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``."""
 
     legacy_returns: ClassVar[int] = 3
     """what ``forward`` returns without ``return_dict``: 1 the output, 2 (output, cache), 3 (output, map, cache)"""
+    cache_kinds: ClassVar[tuple[type[Cache], ...]] = (ContiguousKV, PagedSequences)
+    """caches that can hold the keys and values of this module"""
 
     def __init__(
         self,
@@ -39,7 +56,7 @@ class SoftmaxModule(nn.Module):
         bias: bool = False,
         causal: bool = False,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
@@ -81,7 +98,7 @@ class SoftmaxModule(nn.Module):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -95,8 +112,8 @@ class SoftmaxModule(nn.Module):
         Args:
             attention_mask: a ``Mask`` or a tensor, see ``read_attention_mask``; joined to the module's own mask.
             position_ids: ``[n]`` or ``[B, n]`` for the module's own rotation; default: after the cached tokens.
-            position_embeddings: ``(cos, sin)`` of the new tokens, half-split, instead of the module's own.
-            position_bias: added to the scores, broadcasts to ``[B, H, n, m]``.
+            position_embeddings: ``(cos, sin)`` of the new tokens in the module's layout, instead of its own.
+            position_bias: added to the scores: broadcasts to ``[B, H, n, m]``, or one of ``position_bias``'s.
             past_key_value: a cache, updated in place, or a ``(key, value)`` pair, which is left as it is.
             output_attentions: also return the map ``[B, H, n, m]`` (before dropout, detached).
             causal: overrides the module's setting.
@@ -111,31 +128,63 @@ class SoftmaxModule(nn.Module):
         context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
         query, key, value = self._project(hidden_states, hidden_states if context is None else context)
-        cache = self._open_cache(past_key_value, use_cache, context)
-        past = cache.length(self.layer_idx) if cache is not None else 0
-        query, key = self._encode(query, key, position_ids, position_embeddings, past, context)
-        if cache is not None:
-            key, value, _ = cache.update(self.layer_idx, key, value)
-        given, bias = read_attention_mask(
-            attention_mask,
-            batch=query.shape[0],
-            heads=self.num_heads,
-            num_queries=query.shape[2],
-            num_keys=key.shape[2],
+        step = self._open_step(
+            query,
+            key,
+            value,
+            context=context,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            position_bias=position_bias,
+            past_key_value=past_key_value,
+            use_cache=use_cache,
+            causal=causal,
         )
-        if position_bias is not None:
-            bias = position_bias if bias is None else bias + position_bias
-        is_causal = self.causal and context is None if causal is None else causal
-        key, value, mask, bias = self._admit(
-            key, value, self._own_mask(is_causal) & given, bias, query.shape[2]
-        )
+        query = step.query
+        key, value, mask, bias = self._admit(step.key, step.value, step.mask, step.bias, query.shape[2])
         result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
         maps = self._map(query, key, mask, bias, result.lse) if output_attentions else None
         heads = result.output.transpose(1, 2).flatten(2)
         output = AttentionOutput(
-            self.o_proj(heads), maps, cache if use_cache else None, result.lse, result.aux
+            self.o_proj(heads), maps, step.cache if use_cache else None, result.lse, result.aux
         )
         return output if return_dict else self._legacy(output)
+
+    def _open_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        context: Tensor | None,
+        attention_mask: Mask | Tensor | None,
+        position_ids: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        position_bias: PositionBias | None,
+        past_key_value: Cache | tuple[Tensor, Tensor] | None,
+        use_cache: bool,
+        causal: bool | None,
+    ) -> Step:
+        """Give projected tokens their positions, put them into the cache, and read the masks of the call."""
+        cache = self._open_cache(past_key_value, use_cache, context)
+        past = cache.length(self.layer_idx) if cache is not None else 0
+        query, key = self._encode(query, key, position_ids, position_embeddings, past, context)
+        num_queries = query.shape[2]
+        positions = torch.arange(key.shape[2], device=key.device)
+        if cache is not None:
+            key, value, positions = cache.update(self.layer_idx, key, value)
+        given, bias = read_attention_mask(
+            attention_mask,
+            batch=query.shape[0],
+            heads=self.num_heads,
+            num_queries=num_queries,
+            num_keys=key.shape[2],
+        )
+        steps = torch.arange(past, past + num_queries, device=key.device)
+        bias = read_position_bias(position_bias, bias, queries=steps, keys=positions)
+        is_causal = self.causal and context is None if causal is None else causal
+        return Step(query, key, value, self._own_mask(is_causal) & given, bias, cache, past)
 
     def _own_mask(self, causal: bool) -> Mask:
         return Causal() if causal else Full()
@@ -193,10 +242,11 @@ class SoftmaxModule(nn.Module):
         if isinstance(past, tuple):
             cache.update(self.layer_idx, *past)
             return cache
-        if isinstance(past, type(cache)) or not isinstance(cache, ContiguousKV):
+        if type(past) in self.cache_kinds:
             return past
+        kinds = ", ".join(kind.__name__ for kind in self.cache_kinds)
         raise ValueError(
-            f"past_key_value must be a {type(cache).__name__} or a (key, value) pair; got {past!r}"
+            f"past_key_value must be a (key, value) pair or one of {kinds}; got {type(past).__name__}"
         )
 
     def _encode(
@@ -208,13 +258,17 @@ class SoftmaxModule(nn.Module):
         past: int,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        rotary = self._rotary()
         if tables is None and self.use_rotary and context is None:
             if position_ids is None:
                 position_ids = torch.arange(past, past + query.shape[2], device=query.device)
-            tables = rope_tables(position_ids, self.head_dim, base=self.rope_base)
+            tables = rotary.tables(position_ids, query.shape[3])
         if tables is None:
             return query, key
-        return rotate(query, *tables), rotate(key, *tables)
+        return rotate(query, *tables, layout=rotary.layout), rotate(key, *tables, layout=rotary.layout)
+
+    def _rotary(self) -> Rotary:
+        return self.use_rotary if isinstance(self.use_rotary, Rotary) else Rotary(self.rope_base)
 
     def _map(self, query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, lse: Tensor | None) -> Tensor:
         assert lse is not None

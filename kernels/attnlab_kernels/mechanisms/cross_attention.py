@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.cross_cache import CrossKV
 from attnlab_kernels.masks import Full, Mask
-from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
+from attnlab_kernels.mechanisms.attention_mask import read_attention_mask, read_position_bias
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary
 
 CONTEXT_WIDTHS = ("key_dim", "kv_dim", "context_dim")
 
@@ -48,13 +51,13 @@ class CrossAttention(SoftmaxModule):
         bias: bool = True,
         causal: bool = False,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
         **widths: int,
     ) -> None:
-        _refuse_order(causal, use_rotary)
+        _refuse_order(causal, bool(use_rotary))
         if max_seq_len < 1:
             raise ValueError(f"max_seq_len must be at least 1 token; got {max_seq_len}")
         if not use_flash_attention and implementation not in ("auto", "eager"):
@@ -88,7 +91,7 @@ class CrossAttention(SoftmaxModule):
         *,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -116,8 +119,8 @@ class CrossAttention(SoftmaxModule):
         key, value = self._context(hidden_states, context, cache)
         query = _heads(self.q_proj(hidden_states), self.head_dim)
         mask, bias = self._masks(attention_mask, query, key)
-        if position_bias is not None:
-            bias = position_bias if bias is None else bias + position_bias
+        places = (torch.arange(part.shape[2], device=part.device) for part in (query, key))
+        bias = read_position_bias(position_bias, bias, **dict(zip(("queries", "keys"), places, strict=True)))
         result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
         wanted = return_attention or output_attentions
         maps = self._map(query, key, mask, bias, result.lse) if wanted else None

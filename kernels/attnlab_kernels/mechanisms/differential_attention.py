@@ -16,11 +16,12 @@ from attnlab_kernels.caches import Cache
 from attnlab_kernels.difference_map import DifferenceMap
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Mask
-from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.differential.reference import Pair, compose
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary
 
 Variant = Literal["v1", "v2"]
 Layout = Literal["paper", "halves"]
@@ -72,7 +73,7 @@ class DifferentialAttention(SoftmaxModule):
         norm_affine: bool = True,
         causal: bool = True,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
@@ -126,7 +127,7 @@ class DifferentialAttention(SoftmaxModule):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -142,26 +143,22 @@ class DifferentialAttention(SoftmaxModule):
         """
         context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
-        cache = self._open_cache(past_key_value, use_cache, context)
-        past = cache.length(self.layer_idx) if cache is not None else 0
         query, key, value = self._project(hidden_states, hidden_states if context is None else context)
-        query, key = self._encode(query, key, position_ids, position_embeddings, past, context)
-        if self.variant == "v1":
-            key, value = _side_by_side(key), _side_by_side(value)
-        if cache is not None:
-            key, value, _ = cache.update(self.layer_idx, key, value)
-        given, bias = read_attention_mask(
-            attention_mask,
-            batch=query.shape[0],
-            heads=self.num_heads,
-            num_queries=query.shape[2],
-            num_keys=key.shape[2],
+        step = self._open_step(
+            query,
+            key,
+            value,
+            context=context,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            position_bias=position_bias,
+            past_key_value=past_key_value,
+            use_cache=use_cache,
+            causal=causal,
         )
-        if position_bias is not None:
-            bias = position_bias if bias is None else bias + position_bias
-        is_causal = self.causal and context is None if causal is None else causal
-        mask = self._own_mask(is_causal) & given
-        bias = bias if bias is None else bias.to(query.dtype)
+        query, key, value, mask = step.query, step.key, step.value, step.mask
+        bias = None if step.bias is None else step.bias.to(query.dtype)
         queries = Pair(query[:, 0::2], query[:, 1::2])
         keys = Pair(*key.chunk(2, dim=-1)) if self.variant == "v1" else Pair(key, key)
         weight = self.lambda_weight(hidden_states)
@@ -192,7 +189,7 @@ class DifferentialAttention(SoftmaxModule):
             "heads": result.output,
         }
         output = AttentionOutput(
-            self.o_proj(heads.transpose(1, 2).flatten(2)), maps, cache if use_cache else None, None, aux
+            self.o_proj(heads.transpose(1, 2).flatten(2)), maps, step.cache if use_cache else None, None, aux
         )
         return output if return_dict else self._legacy(output)
 
@@ -231,7 +228,11 @@ class DifferentialAttention(SoftmaxModule):
         query, key, value = self.q_proj(hidden_states), self.k_proj(source), self.v_proj(source)
         if self.variant == "v2":
             return _split(query, self.head_dim), _split(key, self.head_dim), _split(value, self.head_dim)
-        return self._paired(query), self._paired(key), self._paired(value)
+        return self._paired(query), self._paired(key), _side_by_side(self._paired(value))
+
+    def _encode(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        query, key = super()._encode(query, key, *args, **kwargs)
+        return query, _side_by_side(key) if self.variant == "v1" else key
 
     def _paired(self, projected: Tensor) -> Tensor:
         heads = _split(projected, self.head_dim)

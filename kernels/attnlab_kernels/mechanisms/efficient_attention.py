@@ -20,6 +20,7 @@ from attnlab_kernels.operations.linear.separable import separable_attend, separa
 from attnlab_kernels.operations.softmax import chunked
 from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, tell
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.positions import Rotary
 
 Variant = Literal["memory_efficient", "linear", "spatial_reduction"]
 VARIANTS = ("memory_efficient", "linear", "spatial_reduction")
@@ -56,7 +57,7 @@ class EfficientAttention(base.SoftmaxModule):
         reduction: int = 2,
         head_dim: int | None = None,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
@@ -81,7 +82,7 @@ class EfficientAttention(base.SoftmaxModule):
             implementation=implementation,
         )
         self.variant, self.chunk_size, self.reduction = variant, chunk_size, reduction
-        self._refuse(causal=causal, rotary=use_rotary)
+        self._refuse(causal=causal, rotary=bool(use_rotary))
         if variant == "spatial_reduction" and reduction > 1:
             self.sequence_reduction = nn.Conv2d(self.dim, self.dim, kernel_size=reduction, stride=reduction)
             self.layer_norm = nn.LayerNorm(self.dim, eps=1e-5)

@@ -10,6 +10,7 @@ from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
 from attnlab_kernels.operations.softmax.api import Unsupported, supports
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.positions import Rotary
 
 UNFUSED = ("eager", "sdpa_math")
 FUSED = ("banded", "sdpa_flash", "sdpa_cudnn", "triton", "sdpa_efficient")
@@ -39,7 +40,7 @@ class FlashAttention(SoftmaxModule):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
+from attnlab_kernels.positions import Rotary
 
 
 class GroupedQueryAttention(SoftmaxModule):
@@ -30,7 +31,7 @@ class GroupedQueryAttention(SoftmaxModule):
         *,
         causal: bool = True,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",

@@ -16,6 +16,8 @@ from attnlab_kernels.operations.linear import feature_maps
 from attnlab_kernels.operations.linear.api import FORMS, linear_attend
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary
 
 
 class LinearAttention(base.SoftmaxModule):
@@ -52,7 +54,7 @@ class LinearAttention(base.SoftmaxModule):
         ortho_features: bool = True,
         redraw_features: bool = False,
         causal: bool = True,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
@@ -60,7 +62,7 @@ class LinearAttention(base.SoftmaxModule):
     ) -> None:
         _check_features(feature_map, num_features, redraw_features)
         _check_form(implementation)
-        _refuse_rotary(use_rotary)
+        _refuse_rotary(bool(use_rotary))
         if not 0 <= eps <= 1:
             raise ValueError(f"eps must be between 0 and 1; got {eps}")
         super().__init__(
@@ -89,7 +91,7 @@ class LinearAttention(base.SoftmaxModule):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Any = None,
         use_cache: bool = False,
         output_attentions: bool = False,

@@ -11,6 +11,7 @@ from attnlab_kernels.caches import Cache
 from attnlab_kernels.masks import Full, Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
 from attnlab_kernels.operations.softmax import lower
+from attnlab_kernels.position_bias import PositionBias
 
 
 class LinformerAttention(SoftmaxModule):
@@ -68,7 +69,7 @@ class LinformerAttention(SoftmaxModule):
         context: Tensor | None = None,
         *,
         causal: bool | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **call: Any,
     ) -> Any:

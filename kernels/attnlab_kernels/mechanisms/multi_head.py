@@ -11,6 +11,7 @@ from torch.nn import functional
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
 from attnlab_kernels.operations.softmax import lower
+from attnlab_kernels.positions import Rotary
 
 
 class MultiHeadAttention(SoftmaxModule):
@@ -35,7 +36,7 @@ class MultiHeadAttention(SoftmaxModule):
         dropout: float = 0.1,
         bias: bool = True,
         add_zero_attn: bool = False,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         attention_scale: float | None = None,
         *,
         causal: bool = False,

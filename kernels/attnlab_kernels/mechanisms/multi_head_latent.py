@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.latent_cache import LatentKV
 from attnlab_kernels.masks import Causal, Full, Mask
-from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
+from attnlab_kernels.mechanisms.attention_mask import read_attention_mask, read_position_bias
 from attnlab_kernels.mechanisms.base import read_aliases, read_width
 from attnlab_kernels.operations.latent.reference import (
     FORMS,
@@ -23,7 +24,9 @@ from attnlab_kernels.operations.latent.reference import (
 )
 from attnlab_kernels.operations.softmax.dense_map import check_map_size, dense_map
 from attnlab_kernels.output import AttentionOutput
-from attnlab_kernels.positions import rope_tables, rotate
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary, rotate
+from attnlab_kernels.rope_scaling import latent_scale_factor
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -41,6 +44,7 @@ class MultiHeadLatentAttention(nn.Module):
         v_head_dim: width of a value.
         bias: of the projections down and of the last one, as in DeepseekV3Attention.
         rope_interleave: rotary weights pair 2i with 2i + 1, as DeepSeek's do; False: i with i + dr / 2.
+        rope_scaling: see ``rope_frequencies``; with "mscale_all_dim" it also multiplies the scores, as in DeepSeek.
         attention_scale: default ``1 / sqrt(qk_nope_head_dim + qk_rope_head_dim)``.
         form: "auto", "naive" or "absorbed".
     """
@@ -63,6 +67,7 @@ class MultiHeadLatentAttention(nn.Module):
         causal: bool = True,
         rope_interleave: bool = True,
         rope_base: float = 10000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
         norm_eps: float = 1e-6,
         attention_scale: float | None = None,
         layer_idx: int = 0,
@@ -77,11 +82,13 @@ class MultiHeadLatentAttention(nn.Module):
         self.qk_rope_head_dim, self.qk_nope_head_dim = qk_rope_head_dim, qk_nope_head_dim
         self.v_head_dim = v_head_dim
         self.dropout, self.causal, self.form = dropout, causal, form
-        self.rope_interleave, self.rope_base = rope_interleave, rope_base
+        self.rope_interleave = rope_interleave
+        self.rotary = Rotary(rope_base, scaling=rope_scaling)
         self.layer_idx, self.implementation = layer_idx, implementation
         self._check_arguments()
         head_dim = qk_nope_head_dim + qk_rope_head_dim
         self.scale = head_dim**-0.5 if attention_scale is None else attention_scale
+        self.scale *= latent_scale_factor(rope_scaling)
         if q_lora_rank is None:
             self.q_proj = nn.Linear(self.dim, num_heads * head_dim, bias=False)
         else:
@@ -101,7 +108,7 @@ class MultiHeadLatentAttention(nn.Module):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -142,8 +149,8 @@ class MultiHeadLatentAttention(nn.Module):
             num_queries=num_queries,
             num_keys=num_keys,
         )
-        if position_bias is not None:
-            bias = position_bias if bias is None else bias + position_bias
+        places = torch.arange(num_keys, device=hidden_states.device)
+        bias = read_position_bias(position_bias, bias, queries=places[past:], keys=places)
         is_causal = self.causal if causal is None else causal
         mask = (Causal() if is_causal else Full()) & given
         if output_attentions:
@@ -213,7 +220,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _tables(self, position_ids: Tensor | None, past: int, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)
-        return rope_tables(position_ids, self.qk_rope_head_dim, base=self.rope_base)
+        return self.rotary.tables(position_ids, self.qk_rope_head_dim)
 
     def _choose(self, form: str, num_queries: int, num_keys: int) -> Form:
         if form not in FORMS:

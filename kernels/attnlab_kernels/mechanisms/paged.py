@@ -13,12 +13,15 @@ from torch.nn import functional
 
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.masks import Causal, Mask, Padding
-from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
+from attnlab_kernels.mechanisms.attention_mask import read_attention_mask, read_position_bias
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.paged.reference import gather, walk
+from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_cache import PagedKV
 from attnlab_kernels.paged_sequences import PagedSequences
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary
 
 
 class PagedAttention(SoftmaxModule):
@@ -53,7 +56,7 @@ class PagedAttention(SoftmaxModule):
         *,
         causal: bool = True,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         layers: int = 1,
@@ -92,7 +95,7 @@ class PagedAttention(SoftmaxModule):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
         use_cache: bool = True,
         output_attentions: bool = False,
@@ -108,6 +111,7 @@ class PagedAttention(SoftmaxModule):
             seq_ids: a sequence for every row. Default: row b is sequence b.
             lengths: new tokens of each row, ``<= n``; what follows them is padding, its output is zero.
             attention_mask: a ``Mask`` joined to the causal one, or ``[B, n]``, 1 = token, padding last.
+            position_bias: a function of positions, as those of ``position_bias``; not for "walk".
             position_ids: ``[n]`` or ``[B, n]``; default: after each sequence's own tokens.
             past_key_value: a ``PagedSequences`` of this pool, instead of ``seq_ids``.
             use_cache: False attends to the new tokens alone and touches no sequence.
@@ -119,6 +123,7 @@ class PagedAttention(SoftmaxModule):
         """
         context, implementation = read_aliases(context, implementation, aliases)
         self._check_call(hidden_states, context, causal, position_bias)
+        bias = position_bias if callable(position_bias) else None
         name = implementation or self.implementation
         batch, count = hidden_states.shape[:2]
         mask, counts = _read_mask(attention_mask, lengths, batch, count)
@@ -129,7 +134,9 @@ class PagedAttention(SoftmaxModule):
                     raise ValueError("use_cache must be True with past_key_value: its tokens are in the pool")
                 query, key = self._encode(query, key, position_ids, position_embeddings, 0, None)
                 results = [
-                    self._one(query[b, :, :n], key[b, :, :n], value[b, :, :n], mask, name, output_attentions)
+                    self._one(
+                        query[b, :, :n], key[b, :, :n], value[b, :, :n], mask, name, output_attentions, bias
+                    )
                     for b, n in enumerate(counts)
                 ]
                 return self._finish(results, count, None, return_dict)
@@ -146,7 +153,7 @@ class PagedAttention(SoftmaxModule):
                 ]
                 self.pages.append(self.layer_idx, cache.seq_ids, rows[0], rows[1])
                 results = [
-                    self._paged(query[b, :, :n], cache.seq_ids[b], mask, name, output_attentions)
+                    self._paged(query[b, :, :n], cache.seq_ids[b], mask, name, output_attentions, bias)
                     for b, n in enumerate(counts)
                 ]
                 return self._finish(results, count, cache, return_dict)
@@ -203,7 +210,13 @@ class PagedAttention(SoftmaxModule):
                 self.pages.crop(seq_id, length, layer=self.layer_idx)
 
     def _paged(
-        self, query: Tensor, seq_id: Hashable, mask: Mask, name: str, output_attentions: bool
+        self,
+        query: Tensor,
+        seq_id: Hashable,
+        mask: Mask,
+        name: str,
+        output_attentions: bool,
+        position_bias: PositionBias | None,
     ) -> AttentionOutput:
         table = self.pages.table(seq_id)
         length = self.pages.length(seq_id, self.layer_idx)
@@ -212,6 +225,8 @@ class PagedAttention(SoftmaxModule):
         else:
             key_pool = value_pool = query.new_zeros(0, 1, self.num_kv_heads, self.head_dim)
         if name == "walk":
+            if position_bias is not None:
+                raise Unsupported("'walk' adds no position_bias: choose an implementation that gathers")
             output, lse = walk(query, key_pool, value_pool, table, length, mask=mask, scale=self.scale)
             aux = {"implementation": "walk", "reason": "asked for; block after block", "block_table": table}
             maps = None
@@ -220,21 +235,32 @@ class PagedAttention(SoftmaxModule):
                 maps = self._map(query[None], keys, mask, None, lse[None])[0]
             return AttentionOutput(output, maps, lse=lse, aux=aux)
         key, value = gather(key_pool, table, length), gather(value_pool, table, length)
-        result = self._one(query, key, value, mask, name, output_attentions)
+        result = self._one(query, key, value, mask, name, output_attentions, position_bias)
         result.aux["reason"] = f"blocks gathered to one piece; {result.aux['reason']}"
         result.aux["block_table"] = table
         return result
 
     def _one(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, name: str, output_attentions: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        name: str,
+        output_attentions: bool,
+        position_bias: PositionBias | None,
     ) -> AttentionOutput:
         """One sequence, without the batch dimension."""
         if name == "walk":
             raise ValueError("implementation 'walk' needs use_cache=True: without a pool there are no blocks")
-        result = self._attend(query[None], key[None], value[None], mask, None, name)
+        places = torch.arange(key.shape[1], device=key.device)
+        bias = read_position_bias(
+            position_bias, None, queries=places[len(places) - query.shape[1] :], keys=places
+        )
+        result = self._attend(query[None], key[None], value[None], mask, bias, name)
         maps = None
         if output_attentions:
-            maps = self._map(query[None], key[None], mask, None, result.lse)[0]
+            maps = self._map(query[None], key[None], mask, bias, result.lse)[0]
         assert result.lse is not None
         return AttentionOutput(result.output[0], maps, lse=result.lse[0], aux=result.aux)
 
@@ -265,14 +291,15 @@ class PagedAttention(SoftmaxModule):
         return result if return_dict else self._legacy(result)
 
     def _check_call(
-        self, hidden_states: Tensor, context: Tensor | None, causal: bool | None, bias: Tensor | None
+        self, hidden_states: Tensor, context: Tensor | None, causal: bool | None, bias: PositionBias | None
     ) -> None:
         self._check_input(hidden_states, context)
         if hidden_states.shape[0] == 0:
             raise ValueError("hidden_states must hold at least one sequence; got none")
-        for name, value in (("context", context), ("position_bias", bias)):
-            if value is not None:
-                raise ValueError(f"{name} must be None: paged attention reads its own sequence only")
+        if context is not None:
+            raise ValueError("context must be None: paged attention reads its own sequence only")
+        if isinstance(bias, Tensor):
+            raise ValueError("position_bias must be a function of positions: sequences differ in length")
         if causal is False:
             raise ValueError("causal must be True: a sequence that grows has no future to attend to")
 

@@ -19,7 +19,7 @@ from attnlab_kernels.operations.ring.link import Ring
 from attnlab_kernels.operations.ring.shards import join, split
 from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, tell
 from attnlab_kernels.output import AttentionOutput
-from attnlab_kernels.positions import rope_tables, rotate
+from attnlab_kernels.positions import Rotary, rotate
 from attnlab_kernels.ring_map import RingMap
 
 
@@ -57,7 +57,7 @@ class RingAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         block_size: int | None = None,
@@ -278,8 +278,10 @@ class RingAttention(nn.Module):
             return query, key, value
         if positions is None:
             positions = torch.arange(q.shape[1], device=q.device)
-        tables = rope_tables(positions.clamp(min=0), self.head_dim, base=self.rope_base)
-        return rotate(query, *tables), rotate(key, *tables), value
+        rotary = self.use_rotary if isinstance(self.use_rotary, Rotary) else Rotary(self.rope_base)
+        tables = rotary.tables(positions.clamp(min=0), self.head_dim)
+        turned = (rotate(part, *tables, layout=rotary.layout) for part in (query, key))
+        return next(turned), next(turned), value
 
     def _positions(
         self, name: str, given: Tensor | None, length: int, ring: Ring, device: torch.device

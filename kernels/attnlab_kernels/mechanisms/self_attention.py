@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
+from attnlab_kernels.positions import Rotary
 
 
 class SelfAttention(SoftmaxModule):
@@ -36,7 +37,7 @@ class SelfAttention(SoftmaxModule):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnlab_kernels.caches import Cache, RollingKV
+from attnlab_kernels.caches import Cache, ContiguousKV, RollingKV
 from attnlab_kernels.masks import Mask, Window
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
+from attnlab_kernels.paged_sequences import PagedSequences
+from attnlab_kernels.positions import Rotary
 
 
 class SlidingWindowAttention(SoftmaxModule):
@@ -21,6 +23,8 @@ class SlidingWindowAttention(SoftmaxModule):
         num_kv_heads: a divisor of ``num_heads``; default all.
     """
 
+    cache_kinds = (ContiguousKV, RollingKV, PagedSequences)
+
     def __init__(
         self,
         dim: int | None = None,
@@ -33,7 +37,7 @@ class SlidingWindowAttention(SoftmaxModule):
         causal: bool = True,
         *,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",

@@ -13,6 +13,7 @@ from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
 from attnlab_kernels.mechanisms.base import MAP_LIMIT_BYTES, SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.sparse.reference import Result, full_map, run
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.paged_sequences import PagedSequences
 from attnlab_kernels.patterns import (
     BigBird,
     Dense,
@@ -24,6 +25,8 @@ from attnlab_kernels.patterns import (
     PatternError,
     Strided,
 )
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary
 from attnlab_kernels.sparse_map import SparseMap
 
 SPARSITY_PATTERNS = ("local", "strided", "fixed", "local_global", "longformer", "bigbird")
@@ -69,6 +72,8 @@ class SparseAttention(SoftmaxModule):
         seed: of bigbird's random blocks; with ``layer_idx``, head and block it decides them, once and for all.
     """
 
+    cache_kinds = (ContiguousKV, RollingKV, PagedSequences)
+
     def __init__(
         self,
         dim: int | None = None,
@@ -89,7 +94,7 @@ class SparseAttention(SoftmaxModule):
         seed: int = 0,
         num_kv_heads: int | None = None,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
@@ -135,7 +140,7 @@ class SparseAttention(SoftmaxModule):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: Tables | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | Tables | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -161,27 +166,23 @@ class SparseAttention(SoftmaxModule):
             )
         is_causal = self.causal if causal is None else causal
         self._check_input(hidden_states, None)
-        cache = self._open_cache(past_key_value, use_cache, None)
-        if cache is not None and not is_causal:
+        if not is_causal and (use_cache or past_key_value is not None):
             raise PatternError("causal must be True with a cache: cached tokens cannot attend to later ones")
-        past = cache.length(self.layer_idx) if cache is not None else 0
-        if self.sparsity_pattern == "longformer" and 0 < past < self.global_tokens:
-            raise PatternError(
-                f"the first chunk must hold all {self.global_tokens} global tokens; the cache holds {past}"
-            )
         query, key, value = self._project(hidden_states, hidden_states)
-        query, key = self._encode(query, key, position_ids, position_embeddings, past, None)
-        if cache is not None:
-            key, value, _ = cache.update(self.layer_idx, key, value)
-        mask, bias = read_attention_mask(
-            attention_mask,
-            batch=query.shape[0],
-            heads=self.num_heads,
-            num_queries=query.shape[2],
-            num_keys=key.shape[2],
+        step = self._open_step(
+            query,
+            key,
+            value,
+            context=None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            position_bias=position_bias,
+            past_key_value=past_key_value,
+            use_cache=use_cache,
+            causal=False,
         )
-        if position_bias is not None:
-            bias = position_bias if bias is None else bias + position_bias
+        query, key, value, mask, bias, cache, past = step
         pattern = self.pattern(is_causal)
         tables = (position_ids, position_embeddings)
         calls = self._calls(hidden_states, query, key, value, pattern, mask, bias, past, tables)
@@ -327,12 +328,17 @@ class SparseAttention(SoftmaxModule):
     def _open_cache(
         self, past: Cache | Tables | None, use_cache: bool, context: Tensor | None
     ) -> Cache | None:
-        cache = super()._open_cache(past, use_cache, context)
-        if isinstance(cache, RollingKV) and (
-            self.sparsity_pattern != "local" or cache.window < self.local_window
+        if isinstance(past, RollingKV) and (
+            self.sparsity_pattern != "local" or past.window < self.local_window
         ):
             raise PatternError(
-                f"past_key_value must keep what {self.sparsity_pattern} attends to; it is a RollingKV of {cache.window}"
+                f"past_key_value must keep what {self.sparsity_pattern} attends to; it is a RollingKV of {past.window}"
+            )
+        cache = super()._open_cache(past, use_cache, context)
+        held = cache.length(self.layer_idx) if cache is not None else 0
+        if self.sparsity_pattern == "longformer" and 0 < held < self.global_tokens:
+            raise PatternError(
+                f"the first chunk must hold all {self.global_tokens} global tokens; the cache holds {held}"
             )
         return cache
 

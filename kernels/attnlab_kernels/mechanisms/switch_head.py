@@ -15,13 +15,13 @@ from attnlab_kernels.caches import Cache
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.expert_map import ExpertMap
 from attnlab_kernels.masks import Mask
-from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.expert_projection import reference as experts
 from attnlab_kernels.operations.expert_projection.reference import Router, Routing
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
 from attnlab_kernels.output import AttentionOutput
-from attnlab_kernels.positions import rope_tables
+from attnlab_kernels.position_bias import PositionBias
+from attnlab_kernels.positions import Rotary
 
 Project = Callable[[Tensor, Tensor, Routing], Tensor]
 PROJECTIONS: dict[str, tuple[Project, Project]] = {
@@ -66,7 +66,7 @@ class SwitchHeadAttention(SoftmaxModule):
         router: Router = "sigmoid",
         causal: bool = True,
         attention_scale: float | None = None,
-        use_rotary: bool = False,
+        use_rotary: bool | Rotary = False,
         rotary_fraction: float = 0.5,
         rope_base: float = 10000.0,
         layer_idx: int = 0,
@@ -104,7 +104,7 @@ class SwitchHeadAttention(SoftmaxModule):
         self.num_experts, self.top_k = num_experts, top_k
         self.router: Router = router
         self.aux_loss_coeff, self.projection = aux_loss_coeff, projection
-        self.rotary_dim = 2 * max(1, int(rotary_fraction * self.head_dim / 2))
+        self.rotary_fraction = rotary_fraction
         # in the place of the plain projections
         del self.v_proj, self.o_proj
         shape = (num_heads, num_experts)
@@ -125,7 +125,7 @@ class SwitchHeadAttention(SoftmaxModule):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        position_bias: Tensor | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
@@ -141,30 +141,24 @@ class SwitchHeadAttention(SoftmaxModule):
         """
         context, implementation = read_aliases(context, implementation, aliases)
         self._check_input(hidden_states, context)
-        cache = self._open_cache(past_key_value, use_cache, context)
-        past = cache.length(self.layer_idx) if cache is not None else 0
         origin = hidden_states if context is None else context
         source = self._route(self.source_router, origin)
         destination = self._route(self.destination_router, hidden_states)
         project_in, project_out = PROJECTIONS[self.projection]
-        query, key = (
+        step = self._open_step(
             _split(self.q_proj(hidden_states), self.num_heads),
             _split(self.k_proj(origin), self.num_heads),
+            project_in(origin, self.value_experts, source),
+            context=context,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            position_embeddings=position_embeddings,
+            position_bias=position_bias,
+            past_key_value=past_key_value,
+            use_cache=use_cache,
+            causal=causal,
         )
-        value = project_in(origin, self.value_experts, source)
-        query, key = self._encode(query, key, position_ids, position_embeddings, past, context)
-        if cache is not None:
-            key, value, _ = cache.update(self.layer_idx, key, value)
-        given, bias = read_attention_mask(
-            attention_mask,
-            batch=query.shape[0],
-            heads=self.num_heads,
-            num_queries=query.shape[2],
-            num_keys=key.shape[2],
-        )
-        if position_bias is not None:
-            bias = position_bias if bias is None else bias + position_bias
-        mask = self._own_mask(self.causal and context is None if causal is None else causal) & given
+        query, key, value, mask, bias, cache, _ = step
         result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
         maps = self._map(query, key, mask, bias, result.lse) if output_attentions else None
         output = project_out(result.output, self.output_experts, destination)
@@ -221,20 +215,10 @@ class SwitchHeadAttention(SoftmaxModule):
             return source.scores.new_zeros(())
         return self.aux_loss_coeff * (experts.balance(source) + experts.balance(destination)) / 2
 
-    def _encode(
-        self,
-        query: Tensor,
-        key: Tensor,
-        position_ids: Tensor | None,
-        tables: tuple[Tensor, Tensor] | None,
-        past: int,
-        context: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if tables is None and self.use_rotary and context is None:
-            if position_ids is None:
-                position_ids = torch.arange(past, past + query.shape[2], device=query.device)
-            tables = rope_tables(position_ids, self.rotary_dim, base=self.rope_base)
-        return super()._encode(query, key, position_ids, tables, past, context)
+    def _rotary(self) -> Rotary:
+        if isinstance(self.use_rotary, Rotary):
+            return self.use_rotary
+        return Rotary(self.rope_base, fraction=self.rotary_fraction)
 
 
 SwitchHead = SwitchHeadAttention
