@@ -6,7 +6,7 @@ exit code 0 is good, 1 says that a run ended badly or a check failed, 2 that the
 
 import typer
 
-from attnlab_webui.commands import catalog, doctor, listing, services, submit, transfer
+from attnlab_webui.commands import advise, catalog, doctor, listing, services, submit, transfer
 from attnlab_webui.commands.console import CommandGroup
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command("export", rich_help_panel=RESULTS)(transfer.export)
 app.command("import", rich_help_panel=RESULTS)(transfer.import_)
 
 app.command("mechanisms", rich_help_panel=FACTS)(catalog.mechanisms)
+app.command("advise", rich_help_panel=FACTS)(advise.advise_command)
 app.command("kernels", rich_help_panel=FACTS)(catalog.kernels)
 app.add_typer(catalog.models, name="models", rich_help_panel=FACTS)
 

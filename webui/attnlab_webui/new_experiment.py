@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
+from attnlab.documents import write_document
 from attnlab.estimate import Estimate, estimate
 from attnlab.problems import Problem
 from attnlab_storage import queue
 from attnlab_storage.database import Store
 from attnlab_storage.listing import ExperimentRow, get_experiment, list_experiments
 from attnlab_webui import pieces
+from attnlab_webui.advise_query import asked_of, default_asked
 from attnlab_webui.drafts import Draft, clone, model_line, starter, token_line
 from attnlab_webui.form import Form
 from attnlab_webui.pieces import escape
 
 RECENT = 5
+FILLED_BY = frozenset({"clone", "mechanism", "advice"})
+"""what in an address fills the form"""
 COST_WORDS = {"history": "as runs like these took", "rough": "roughly"}
 
 
@@ -134,7 +138,7 @@ def queued_notice(submitted: queue.Submitted, alive: int) -> str:
 
 
 def first_text(store: Store, query: Mapping[str, str]) -> tuple[str, str]:
-    """The YAML the page opens with (`?clone=ID`, `?mechanism=ID`, or the starter), and a notice if that failed."""
+    """The YAML the page opens with (`?clone=ID`, `?mechanism=ID`, `?advice=1&...`, or the starter), and a notice."""
     wanted = query.get("clone")
     if wanted is not None:
         found = get_experiment(store, int(wanted)) if wanted.isdecimal() and len(wanted) < 18 else None
@@ -143,7 +147,17 @@ def first_text(store: Store, query: Mapping[str, str]) -> tuple[str, str]:
         return clone(found.spec), pieces.notice(
             f"A copy of experiment {found.id}: change what you like, then queue it."
         )
+    if "advice" in query:
+        return _advised(store, query)
     return starter(query.get("mechanism")), ""
+
+
+def _advised(store: Store, query: Mapping[str, str]) -> tuple[str, str]:
+    try:
+        found = asked_of(query, default_asked(store)).advice()
+    except ValueError as problem:
+        return starter(), pieces.notice(f"This advice cannot be read: {problem}", "warning")
+    return write_document(found.experiment), pieces.notice(found.leaf.trial.asks)
 
 
 def recent_list(store: Store) -> str:

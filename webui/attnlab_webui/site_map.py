@@ -18,5 +18,6 @@ PAGES = (
     Page("experiment", "Experiment", "experiment"),
     Page("compare", "Compare", "compare"),
     Page("mechanisms", "Mechanisms", "mechanisms"),
+    Page("advise", "Advise", "advise"),
     Page("system", "System", "system"),
 )

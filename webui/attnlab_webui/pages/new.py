@@ -116,13 +116,13 @@ def on_rewrite(store: Store, fields: FormFields, *values: Any) -> list[Any]:
 
 
 def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[Any]:
-    """Fill the page from its address: `?clone=ID` or `?mechanism=ID`; without either it shows the starter already."""
+    """Fill the page from its address (see `new_experiment.first_text`); without one it shows the starter already."""
     text, notice = new_experiment.first_text(store, query)
     draft = drafts.read_draft(text)
     form = form_of(draft.document or {})
     values = (
         fields.values(form)
-        if query.keys() & {"clone", "mechanism"}
+        if query.keys() & new_experiment.FILLED_BY
         else [gr.skip()] * len(fields.components())
     )
     reasons = implementation_reasons(store)
