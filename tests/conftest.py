@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,8 @@ from attnlab_storage import queue, results, settings, tensors
 from attnlab_storage.database import Store, migrate, open_store
 
 REAL_MODELS = settings.models_folder()
+# packages to compare with that the lab itself must not find, see .ci/make_environment.sh
+ORACLES = Path(sys.prefix) / "oracles"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,6 +41,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ATTNLAB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("ATTNLAB_MODELS", str(REAL_MODELS))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the packages to compare with, importable in this test."""
+    if not ORACLES.is_dir():
+        pytest.skip("the packages of .venv/oracles are not installed; make venv installs them")
+    monkeypatch.syspath_prepend(str(ORACLES))
+    return ORACLES
 
 
 @pytest.fixture(scope="session")

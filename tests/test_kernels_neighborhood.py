@@ -111,7 +111,7 @@ def test_every_window_has_k_keys_and_a_corner_shifts():
 
 
 @pytest.mark.filterwarnings("ignore")  # natten calls torch by names that are going away
-def test_equals_natten(where):
+def test_equals_natten(where, apart):
     natten = pytest.importorskip("natten", reason="natten is not installed")
     call = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}[len(where.space)]
     generator = torch.Generator().manual_seed(0)
