@@ -49,15 +49,6 @@ def test_prefill_then_decode_equals_the_full_pass(mechanism, chunks):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-6, rtol=0)
 
 
-def test_a_future_token_changes_no_past_output(mechanism):
-    module, x = make(mechanism), hidden(30)
-    before = module(x, return_dict=True).output
-    x[:, 17] += 3
-    after = module(x, return_dict=True).output
-    torch.testing.assert_close(after[:, :17], before[:, :17], atol=1e-6, rtol=0)
-    assert (after[:, 17:22] - before[:, 17:22]).abs().amax(dim=(0, 2)).min() > 1e-4
-
-
 def test_every_token_that_may_be_seen_has_a_say(mechanism):
     module = make(mechanism, causal=False)
     x = hidden(12)
@@ -95,18 +86,6 @@ def test_permuting_the_heads_weights_permutes_the_maps(mechanism):
                 parameter.data = blocks[order].flatten(0, 1)
     permuted = module(x, output_attentions=True, return_dict=True).attentions
     torch.testing.assert_close(permuted, maps.unflatten(1, (groups, -1))[:, order].flatten(1, 2))
-
-
-def test_a_padded_batch_equals_each_sequence_alone(mechanism):
-    module = make(mechanism)
-    x, lengths = hidden(20, batch=3), [20, 13, 4]
-    keep = torch.zeros(3, 20, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        keep[row, :length] = 1
-    together = module(x, attention_mask=keep, return_dict=True).output
-    for row, length in enumerate(lengths):
-        alone = module(x[row : row + 1, :length], return_dict=True).output
-        torch.testing.assert_close(together[row : row + 1, :length], alone, atol=2e-6, rtol=0)
 
 
 def test_left_padding_makes_dead_rows_not_nan(mechanism):
@@ -284,17 +263,6 @@ def test_the_width_answers_to_all_its_names(kind, name):
         kind(32, num_heads=4, **{"d_model" if name != "d_model" else "embed_dim": 48})
     with pytest.raises(TypeError, match="unknown argument 'width'"):
         kind(32, num_heads=4, width=32)
-
-
-def test_a_legacy_pair_is_continued_and_left_as_it_is():
-    module, x = make("grouped_query", use_rotary=False), hidden(9)
-    whole, _, _ = module(x)
-    _, _, cache = module(x[:, :8], use_cache=True)
-    pair = tuple(tensor.clone() for tensor in cache)
-    last, _, grown = module(x[:, 8:], past_key_value=pair, use_cache=True)
-    torch.testing.assert_close(last, whole[:, 8:], atol=2e-6, rtol=0)
-    assert pair[0].shape[2] == 8
-    assert grown.seq_len == 9
 
 
 def test_flash_never_forms_the_scores():

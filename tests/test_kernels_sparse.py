@@ -270,44 +270,6 @@ def test_module_map_is_rows_of_one_that_give_its_output_and_the_tiles(name, caus
         torch.testing.assert_close(result.attentions @ value, result.aux["heads"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_any_chunks_equal_the_full_forward(name):
-    attention, x = module(name, use_rotary=True, num_kv_heads=1, layer_idx=2), hidden()
-    full = attention(x)[0]
-    for sizes in ([20, *[1] * 21], [3, 1, 17, 20], [40, 1]):
-        cache: Any = None
-        outputs = []
-        for chunk in x.split(sizes, dim=1):
-            output, _, cache = attention(chunk, past_key_value=cache, use_cache=True)
-            outputs.append(output)
-        torch.testing.assert_close(torch.cat(outputs, 1), full, atol=1e-5, rtol=1e-5)
-        kept = 7 if name == "local" else 41
-        assert cache.nbytes() == 2 * 2 * kept * 8 * 4
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_future_token_changes_no_past_output(name):
-    attention, x = module(name), hidden()
-    before = attention(x)[0]
-    for at in (2, 20, 40):
-        changed = x.clone()
-        changed[:, at] += 3
-        after = attention(changed)[0]
-        assert torch.equal(before[:, :at], after[:, :at])
-        assert not torch.equal(before[:, at], after[:, at])
-    torch.testing.assert_close(attention(x[:, :23])[0], before[:, :23], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_padded_sequences_equal_each_alone(name):
-    attention, x = module(name), hidden()
-    keep = torch.arange(41) < torch.tensor([[41], [29]])
-    together, maps, _ = attention(x, attention_mask=keep, output_attentions=True)
-    torch.testing.assert_close(together[1:, :29], attention(x[1:, :29])[0], atol=1e-6, rtol=1e-5)
-    view = attention.effective_map(x, head=1, batch=1, attention_mask=keep)
-    np.testing.assert_allclose(view.tile(slice(None), slice(None)), maps[1, 1].detach(), atol=1e-6)
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_longformer_with_its_projections_twice_is_local_and_global(causal):
     longformer = module("longformer", causal, use_rotary=True)

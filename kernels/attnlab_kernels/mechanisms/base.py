@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -232,21 +232,13 @@ class SoftmaxModule(nn.Module):
     def _open_cache(
         self, past: Cache | tuple[Tensor, Tensor] | None, use_cache: bool, context: Tensor | None
     ) -> Cache | None:
-        if past is None and not use_cache:
-            return None
-        if context is not None:
-            raise ValueError("use_cache with a context: a growing cache is for self-attention")
-        cache = self._new_cache()
-        if past is None:
-            return cache
-        if isinstance(past, tuple):
-            cache.update(self.layer_idx, *past)
-            return cache
-        if type(past) in self.cache_kinds:
-            return past
-        kinds = ", ".join(kind.__name__ for kind in self.cache_kinds)
-        raise ValueError(
-            f"past_key_value must be a (key, value) pair or one of {kinds}; got {type(past).__name__}"
+        return open_cache(
+            past,
+            use_cache=use_cache,
+            context=context,
+            kinds=self.cache_kinds,
+            make=self._new_cache,
+            layer=self.layer_idx,
         )
 
     def _encode(
@@ -290,6 +282,33 @@ class SoftmaxModule(nn.Module):
                 mask, num_queries=num_queries, num_keys=key.shape[2], batch_size=batch, device=query.device
             )
             return (maps if allowed is None else maps.masked_fill(~allowed, 0)).to(query.dtype)
+
+
+def open_cache(
+    past: Cache | tuple[Tensor, Tensor] | None,
+    *,
+    use_cache: bool,
+    context: Tensor | None,
+    kinds: tuple[type[Cache], ...],
+    make: Callable[[], Cache],
+    layer: int,
+) -> Cache | None:
+    """The cache of one call: the caller's own, a new one that holds the caller's pair, an empty one, or none."""
+    if past is None and not use_cache:
+        return None
+    if context is not None:
+        raise ValueError("use_cache with a context: a growing cache is for self-attention")
+    if past is None or isinstance(past, tuple):
+        cache = make()
+        if past is not None:
+            cache.update(layer, *past)
+        return cache
+    if type(past) in kinds:
+        return past
+    names = ", ".join(kind.__name__ for kind in kinds)
+    raise ValueError(
+        f"past_key_value must be a (key, value) pair or one of {names}; got {type(past).__name__}"
+    )
 
 
 def read_width(default_name: str, given: int | None, aliases: Mapping[str, Any]) -> int:

@@ -62,9 +62,10 @@ class ChunkedPrefill(nn.Module):
         attention_mask: Mask | Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool = True,
-        causal: bool = True,
+        causal: bool | None = True,
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_value: Any = None,
         output_attentions: bool = False,
         return_dict: bool = False,
         **options: Any,
@@ -87,7 +88,11 @@ class ChunkedPrefill(nn.Module):
             ValueError: no module, a size that does not fit, ``causal=False``, or what the wrapped module refuses.
         """
         module = self._module()
-        if not causal:
+        if past_key_value is not None:
+            raise ValueError(
+                "past_key_value must be None: a prompt begins a sequence, decode_step goes on with it"
+            )
+        if causal is False:
             raise ValueError("causal must be True: a chunk cannot attend to chunks that have not come yet")
         size = self.chunk_size if chunk_size is None else chunk_size
         _check_chunk(size, self.overlap_chunks)

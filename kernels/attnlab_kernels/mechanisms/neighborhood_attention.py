@@ -9,10 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attnlab_kernels.mechanisms.base import read_width
+from attnlab_kernels.mechanisms.base import read_aliases, read_width
 from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodError, NeighborhoodMap, per_axis
 from attnlab_kernels.operations.neighborhood.reference import run
 from attnlab_kernels.output import AttentionOutput
+
+REFUSED = {
+    "past_key_value": "an image does not grow",
+    "use_cache": "an image does not grow",
+    "position_ids": "pixels have their place in the image",
+    "position_embeddings": "pixels have their place in the image",
+    "position_bias": "ask for relative_position_bias",
+}
 
 
 class NeighborhoodAttention(nn.Module):
@@ -99,6 +107,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        context: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
@@ -106,8 +115,12 @@ class NeighborhoodAttention(nn.Module):
         causal: bool | Sequence[bool] | None = None,
         return_dict: bool = False,
         implementation: str | None = None,
+        **others: Any,
     ) -> Any:
         """Attend within the image ``hidden_states``.
+
+        The other arguments of the common ``forward`` may be given as None or False; this mechanism has no cache, no
+        context and no positions but those in the image.
 
         Args:
             attention_mask: bool or 0/1 ``[B, N]`` or ``[B, *space]``, True or 1 = may be attended to.
@@ -119,6 +132,7 @@ class NeighborhoodAttention(nn.Module):
         Raises:
             ValueError: an input or a mask that does not fit, or an axis shorter than its window.
         """
+        context, implementation = _refuse_others(context, implementation, others)
         reason = _chosen(implementation or self.implementation)
         space = self._space(hidden_states, spatial_shape)
         neighborhood = self.neighborhood(space, causal)
@@ -266,6 +280,21 @@ def _chosen(implementation: str) -> str:
     if implementation not in ("auto", "tiled"):
         raise ValueError(f"implementation must be one of auto, tiled; got {implementation!r}")
     return "asked for" if implementation == "tiled" else "auto: the only implementation"
+
+
+def _refuse_others(
+    context: Tensor | None, implementation: str | None, others: dict[str, Any]
+) -> tuple[Tensor | None, str | None]:
+    for name, reason in REFUSED.items():
+        given = others.pop(name, None)
+        if given is not None and given is not False:
+            raise ValueError(f"{name} is not for neighborhood attention: {reason}")
+    context, implementation = read_aliases(context, implementation, others)
+    if context is not None:
+        raise ValueError(
+            "context is not for neighborhood attention: a window is around the query's own pixel"
+        )
+    return context, implementation
 
 
 def _visible(mask: Tensor | None, batch: int, space: tuple[int, ...]) -> Tensor | None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from attnlab_kernels.caches import Cache, ContiguousKV
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
-from attnlab_kernels.mechanisms.base import read_width
+from attnlab_kernels.mechanisms.base import open_cache, read_aliases, read_width
 from attnlab_kernels.mechanisms.key_mask import read_key_mask
 from attnlab_kernels.operations.ring.attention import RingResult, ring_attend
 from attnlab_kernels.operations.ring.layout import RingError, checked_layout, owners, shard_positions
 from attnlab_kernels.operations.ring.link import Ring
 from attnlab_kernels.operations.ring.shards import join, split
 from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, tell
+from attnlab_kernels.operations.softmax.dense_map import check_map_size, dense_map
+from attnlab_kernels.operations.softmax.lower import hide_padding
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.paged_sequences import PagedSequences
+from attnlab_kernels.position_bias import PositionBias
 from attnlab_kernels.positions import Rotary, rotate
 from attnlab_kernels.ring_map import RingMap
 
@@ -103,8 +109,16 @@ class RingAttention(nn.Module):
         *,
         positions: Tensor | None = None,
         key_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_bias: PositionBias | None = None,
+        past_key_value: Cache | tuple[Tensor, Tensor] | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
         causal: bool | None = None,
         return_dict: bool = False,
+        implementation: str | None = None,
+        **aliases: Any,
     ) -> Any:
         """Attend from ``q`` to itself, or to ``k`` and ``v``.
 
@@ -117,6 +131,10 @@ class RingAttention(nn.Module):
             positions: with a group, absolute positions of the shard ``[n]``, -1 for a slot without a token; default:
                 the layout's, for shards that are full.
             key_positions: likewise for the keys; default: ``positions`` if k is not given, else the layout's.
+            position_ids: ``[n]`` or ``[B, n]`` for the module's own rotation, or ``position_embeddings`` in its place;
+                without a group. Default: after the cached tokens.
+            past_key_value: without a group, a cache of every rank's keys; updated in place, or a pair.
+            output_attentions: without a group, also the map ``[B, H, n, m]`` in ``return_dict``.
             causal: overrides the module's setting.
 
         Returns:
@@ -128,17 +146,52 @@ class RingAttention(nn.Module):
         """
         if self.dropout and self.training:
             raise Unsupported(f"a ring here drops no probabilities; got dropout {self.dropout} in training")
+        k, implementation = read_aliases(k, implementation, aliases)
+        if implementation not in (None, "auto", "ring"):
+            raise Unsupported(f"implementation must be one of auto, ring; got {implementation!r}")
+        if position_bias is not None:
+            raise ValueError("position_bias must be None: keys travel, and no bias travels with them")
         self._check(q, k, v)
         causal = self.causal if causal is None else causal
+        cache = None
         if ring_group is None:
             if positions is not None or key_positions is not None:
                 raise ValueError("positions are for a shard; without ring_group the input is the whole text")
-            found = self._simulate(*self._project(q, k, v, None), attention_mask, causal)
+            cache = open_cache(
+                past_key_value,
+                use_cache=use_cache,
+                context=k if q.dim() == 3 else None,
+                kinds=(ContiguousKV, PagedSequences),
+                make=ContiguousKV,
+                layer=self.layer_idx,
+            )
+            past = cache.length(self.layer_idx) if cache is not None else 0
+            if position_ids is None:
+                position_ids = torch.arange(past, past + q.shape[-2], device=q.device)
+            query, key, value = self._project(q, k, v, position_ids, position_embeddings)
+            if cache is not None:
+                key, value, _ = cache.update(self.layer_idx, key, value)
+            found = self._simulate(query, key, value, attention_mask, causal)
+            if output_attentions:
+                found = replace(found, attentions=self._map(query, key, attention_mask, causal, found.lse))
         else:
+            asked = (
+                position_ids,
+                position_embeddings,
+                past_key_value,
+                use_cache or None,
+                output_attentions or None,
+            )
+            if any(part is not None for part in asked):
+                raise ValueError(
+                    "with ring_group a rank holds a shard only: no cache, map or position_ids; say positions"
+                )
             found = self._take_part(q, k, v, ring_group, attention_mask, positions, key_positions, causal)
         found.aux.update(layout=self.layout, overlap=self.overlap_comm_compute, block_size=self.block_size)
         heads = found.output.transpose(1, 2).flatten(2)
-        output = AttentionOutput(self.o_proj(heads), None, None, found.lse, found.aux)
+        output = AttentionOutput(
+            self.o_proj(heads), found.attentions, cache if use_cache else None, found.lse, found.aux
+        )
         return output if return_dict else output.output
 
     def effective_map(
@@ -156,7 +209,8 @@ class RingAttention(nn.Module):
         self._check(q, k, v)
         causal = self.causal if causal is None else causal
         with torch.no_grad():
-            query, key, value = self._project(q, k, v, None)
+            places = torch.arange(q.shape[-2], device=q.device)
+            query, key, value = self._project(q, k, v, places)
             mask, bias, _, _ = self._read_mask(attention_mask, query, key, causal)
             if bias is not None:
                 raise ValueError("attention_mask must be padding without holes for a map; it has holes")
@@ -264,7 +318,12 @@ class RingAttention(nn.Module):
         )
 
     def _project(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, positions: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        positions: Tensor,
+        tables: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[B, H, n, D]``; what attends to itself is rotated by absolute position."""
         if q.dim() == 4:
@@ -274,12 +333,10 @@ class RingAttention(nn.Module):
         source = q if k is None else k
         projected = (self.q_proj(q), self.k_proj(source), self.v_proj(source if v is None else v))
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
-        if not self.use_rotary or k is not None:
+        if k is not None or not (self.use_rotary or tables):
             return query, key, value
-        if positions is None:
-            positions = torch.arange(q.shape[1], device=q.device)
         rotary = self.use_rotary if isinstance(self.use_rotary, Rotary) else Rotary(self.rope_base)
-        tables = rotary.tables(positions.clamp(min=0), self.head_dim)
+        tables = tables or rotary.tables(positions.clamp(min=0), self.head_dim)
         turned = (rotate(part, *tables, layout=rotary.layout) for part in (query, key))
         return next(turned), next(turned), value
 
@@ -296,6 +353,18 @@ class RingAttention(nn.Module):
         if tuple(given.shape) != (length,) or given.dtype != torch.int64:
             raise RingError(f"{name} must be int64 [{length}]; got {given.dtype} {list(given.shape)}")
         return given
+
+    def _map(
+        self, query: Tensor, key: Tensor, given: Mask | Tensor | None, causal: bool, lse: Tensor | None
+    ) -> Tensor:
+        assert lse is not None
+        check_map_size(query.shape[0], self.num_heads, query.shape[2], key.shape[2])
+        with torch.no_grad():
+            mask, bias, _, _ = self._read_mask(given, query, key, causal)
+            keys = hide_padding(key, mask).to(lse.dtype)
+            groups = query.to(lse.dtype).unflatten(1, (key.shape[1], -1))
+            scores = (groups @ keys[:, :, None].mT * self.scale).flatten(1, 2)
+            return dense_map(scores, lse, mask, bias).to(query.dtype)
 
     def _read_mask(
         self, given: Mask | Tensor | None, query: Tensor, key: Tensor, causal: bool
