@@ -19,6 +19,7 @@ from attnlab.compare import Comparison, compare_runs
 from attnlab.describe import experiment_document, find_experiment, run_document
 from attnlab.estimate import Estimate, estimate
 from attnlab.export.bundle import read_bundle, write_bundle
+from attnlab.heads import HeadPage, find_heads
 from attnlab.spec import ExperimentSpec, parse_spec
 from attnlab.views.tokens import TokenLabels, token_labels
 from attnlab.views.viewport import Region, Viewport, find_run, load_map, recorded, region_of, viewport
@@ -79,6 +80,15 @@ class Lab:
         """
         page = results.list_runs(self.store, filters=filters, search=search, sort=sort, limit=limit)
         return [Run(self, row.id) for row in page.rows]
+
+    def heads(
+        self, where: str, search: str = "", *, limit: int = 50, after: str | None = None, **filters: Any
+    ) -> HeadPage:
+        """Heads of all runs by their statistics: ``lab.heads("sink_mass > 0.8 and entropy < 1", model="gpt2")``.
+
+        Those first that go furthest beyond the first bound. Raises ViewError, ListingError.
+        """
+        return find_heads(self.store, where, filters=filters, search=search, limit=limit, after=after)
 
     def run_by_id(self, run_id: int) -> Run:
         """One run. Raises NotFound."""

@@ -104,7 +104,7 @@ def list_runs(
         raise ListingError(
             f"sort must be a column, got {sort!r}; choices: {', '.join(SORTS)}, each also with -"
         )
-    _check_limit(limit)
+    check_limit(limit)
     with store.read() as session:
         query = select(*_COLUMNS).where(*_conditions(session, filters or {}, search, deleted))
         rows = _page(
@@ -170,7 +170,7 @@ def list_experiments(
     deleted: bool = False,
 ) -> ExperimentPage:
     """One page of experiments, the latest first. Raises ListingError."""
-    _check_limit(limit)
+    check_limit(limit)
     query = select(Experiment).where(
         Experiment.deleted_at.is_not(None) if deleted else Experiment.deleted_at.is_(None)
     )
@@ -184,6 +184,11 @@ def list_experiments(
         rows = _experiments(session, query.order_by(Experiment.id.desc()).limit(limit + 1))
     cursor = json.dumps([None, rows[limit - 1].id]) if len(rows) > limit else None
     return ExperimentPage(rows[:limit], cursor)
+
+
+def run_conditions(session: Session, filters: Mapping[str, Any], search: str) -> list[ColumnElement[bool]]:
+    """What the runs that `list_runs` would page through have in common. Raises ListingError."""
+    return _conditions(session, filters, search, False)
 
 
 def _values(session: Session, column: str) -> list[Any]:
@@ -309,7 +314,8 @@ def _position(after: str | None, column: Any) -> tuple[Any, int] | None:
     return position
 
 
-def _check_limit(limit: int) -> None:
+def check_limit(limit: int) -> None:
+    """ListingError unless a page may have this many rows."""
     if not 1 <= limit <= MAX_LIMIT:
         raise ListingError(f"limit must be between 1 and {MAX_LIMIT}, got {limit}")
 

@@ -222,7 +222,16 @@ class Measurement(Base):
     samples: Mapped[list[float] | None]
     detail: Mapped[dict[str, Any] | None]
 
-    __table_args__ = (Index("ix_measurement_run", "run_id", "attempt", "name", "layer", "head"),)
+    __table_args__ = (
+        Index("ix_measurement_run", "run_id", "attempt", "name", "layer", "head"),
+        # heads by a number, over all runs; with every column that the search reads
+        Index(
+            "ix_measurement_head",
+            *("name", "value", "run_id", "layer", "head", "attempt"),
+            sqlite_where=text("head IS NOT NULL"),
+            postgresql_where=text("head IS NOT NULL"),
+        ),
+    )
 
 
 class Trace(Base):

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from attnlab.describe import experiment_document, run_document
 from attnlab.estimate import estimate
+from attnlab.heads import find_heads, head_document
 from attnlab.spec import MAX_SPEC_BYTES, ExperimentSpec, parse_spec
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_storage import queue, results, settings
@@ -145,15 +146,34 @@ def runs(
     after: str | None = None,
 ) -> dict[str, Any]:
     """One page of runs; every filter of the list may be given, several times for "any of these"."""
-    known = {"search", "sort", "limit", "after"}
+    filters = _filters(request, {"search", "sort", "limit", "after"})
+    page = results.list_runs(store, filters=filters, search=search, sort=sort, limit=limit, after=after)
+    total = count_runs(store, filters=filters, search=search)
+    return {"runs": plain(page.rows), "next": page.next, "total": total}
+
+
+def _filters(request: Request, known: set[str]) -> dict[str, list[str]]:
+    """The filters of runs in a query; Refused where it holds anything else that is not known."""
     unknown = [name for name in request.query_params if name not in known and name not in FILTERS]
     if unknown:
         choices = ", ".join((*FILTERS, *sorted(known)))
         raise Refused(f"{unknown[0][:60]} must be a known parameter; choices: {choices}")
-    filters = {name: request.query_params.getlist(name) for name in FILTERS if name in request.query_params}
-    page = results.list_runs(store, filters=filters, search=search, sort=sort, limit=limit, after=after)
-    total = count_runs(store, filters=filters, search=search)
-    return {"runs": plain(page.rows), "next": page.next, "total": total}
+    return {name: request.query_params.getlist(name) for name in FILTERS if name in request.query_params}
+
+
+@router.get("/heads")
+def heads(
+    request: Request,
+    store: StoreDep,
+    where: Annotated[str, Query(max_length=500)],
+    search: Annotated[str, Query(max_length=200)] = "",
+    limit: int = 50,
+    after: str | None = None,
+) -> dict[str, Any]:
+    """Heads of all runs by their statistics: `where=sink_mass > 0.8 and entropy < 1`; filters as for runs."""
+    filters = _filters(request, {"where", "search", "limit", "after"})
+    page = find_heads(store, where, filters=filters, search=search, limit=limit, after=after)
+    return {"heads": plain([head_document(row) for row in page.rows]), "next": page.next}
 
 
 @router.get("/runs/{run_id}")

@@ -6,7 +6,7 @@ exit code 0 is good, 1 says that a run ended badly or a check failed, 2 that the
 
 import typer
 
-from attnlab_webui.commands import advise, catalog, doctor, listing, services, submit, transfer
+from attnlab_webui.commands import advise, catalog, doctor, heads, listing, services, submit, transfer
 from attnlab_webui.commands.console import CommandGroup
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command("retry", rich_help_panel=EXPERIMENTS)(listing.retry)
 app.command("list", rich_help_panel=RESULTS)(listing.list_)
 app.command("show", rich_help_panel=RESULTS)(listing.show)
 app.command("compare", rich_help_panel=RESULTS)(listing.compare)
+app.command("heads", rich_help_panel=RESULTS)(heads.heads)
 app.command("export", rich_help_panel=RESULTS)(transfer.export)
 app.command("import", rich_help_panel=RESULTS)(transfer.import_)
 

@@ -10,7 +10,7 @@ from attnlab_storage.errors import StoreNewer
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0001"
+HEAD = "0002"
 
 
 def alembic_config(connection: Connection) -> "Config":
