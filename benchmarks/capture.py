@@ -21,7 +21,7 @@ import torch
 from attnlab.hook import LayerCall
 from attnlab.models import shared_model
 from attnlab.probes.maps import LayerCapture, capture_call
-from attnlab.probes.memory import CLEAR_REFS, resident
+from attnlab.probes.memory import CLEAR_REFS, give_back_free_heap, resident
 from attnlab.recorder import Recorder, core_is_free
 from attnlab.run import execute
 from attnlab.spec import ExperimentSpec, RunPoint, parse_spec
@@ -132,6 +132,7 @@ def claim_one(store: Store, spec: ExperimentSpec) -> queue.Claim:
 
 def took(step: Callable[[], object], base: int) -> Took:
     """Run a step once; base is what the process held with the model alone."""
+    give_back_free_heap()
     CLEAR_REFS.write_text("5")
     began, spent = time.perf_counter(), time.process_time()
     step()

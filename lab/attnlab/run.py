@@ -3,7 +3,6 @@
 Nothing is returned but the outcome. Whatever the run learns goes into the store as it happens, fenced by the claim.
 """
 
-import gc
 import threading
 import time
 
@@ -14,6 +13,7 @@ from attnlab_storage.database import Store
 from attnlab_storage.queue import Claim, LostLease
 
 from .outcomes import ending_of
+from .probes.memory import give_back_free_heap
 from .procedure import Procedure
 from .recorder import Recorder
 from .spec import ExperimentSpec
@@ -86,7 +86,7 @@ def run_here(store: Store, spec: ExperimentSpec, *, created_by: str | None = Non
 
 def _release() -> None:
     """Give back what the failed run held on the device, so that the next one starts with all of it."""
-    gc.collect()
+    give_back_free_heap()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

@@ -68,7 +68,7 @@ def _replayed_peak(step: Step) -> int:
 
 
 def _resident_peak(step: Step) -> dict[str, Any]:
-    _give_back_free_heap()
+    give_back_free_heap()
     try:
         CLEAR_REFS.write_text("5")
     except OSError as error:
@@ -78,8 +78,11 @@ def _resident_peak(step: Step) -> dict[str, Any]:
     return {"resident_peak_bytes": resident("VmHWM") - before}
 
 
-def _give_back_free_heap() -> None:
-    """Free what is garbage and return it: reused or freed within the step, it would hide what the step takes."""
+def give_back_free_heap() -> None:
+    """Free what is garbage and return it to the system.
+
+    Reused or freed within a step, it would hide what the step takes; kept, it adds up to 200 MB to the next one.
+    """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
