@@ -1,11 +1,12 @@
 """How long a viewport of 512 x 512 pixels takes anywhere on the maps of a 2,048-token SmolLM2-sized run.
 
     python benchmarks/viewport.py                 # makes such a store in a temporary folder (190 MB) and measures it
+    python benchmarks/viewport.py --long          # one layer, 8 heads: 32,768 tokens causal; 131,072, window 4,096
     python benchmarks/viewport.py --run 3         # measures a run of the store at ATTNLAB_DATABASE_URL or ATTNLAB_HOME
 
-Prints p50 and p95 in milliseconds, on the wall and of the processor (which a busy machine does not disturb): of the
-whole map, of regions at random places and zooms, each on a head that was not looked at before (read from SQL) and on
-one that is in memory; of a signed difference; of a strip of thumbnails.
+Prints the peak memory of the process, and p50 and p95 in milliseconds, on the wall and of the processor (which a busy
+machine does not disturb): of the whole map, of regions at random places and zooms, each on a head that was not looked
+at before (read from SQL) and on one that is in memory; of a signed difference; of a strip of thumbnails.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,8 +30,9 @@ from starlette.testclient import TestClient
 
 from attnlab.views.difference import difference
 from attnlab.views.thumbnails import thumbnails
-from attnlab.views.viewport import MEMORY, cell, recorded, viewport
-from attnlab_kernels.masks import Causal
+from attnlab.views.viewport import MEMORY, cell, overview_progress, recorded, viewport
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.masks import Causal, Mask, Window
 from attnlab_storage import queue, results, tensors
 from attnlab_storage.database import Store, migrate, open_store
 from attnlab_webui import api
@@ -36,6 +41,7 @@ Place = Callable[[], tuple[int, int]]
 Region = Callable[[], tuple[tuple[int, int], tuple[int, int]]]
 
 PIXELS = 512
+LONG: list[tuple[int, Mask]] = [(32_768, Causal()), (131_072, Window(4095))]
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 POINT = {
     "mechanism": "multi_head",
@@ -54,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", type=int, help="a run id of the configured store; default: a made-up store")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the made-up run")
+    parser.add_argument("--long", action="store_true", help="two long maps, at every zoom by itself")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
@@ -61,10 +68,48 @@ def main() -> None:
         with open_store() as store:
             report(measure(store, options.run, options.repeats), options.json)
         return
+    if options.long:
+        for length, mask in LONG:
+            measured_long(length, mask, options.repeats, options.json)
+        return
     with tempfile.TemporaryDirectory(prefix="attnlab-viewport-") as folder:
         store, run_id = made_up(Path(folder), options.tokens)
         with store:
             report(measure(store, run_id, options.repeats), options.json)
+
+
+def measured_long(length: int, mask: Mask, repeats: int, as_json: bool) -> None:
+    """The web process alone: a fresh process opens the store that a child process has written."""
+    with tempfile.TemporaryDirectory(prefix="attnlab-viewport-") as folder:
+        url = f"sqlite:///{folder}/attnlab.db"
+        writer = get_context("spawn").Process(target=write_long, args=(url, length, mask))
+        writer.start()
+        writer.join()
+        with open_store(url) as store:
+            report(zooms(store, 1, length, repeats), as_json, f"{length:,} tokens, {mask.describe()}")
+
+
+def zooms(store: Store, run_id: int, length: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Samples of each zoom: regions of that many tokens anywhere along the diagonal and below it."""
+    rng = np.random.default_rng(0)
+    found = {"first look: the overview is built": samples(lambda: build(store, run_id), 1, warm=False)}
+    sizes = [length >> power for power in range(length.bit_length()) if length >> power >= 64]
+    for size in [*sizes, 3400, 5000]:
+        for reduce in ("max", "mean"):
+
+            def step(size: int = size, reduce: str = reduce) -> None:
+                top = int(rng.integers(length - size + 1))
+                left = int(rng.integers(top + 1))
+                region = (top, top + size), (left, left + size)
+                assert overview_progress(store, run_id, 0, 0, *region) == 1
+                viewport(store, run_id, 0, 0, *region, PIXELS, PIXELS, reduce)
+
+            found[f"{size} x {size}, {reduce}"] = samples(step, repeats)
+    return found
+
+
+def build(store: Store, run_id: int) -> None:
+    viewport(store, run_id, 0, 0, None, None, PIXELS, PIXELS, "max")
 
 
 def measure(store: Store, run_id: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
@@ -133,9 +178,12 @@ def over_http(store: Store, run_id: int, place: Place, region: Region) -> Callab
     return step
 
 
-def samples(step: Callable[[], None], repeats: int, *, cold: bool = False) -> list[tuple[float, float]]:
-    """(wall, processor) milliseconds of each repeat; ``cold`` forgets all arrays before each."""
-    step()
+def samples(
+    step: Callable[[], None], repeats: int, *, cold: bool = False, warm: bool = True
+) -> list[tuple[float, float]]:
+    """(wall, processor) milliseconds of each repeat; ``cold`` forgets all arrays before each, ``warm`` tries once."""
+    if warm:
+        step()
     taken = []
     for _ in range(repeats):
         if cold:
@@ -146,7 +194,7 @@ def samples(step: Callable[[], None], repeats: int, *, cold: bool = False) -> li
     return taken
 
 
-def report(found: dict[str, list[tuple[float, float]]], as_json: bool) -> None:
+def report(found: dict[str, list[tuple[float, float]]], as_json: bool, title: str = "") -> None:
     table = {}
     for name, taken in found.items():
         (wall, cpu), last = np.percentile(taken, 50, axis=0), np.percentile(taken, 95, axis=0)
@@ -158,14 +206,45 @@ def report(found: dict[str, list[tuple[float, float]]], as_json: bool) -> None:
             "samples": len(taken),
         }
     if as_json:
-        print(json.dumps(table, indent=1))
+        print(json.dumps({"title": title, "peak_bytes": peak_bytes(), "samples": table}, indent=1))
         return
+    print(f"{title or 'SmolLM2-135M sized'}; peak memory of this process {peak_bytes() / 1e6:.0f} MB")
     threads, load = os.environ["OMP_NUM_THREADS"], os.getloadavg()[0]
     print(f"{PIXELS} x {PIXELS} pixels, {threads} thread(s), load {load:.1f} on {os.cpu_count()} processors")
     for name, row in table.items():
         wall = f"p50 {row['p50_ms']:6.1f} p95 {row['p95_ms']:6.1f}"
         cpu = f"p50 {row['cpu_p50_ms']:6.1f} p95 {row['cpu_p95_ms']:6.1f}"
         print(f"{name:30} wall ms {wall}   cpu ms {cpu}   n={row['samples']}")
+
+
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def write_long(url: str, length: int, mask: Mask) -> None:
+    """One layer of 8 heads over 2 key heads, from random queries and keys, with their true log-sum-exp."""
+    migrate(url)
+    with open_store(url) as store:
+        points = [POINT | {"sequence_length": length}]
+        queued = queue.submit(store, name="long", spec={}, spec_hash="0", points=points)
+        claim = queue.claim(store, "benchmark", run_id=queued.run_ids[0])
+        assert claim is not None
+        rng = np.random.default_rng(0)
+        query = rng.standard_normal((8, length, HEAD_DIM), dtype=np.float32)
+        key = rng.standard_normal((2, length, HEAD_DIM), dtype=np.float32)
+        zero = np.zeros(length)
+        with np.errstate(divide="ignore"):
+            sums = [
+                SoftmaxMap(query[h], key[h // 4], zero, HEAD_DIM**-0.5, mask).row_sums() for h in range(8)
+            ]
+        lse = np.log(np.stack(sums))
+        row = replace(trace_row(0, length), mask=mask.to_json(), heads=8, kv_heads=2)
+        with results.recording(store, claim) as session:
+            results.record_trace(session, claim, row)
+            tensors.write_tensor(session, claim, "query", 0, query)
+            tensors.write_tensor(session, claim, "key", 0, key)
+            tensors.write_tensor(session, claim, "lse", 0, lse, dtype="float64")
+        queue.finish(store, claim, "succeeded", summary={"layers": 1, "heads": 8})
 
 
 def made_up(folder: Path, length: int) -> tuple[Store, int]:

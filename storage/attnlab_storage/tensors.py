@@ -16,12 +16,13 @@ from sqlalchemy.orm import Session
 
 from attnlab_storage.database import Store
 from attnlab_storage.fencing import Claim
-from attnlab_storage.tables import Run, Tensor, TensorChunk
+from attnlab_storage.tables import OUTCOMES, Run, Tensor, TensorChunk
 
 # stored dtype -> dtype of the array that is written and of the bytes in the rows
 DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 CODEC = "raw"
 MOST_TOKENS = 2**31 - 1
+DERIVED_CHUNK = 2**17  # numbers of a row of a derived tensor: half a megabyte
 
 
 class TensorError(ValueError):
@@ -72,36 +73,36 @@ def write_tensor(
     Returns:
         How many bytes it takes.
     """
-    _check(array, dtype, chunk_tokens)
-    heads, tokens = array.shape[:2]
-    tensor = Tensor(
-        run_id=claim.run_id,
-        attempt=claim.attempt,
-        layer=layer,
-        name=name,
-        heads=heads,
-        tokens=tokens,
-        head_dim=array.shape[2] if array.ndim == 3 else None,
-        dtype=dtype,
-        codec=CODEC,
-        chunk_tokens=chunk_tokens,
-        nbytes=array.nbytes,
-    )
-    session.add(tensor)
-    session.flush()
-    array = np.ascontiguousarray(array)
-    rows = [
-        {
-            "tensor_id": tensor.id,
-            "head": head,
-            "block": block,
-            "data": _bytes(array[head, start : start + chunk_tokens]),
-        }
-        for head in range(heads)
-        for block, start in enumerate(range(0, tokens, chunk_tokens))
-    ]
-    session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
-    return array.nbytes
+    return _insert(session, claim.run_id, claim.attempt, name, layer, array, dtype, chunk_tokens)
+
+
+def keep_derived(
+    store: Store,
+    run_id: int,
+    attempt: int,
+    name: str,
+    layer: int,
+    array: np.ndarray,
+    *,
+    dtype: str = "float32",
+) -> bool:
+    """Stores what was worked out later from an ended run's tensors, such as an overview of a map.
+
+    Returns False, and stores nothing, where the run has moved on to another attempt, has not ended or is gone, or
+    where somebody else has stored it meanwhile.
+    """
+    with store.write() as session:
+        ended = select(Run.id).where(Run.id == run_id, Run.attempt == attempt, Run.state.in_(OUTCOMES))
+        mine = (
+            Tensor.run_id == run_id,
+            Tensor.attempt == attempt,
+            Tensor.layer == layer,
+            Tensor.name == name,
+        )
+        if session.scalar(ended) is None or session.scalar(select(Tensor.id).where(*mine)) is not None:
+            return False
+        _insert(session, run_id, attempt, name, layer, array, dtype, DERIVED_CHUNK)
+    return True
 
 
 def read_tensor(
@@ -233,6 +234,48 @@ def _info(session: Session, run_id: int, name: str, layer: int) -> TensorInfo:
         else "none, nothing is stored"
     )
     raise TensorError(f"run {run_id} has no tensor {name!r} of layer {layer}; choices: {choices}")
+
+
+def _insert(
+    session: Session,
+    run_id: int,
+    attempt: int,
+    name: str,
+    layer: int,
+    array: np.ndarray,
+    dtype: str,
+    chunk_tokens: int,
+) -> int:
+    _check(array, dtype, chunk_tokens)
+    heads, tokens = array.shape[:2]
+    tensor = Tensor(
+        run_id=run_id,
+        attempt=attempt,
+        layer=layer,
+        name=name,
+        heads=heads,
+        tokens=tokens,
+        head_dim=array.shape[2] if array.ndim == 3 else None,
+        dtype=dtype,
+        codec=CODEC,
+        chunk_tokens=chunk_tokens,
+        nbytes=array.nbytes,
+    )
+    session.add(tensor)
+    session.flush()
+    array = np.ascontiguousarray(array)
+    rows = [
+        {
+            "tensor_id": tensor.id,
+            "head": head,
+            "block": block,
+            "data": _bytes(array[head, start : start + chunk_tokens]),
+        }
+        for head in range(heads)
+        for block, start in enumerate(range(0, tokens, chunk_tokens))
+    ]
+    session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
+    return array.nbytes
 
 
 def _check(array: np.ndarray, dtype: str, chunk_tokens: int) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
 
 from attnlab.describe import run_brief
 from attnlab.views.colormaps import COLORMAPS, colormap
@@ -15,7 +16,7 @@ from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import thumbnails
 from attnlab.views.tokens import token_labels
-from attnlab.views.viewport import cell, load_map, recorded, viewport
+from attnlab.views.viewport import cell, load_map, overview_progress, recorded, viewport
 from attnlab_kernels.masks import Mask, mask_from_json
 from attnlab_storage import results
 from attnlab_storage.database import Store
@@ -84,8 +85,14 @@ def run_viewport(
     reduce: str = "max",
     v: str | None = None,
 ) -> Response:
-    """Any region of a map as float32 [height, width], row by row; NaN where no pair is allowed."""
+    """Any region of a map as float32 [height, width], row by row; NaN where no pair is allowed.
+
+    202 with {"building": share} while the overview that a wide region comes from is being built: ask again.
+    """
     region = span("rows", rows), span("cols", cols)
+    ready = overview_progress(store, run_id, layer, head, *region)
+    if ready < 1:
+        return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
     view = viewport(store, run_id, layer, head, *region, height, width, reduce)
     mask = load_map(store, run_id, layer, head).mask
     return _octets(*heatmap.encode(view, [mask]), v)

@@ -7,7 +7,7 @@ colours belong to whoever draws it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +16,8 @@ import numpy as np
 from attnlab.views.errors import NotFound, NothingRecorded, ViewError
 from attnlab.views.labels import OUTCOME_WORDS
 from attnlab.views.memory import ArrayMemory
+from attnlab.views.overview import Layout, Pixels, is_wide, pyramid_pixels
+from attnlab.views.pyramids import Pyramids
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import mask_from_json
 from attnlab_storage import results, tensors
@@ -26,7 +28,8 @@ REDUCTIONS = ("max", "mean")
 MAX_PIXELS = 4096
 Region: TypeAlias = "tuple[int, int] | slice | None"
 
-MEMORY = ArrayMemory(256 * 2**20)
+MEMORY = ArrayMemory(192 * 2**20)
+PYRAMIDS = Pyramids(64 * 2**20)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Viewport:
         maximum, minimum: over the pixels; panels that are compared share a scale made of these.
         reduce: how a pixel sums up its cells: "max", "mean", or "signed_max" (of a difference).
         exact: True when every pixel is one cell.
+        edges: first row and column of each pixel and one past the last, where the pixels are not of even size.
     """
 
     values: np.ndarray
@@ -50,6 +54,7 @@ class Viewport:
     minimum: float
     reduce: str
     exact: bool
+    edges: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def of(
@@ -86,16 +91,44 @@ def viewport(
 ) -> Viewport:
     """The region ``rows`` x ``cols`` (None: all) reduced to at most ``height`` x ``width`` pixels.
 
+    A region of more cells than can be computed at once comes from the map's pyramid: the region grows to whole
+    blocks, and each pixel is exact for the cells under it. On first look the pyramid is built, which takes seconds;
+    `overview_progress` says how far that is.
+
     Raises ViewError for a layer, head, region, size or reduction that the map does not have, NothingRecorded
     where the run holds no maps.
     """
     check_size(height, width)
     if reduce not in REDUCTIONS:
         raise ViewError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
-    full_map = load_map(store, run_id, layer, head)
+    run, trace = find_trace(store, run_id, layer)
+    full_map = head_map(store, run, trace, head)
     region = region_of(full_map.shape, rows, cols)
+    if is_wide(full_map.shape, full_map.mask, *region):
+        pyramid = PYRAMIDS.get(store, run, layer, head, full_map)
+        layout = Layout(full_map.shape, full_map.mask)
+        return _of_blocks(
+            pyramid_pixels(layout, pyramid, *region, height, width, reduce), full_map.shape, reduce
+        )
     values = full_map.pool(slice(*region[0]), slice(*region[1]), height, width, reduce)
     return Viewport.of(values, *region, full_map.shape, reduce)
+
+
+def overview_progress(
+    store: Store, run_id: int, layer: int, head: int, rows: Region = None, cols: Region = None
+) -> float:
+    """1.0 where `viewport` can answer for this region at once; else how far its pyramid is, which this call starts."""
+    run, trace = find_trace(store, run_id, layer)
+    full_map = head_map(store, run, trace, head)
+    if not is_wide(full_map.shape, full_map.mask, *region_of(full_map.shape, rows, cols)):
+        return 1.0
+    return PYRAMIDS.progress(store, run, layer, head, full_map)
+
+
+def _of_blocks(pixels: Pixels, shape: tuple[int, int], reduce: str) -> Viewport:
+    (top, bottom), (left, right) = ((int(edges[0]), int(edges[-1])) for edges in pixels[1:])
+    view = Viewport.of(pixels.values, (top, bottom), (left, right), shape, reduce)
+    return replace(view, edges=(pixels.row_edges, pixels.col_edges))
 
 
 def linked_viewports(

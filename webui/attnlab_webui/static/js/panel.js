@@ -145,7 +145,11 @@ export class Panel {
   async fetch(path, controller) {
     const slow = setTimeout(() => (this.busy.hidden = false), SLOW_MS);
     try {
-      const tile = await getTile(path, controller.signal);
+      const tile = await getTile(path, controller.signal, (done) => {
+        this.veil.hidden = false;
+        this.veil.textContent = `Building the overview of this head: ${Math.round(done * 100)} %`;
+      });
+      this.showVeil();
       this.shared.cache.put(path, tile);
       return tile;
     } finally {

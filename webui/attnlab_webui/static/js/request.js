@@ -33,8 +33,14 @@ export async function getJson(path, signal) {
 }
 
 // A region as float32 [height, width] in row order; NaN where no query may attend to any key.
-export async function getTile(path, signal) {
-  const response = await ask(path, { signal });
+// While the overview of a wide map is built the server says how far it is, and told hears of it.
+export async function getTile(path, signal, told = () => {}) {
+  let response = await ask(path, { signal });
+  while (response.status === 202) {
+    told((await response.json()).building);
+    await pause(300, signal);
+    response = await ask(path, { signal });
+  }
   const pair = (name) => response.headers.get(name).split(/[,:]/).map(Number);
   const [height, width] = pair("x-attnlab-shape");
   return {
@@ -46,6 +52,16 @@ export async function getTile(path, signal) {
     exact: response.headers.get("x-attnlab-exact") === "1",
     values: new Float32Array(await response.arrayBuffer()),
   };
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });
 }
 
 export function query(fields) {

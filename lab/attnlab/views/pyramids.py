@@ -1,0 +1,94 @@
+"""Pyramids of stored maps: read where they are kept, built on first look in the background, and kept then."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from attnlab.views.memory import ArrayMemory
+from attnlab.views.overview import REDUCTIONS, Layout, PooledRegion, build_pyramid
+from attnlab_storage import tensors
+from attnlab_storage.database import Store
+from attnlab_storage.results import RunRow
+
+Pyramid = dict[str, np.ndarray]
+Key = tuple[object, ...]
+
+
+class Pyramids:
+    """The pyramids of one process: a budget of memory, one builder at a time."""
+
+    def __init__(self, budget: int) -> None:
+        self.memory = ArrayMemory(budget)
+        self._lock = threading.Lock()
+        self._jobs: dict[Key, Future[Pyramid]] = {}
+        self._done: dict[Key, float] = {}
+        self._builder = ThreadPoolExecutor(1, thread_name_prefix="attnlab-overview")
+
+    def get(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> Pyramid:
+        """The pyramid, waited for where it has to be built."""
+        found = self._found(store, run, layer, head, full_map)
+        return found if found is not None else self._job(store, run, layer, head, full_map).result()
+
+    def progress(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> float:
+        """1.0 where the pyramid is there; else how far the builder is, which this call starts.
+
+        Raises what the building raised.
+        """
+        if self._found(store, run, layer, head, full_map) is not None:
+            return 1.0
+        job = self._job(store, run, layer, head, full_map)
+        if not job.done():
+            return min(self._done.get(_key(store, run, layer, head), 0.0), 0.99)
+        job.result()
+        return 1.0
+
+    def _found(
+        self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion
+    ) -> Pyramid | None:
+        key = _key(store, run, layer, head)
+        size = Layout(full_map.shape, full_map.mask).size
+
+        def read(name: str) -> np.ndarray:
+            array = tensors.read_tensor(store, run.id, _name(name, head), layer, 0)
+            if array.shape != (size,):
+                raise tensors.TensorError(f"overview must hold {size} numbers; got {array.shape}")
+            return array
+
+        try:
+            return {name: self.memory.get((*key, name), lambda name=name: read(name)) for name in REDUCTIONS}
+        except tensors.TensorError:
+            return None  # not built yet, or by a program that laid it out differently
+
+    def _job(
+        self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion
+    ) -> Future[Pyramid]:
+        key = _key(store, run, layer, head)
+        with self._lock:
+            if key not in self._jobs:
+                self._jobs[key] = self._builder.submit(self._build, store, run, layer, head, full_map)
+            return self._jobs[key]
+
+    def _build(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> Pyramid:
+        key = _key(store, run, layer, head)
+        try:
+            made = build_pyramid(full_map, lambda done: self._done.__setitem__(key, done))
+            for name, array in made.items():
+                tensors.keep_derived(store, run.id, run.attempt, _name(name, head), layer, array[None])
+                self.memory.get((*key, name), lambda array=array: array)
+            return made
+        finally:
+            with self._lock:
+                self._jobs.pop(key, None)
+                self._done.pop(key, None)
+
+
+def _name(reduction: str, head: int) -> str:
+    return f"overview_{reduction}.{head}"
+
+
+def _key(store: Store, run: RunRow, layer: int, head: int) -> Key:
+    # as for tensors: a retry moves the attempt, and a purged id may come back with another creation time
+    return (store.url, run.id, run.created_at, run.attempt, layer, head)
