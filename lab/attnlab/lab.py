@@ -9,7 +9,7 @@ Nothing here loads torch except `Lab.run`, which does the work in this process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from attnlab.estimate import Estimate, estimate
 from attnlab.export.bundle import read_bundle, write_bundle
 from attnlab.heads import HeadPage, find_heads
 from attnlab.spec import ExperimentSpec, parse_spec
+from attnlab.views.distances import DistanceGrid, run_distances
 from attnlab.views.tokens import TokenLabels, token_labels
 from attnlab.views.viewport import Region, Viewport, find_run, load_map, recorded, region_of, viewport
 from attnlab_storage import queue, results
@@ -124,6 +125,11 @@ class Lab:
     def compare(self, *runs: Run | int) -> Comparison:
         """What differs between two or more runs. Raises CompareError, NotFound."""
         return compare_runs(self.store, [run.id if isinstance(run, Run) else run for run in runs])
+
+    def distances(self, a: Run | int, b: Run | int, layers: Sequence[int] | None = None) -> DistanceGrid:
+        """How far the maps of two runs are apart, head by head; tokens are aligned where the inputs differ."""
+        first, second = (run.id if isinstance(run, Run) else run for run in (a, b))
+        return run_distances(self.store, first, second, layers)
 
     def import_bundle(self, path: str | Path) -> Experiment:
         """Stores the experiment in a zip that `Experiment.export_bundle` wrote. Raises BundleError."""

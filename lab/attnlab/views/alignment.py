@@ -1,0 +1,75 @@
+"""Which tokens of one run are those of another: what lets two maps over different texts be compared cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+import numpy as np
+
+from attnlab.views.errors import ViewError
+from attnlab_storage import results
+from attnlab_storage.database import Store
+
+MOST_COMPARED = 4096
+"""tokens between a common beginning and a common end that are matched; the time grows with their square"""
+
+
+class Alignment(NamedTuple):
+    """Positions that belong together, in order: token ``a[i]`` of the first run is token ``b[i]`` of the second."""
+
+    a: np.ndarray
+    b: np.ndarray
+    size_a: int
+    size_b: int
+
+    @property
+    def identical(self) -> bool:
+        return len(self.a) == self.size_a == self.size_b
+
+    @property
+    def share(self) -> float:
+        """Matched tokens over all tokens of the longer one."""
+        return len(self.a) / max(self.size_a, self.size_b, 1)
+
+
+def align_tokens(a: Sequence[str], b: Sequence[str]) -> Alignment:
+    """Match two token lists: common beginning and end, and the longest runs between them (Ratcliff and Obershelp 1988).
+
+    Raises ViewError where more than 4,096 tokens lie between.
+    """
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    end = 0
+    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+        end += 1
+    middle_a, middle_b = a[start : len(a) - end], b[start : len(b) - end]
+    if max(len(middle_a), len(middle_b)) > MOST_COMPARED:
+        found = f"{len(middle_a)} and {len(middle_b)}"
+        raise ViewError(
+            f"inputs to align may differ in at most {MOST_COMPARED} neighbouring tokens; got {found}"
+        )
+    pairs = [(place, place) for place in range(start)]
+    matcher = SequenceMatcher(None, middle_a, middle_b, autojunk=False)
+    for block in matcher.get_matching_blocks():
+        pairs += [(start + block.a + step, start + block.b + step) for step in range(block.size)]
+    pairs += [(len(a) - back, len(b) - back) for back in range(end, 0, -1)]
+    table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return Alignment(table[:, 0], table[:, 1], len(a), len(b))
+
+
+def run_alignment(store: Store, run_a: int, run_b: int) -> tuple[Alignment, Alignment]:
+    """Queries and keys of two runs, matched by their tokens. Raises ViewError where a run recorded no input."""
+    inputs = [results.run_input(store, run_id) for run_id in (run_a, run_b)]
+    for run_id, given in zip((run_a, run_b), inputs, strict=True):
+        if given is None:
+            raise ViewError(f"run {run_id} recorded no tokens, so its map cannot be aligned with another's")
+    first, second = inputs
+    assert first is not None
+    assert second is not None
+    keys = align_tokens(first.key_tokens, second.key_tokens)
+    if first.query_tokens == first.key_tokens and second.query_tokens == second.key_tokens:
+        return keys, keys
+    return align_tokens(first.query_tokens, second.query_tokens), keys
