@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnlab_kernels.masks import Causal, Full, Window
+from attnlab_kernels.operations.linear.api import linear_attend
 from attnlab_kernels.operations.softmax.api import attend
 
 
@@ -72,3 +74,16 @@ def test_a_window_over_16k_tokens_visits_at_most_twice_what_it_allows():
         attend(q, k, v, mask=Window(255), implementation="banded")
     allowed = 2 * Window(255).count(16_384, 16_384)
     assert allowed <= visited.count <= 2.1 * allowed
+
+
+def test_linear_attention_costs_twice_as_much_for_twice_the_tokens_and_keeps_few_states():
+    flops, largest = [], LargestStorage()
+    for count in (4096, 8192):
+        q, k, v = (torch.randn(1, 2, count, 16).exp() for _ in range(3))
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            linear_attend(q, k, v, causal=True)
+        flops.append(counter.get_total_flops())
+        with torch.inference_mode(), largest:
+            linear_attend(q, k, v, causal=True)
+        assert largest.bytes <= q.nbytes
+    assert flops[1] == 2 * flops[0]

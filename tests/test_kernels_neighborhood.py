@@ -22,7 +22,9 @@ from attnlab_kernels import (
     NeighborhoodAttention3D,
 )
 from attnlab_kernels.neighborhood import NeighborhoodError, window_limits
+from attnlab_kernels.operations.neighborhood.api import neighborhood_attend
 from attnlab_kernels.operations.neighborhood.reference import run, visited_pairs
+from attnlab_kernels.operations.softmax.api import Unsupported
 
 SHAPES = [
     Neighborhood((41,), (7,), (1,), (1,), (False,)),
@@ -210,6 +212,76 @@ def test_the_cost_follows_the_windows(where, factor):
     assert largest.numbers <= max(q.numel(), 64 * 256)
 
 
+@pytest.mark.parametrize("table", [True, False])
+def test_fused_tiles_equal_the_reference(where, table):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, *where.space, 8, generator=generator) for _ in range(3))
+    shape = (2, *(2 * kernel - 1 for kernel in where.kernel_size))
+    bias = torch.randn(shape, generator=generator) if table else None
+    want = run(q, k, v, where, bias=bias)
+    got = neighborhood_attend(q, k, v, where, bias=bias, implementation="fused").result
+    torch.testing.assert_close(got.output, want.output, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.lse, want.lse, atol=2e-6, rtol=0)
+
+
+def test_fused_tiles_have_the_gradients_of_the_reference(where):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = torch.randn(4, 1, 2, *where.space, 4, generator=generator, dtype=torch.float64)
+    inputs = [part.requires_grad_() for part in (q, k, v)]
+    got, want = (
+        torch.autograd.grad(
+            (neighborhood_attend(q, k, v, where, implementation=name).result.output * weights).sum(), inputs
+        )
+        for name in ("fused", "tiled")
+    )
+    torch.testing.assert_close(got, want)
+
+
+class FusedCalls(TorchDispatchMode):
+    """Calls of the flash tile, and the (query, key) pairs that they visit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.pairs = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "flash_attention_for_cpu" in str(func):
+            q, k = args[:2]
+            self.calls += 1
+            self.pairs += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_picture_of_64_by_64_is_nine_fused_calls_that_visit_a_twentieth_of_its_pairs():
+    where = Neighborhood((64, 64), (7, 7), (1, 1), (1, 1), (False, False))
+    q = torch.randn(1, 1, 64, 64, 8)
+    with torch.no_grad(), FusedCalls() as seen:
+        ran = neighborhood_attend(q, q, q, where)
+    assert ran.implementation == "fused"
+    assert seen.calls == 9
+    assert seen.pairs == visited_pairs(where) <= 4096**2 / 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dropout": 0.5}, "drops no probabilities"),
+        ({"need_windows": True}, "never keeps windows"),
+        ({"visible": torch.ones(1, 9, dtype=torch.bool)}, "never hides pixels"),
+        ({"v": torch.zeros(1, 1, 9, 3)}, "Dv equal to D; got D = 4 and Dv = 3"),
+        ({"bias": torch.zeros(1, 5, requires_grad=True)}, "no gradient for a bias"),
+    ],
+)
+def test_what_fused_tiles_cannot_do_the_reference_does_and_says_so(changes, says):
+    where = Neighborhood((9,), (3,), (1,), (1,), (False,))
+    call = {name: torch.zeros(1, 1, 9, 4) for name in "qkv"} | changes
+    ran = neighborhood_attend(**call, neighborhood=where)
+    assert ran.implementation == "tiled"
+    assert says in ran.reason
+    with pytest.raises(Unsupported, match=says):
+        neighborhood_attend(**call, neighborhood=where, implementation="fused")
+
+
 def make(kind=NeighborhoodAttention, seed: int = 0, **changes) -> NeighborhoodAttention:
     torch.manual_seed(seed)
     arguments: dict[str, Any] = {"d_model": 12, "num_heads": 3, "kernel_size": 3} | changes
@@ -359,7 +431,7 @@ def test_dropout_acts_in_training_only():
         ({"relative_position_bias": True}, "relative_position_bias needs the number of axes"),
         ({"num_heads": 5}, "multiple of num_heads"),
         ({"dropout": 1.0}, "dropout must be"),
-        ({"implementation": "natten"}, "implementation must be one of auto, tiled"),
+        ({"implementation": "natten"}, "implementation must be one of auto, fused, tiled"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changes, message):

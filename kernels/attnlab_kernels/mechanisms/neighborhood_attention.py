@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnlab_kernels.mechanisms.base import read_aliases, read_width
 from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodError, NeighborhoodMap, per_axis
-from attnlab_kernels.operations.neighborhood.reference import run
+from attnlab_kernels.operations.neighborhood.api import check_implementation, neighborhood_attend
 from attnlab_kernels.output import AttentionOutput
 
 REFUSED = {
@@ -76,7 +76,7 @@ class NeighborhoodAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
         self.dropout, self.implementation = dropout, implementation
-        _chosen(implementation)
+        check_implementation(implementation)
         self.dims = self._read_dims(dims, kernel_size)
         self.kernel_size, self.dilation, self.stride, self.causal = kernel_size, dilation, stride, causal
         self.scale = self.head_dim**-0.5 if attention_scale is None else attention_scale
@@ -127,18 +127,17 @@ class NeighborhoodAttention(nn.Module):
             output_attentions: also return the weights of the windows, before dropout, detached.
             spatial_shape: the axes of a flat ``[B, N, C]``.
             causal: overrides the module's setting.
-            implementation: "tiled" or "auto", which is the same.
+            implementation: "tiled", "fused" (a CPU, every pixel visible) or "auto".
 
         Raises:
             ValueError: an input or a mask that does not fit, or an axis shorter than its window.
         """
         context, implementation = _refuse_others(context, implementation, others)
-        reason = _chosen(implementation or self.implementation)
         space = self._space(hidden_states, spatial_shape)
         neighborhood = self.neighborhood(space, causal)
         batch = hidden_states.shape[0]
         query, key, value = self._project(hidden_states, space)
-        result = run(
+        result, ran, reason = neighborhood_attend(
             query,
             key,
             value,
@@ -148,6 +147,7 @@ class NeighborhoodAttention(nn.Module):
             visible=_visible(attention_mask, batch, space),
             dropout=self.dropout if self.training else 0.0,
             need_windows=output_attentions,
+            implementation=implementation or self.implementation,
         )
         heads = result.output.movedim(1, -2).flatten(-2)
         windows = None if result.windows is None else result.windows.detach().flatten(2, -2).to(query.dtype)
@@ -157,7 +157,7 @@ class NeighborhoodAttention(nn.Module):
             None,
             result.lse.flatten(2),
             {
-                "implementation": "tiled",
+                "implementation": ran,
                 "reason": reason,
                 "heads": result.output.flatten(2, -2),
             },
@@ -187,9 +187,9 @@ class NeighborhoodAttention(nn.Module):
         visible = _visible(attention_mask, hidden_states.shape[0], space)
         with torch.no_grad():
             query, key, value = self._project(hidden_states, space)
-            lse = run(
+            lse = neighborhood_attend(
                 query, key, value, neighborhood, scale=self.scale, bias=self.position_table, visible=visible
-            ).lse
+            ).result.lse
         wide = torch.promote_types(query.dtype, torch.float32)
         return NeighborhoodMap(
             *(part[batch, head].flatten(0, -2).to(wide).cpu().numpy() for part in (query, key)),
@@ -273,13 +273,6 @@ class NeighborhoodAttention3D(NeighborhoodAttention):
     """Over ``[B, T, H, W, C]``, or ``[B, N, C]`` with ``spatial_shape``."""
 
     axes = 3
-
-
-def _chosen(implementation: str) -> str:
-    """Why the tiles run."""
-    if implementation not in ("auto", "tiled"):
-        raise ValueError(f"implementation must be one of auto, tiled; got {implementation!r}")
-    return "asked for" if implementation == "tiled" else "auto: the only implementation"
 
 
 def _refuse_others(

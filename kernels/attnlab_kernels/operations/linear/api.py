@@ -74,8 +74,9 @@ def linear_attend(
         return LinearResult(raw.numerator.to(value.dtype), None, raw.sums, name, reason)
     denominator = raw.denominator + eps
     empty = denominator == 0
-    output = raw.numerator / denominator.masked_fill(empty, 1)[..., None]
-    output = output.masked_fill(empty[..., None], 0)
+    # in place where no gradient needs the numerator: one tensor of this size less to make
+    divide = raw.numerator.div if raw.numerator.requires_grad else raw.numerator.div_
+    output = divide(denominator.masked_fill(empty, 1)[..., None])  # nothing seen: 0 / 1
     return LinearResult(output.to(value.dtype), denominator, raw.sums, name, reason)
 
 

@@ -11,13 +11,28 @@ from torch.nn import functional
 
 from attnlab_kernels.operations.linear.reference import LinearSums, Raw, read, total
 
+# tokens whose intermediate states exist at a time; more of them leave the processor's cache
+SEGMENT = 1024
+
 
 def chunked(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, past: LinearSums, chunk: int) -> Raw:
     """The same as ``reference.parallel``; ``chunk`` tokens at a time, the last chunk may be shorter."""
-    sums = total(key, value, past)
     if not causal:
+        sums = total(key, value, past)
         return Raw(*read(query, sums), sums)
+    numerators, denominators = [], []
+    size = chunk * max(1, SEGMENT // chunk)
+    pieces = (part.split(size, dim=2) for part in (query, key, value))
+    for q, k, v in zip(*pieces, strict=True):
+        numerator, denominator, past = _segment(q, k, v, past, chunk)
+        numerators.append(numerator)
+        denominators.append(denominator)
+    return Raw(torch.cat(numerators, dim=2), torch.cat(denominators, dim=2), past)
+
+
+def _segment(query: Tensor, key: Tensor, value: Tensor, past: LinearSums, chunk: int) -> Raw:
     length = query.shape[2]
+    sums = total(key, value, past)
     rest = -length % chunk
     query, key, value = (
         functional.pad(part, (0, 0, 0, rest)).unflatten(2, (-1, chunk)) for part in (query, key, value)

@@ -33,7 +33,7 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Tile:
+class Tile:
     """Slices of the grid for queries and keys, and per axis which key ``[queries, keys]`` a query may see."""
 
     queries: tuple[slice, ...]
@@ -67,20 +67,20 @@ def run(
     Raises:
         NeighborhoodError: shapes that do not fit.
     """
-    _check(q, k, v, neighborhood, bias, visible)
+    check(q, k, v, neighborhood, bias, visible)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     numbers = torch.arange(neighborhood.size, device=q.device).view(neighborhood.space)
     parts: list[tuple[Tensor, ...]] = []
-    for tile in _tiles(neighborhood):
+    for tile in tiles(neighborhood):
         queries, keys = (slice(None), slice(None), *tile.queries), (slice(None), slice(None), *tile.keys)
         query, key, value = (
             tensor[cut].flatten(2, -2).to(wide) for tensor, cut in ((q, queries), (k, keys), (v, keys))
         )
         scores = query @ key.transpose(-1, -2) * factor
         if bias is not None:
-            scores = scores + _bias(bias.to(wide), tile, neighborhood)
-        keep = _keep(tile, q.device)
+            scores = scores + bias_tile(bias.to(wide), tile, neighborhood)
+        keep = keep_tile(tile, q.device)
         if visible is not None:
             keep = keep & visible[(slice(None), *tile.keys)].flatten(1)[:, None, None]
         scores = scores.masked_fill(~keep, -torch.inf)
@@ -108,19 +108,19 @@ def run(
 def visited_pairs(neighborhood: Neighborhood) -> int:
     """(query, key) pairs that ``run`` computes a score for, masked ones included."""
     return sum(
-        int(np.prod([len(first) for first in tile.first])) * _key_count(tile) for tile in _tiles(neighborhood)
+        int(np.prod([len(first) for first in tile.first])) * _key_count(tile) for tile in tiles(neighborhood)
     )
 
 
-def _key_count(tile: _Tile) -> int:
+def _key_count(tile: Tile) -> int:
     return int(np.prod([len(range(part.start, part.stop, part.step)) for part in tile.keys]))
 
 
 @lru_cache(maxsize=8)
-def _tiles(neighborhood: Neighborhood) -> tuple[_Tile, ...]:
+def tiles(neighborhood: Neighborhood) -> tuple[Tile, ...]:
     side = SIDES[len(neighborhood.space)]
     axes = [list(_axis_tiles(neighborhood, axis, side)) for axis in range(len(neighborhood.space))]
-    return tuple(_Tile(*zip(*parts, strict=True)) for parts in product(*axes))
+    return tuple(Tile(*zip(*parts, strict=True)) for parts in product(*axes))
 
 
 def _axis_tiles(
@@ -136,7 +136,7 @@ def _axis_tiles(
             yield queries, slice(lowest, highest + 1, dilation), (low - lowest) // dilation, many
 
 
-def _keep(tile: _Tile, device: torch.device) -> Tensor:
+def keep_tile(tile: Tile, device: torch.device) -> Tensor:
     """Bool ``[queries, keys]`` of a tile."""
     sides = []
     for part, first, count in zip(tile.keys, tile.first, tile.count, strict=True):
@@ -160,7 +160,7 @@ def _grid(sides: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     )
 
 
-def _bias(table: Tensor, tile: _Tile, neighborhood: Neighborhood) -> Tensor:
+def bias_tile(table: Tensor, tile: Tile, neighborhood: Neighborhood) -> Tensor:
     """Relative position bias ``[H, queries, keys]``; pairs outside a window get a number that is masked."""
     sides = []
     axes = zip(tile.queries, tile.keys, neighborhood.dilation, neighborhood.kernel_size, strict=True)
@@ -171,7 +171,7 @@ def _bias(table: Tensor, tile: _Tile, neighborhood: Neighborhood) -> Tensor:
     return table[(slice(None), *indices)]
 
 
-def _by_slot(weights: Tensor, tile: _Tile, neighborhood: Neighborhood) -> Tensor:
+def _by_slot(weights: Tensor, tile: Tile, neighborhood: Neighborhood) -> Tensor:
     """Weights ``[B, H, queries, keys]`` of a tile in window order ``[B, H, queries, slots]``."""
     sides, exists, widths = [], [], []
     axes = zip(tile.keys, tile.first, tile.count, neighborhood.kernel_size, strict=True)
@@ -186,7 +186,7 @@ def _by_slot(weights: Tensor, tile: _Tile, neighborhood: Neighborhood) -> Tensor
     return weights.gather(-1, index.expand(*weights.shape[:2], *index.shape)).masked_fill(~present, 0)
 
 
-def _check(
+def check(
     q: Tensor, k: Tensor, v: Tensor, neighborhood: Neighborhood, bias: Tensor | None, visible: Tensor | None
 ) -> None:
     space = neighborhood.space
