@@ -61,8 +61,8 @@ def test_it_equals_torch_with_widths_of_their_own(masked):
         keep[1, [0, 4, 9, 10]] = False
     want, weights = theirs(x, context, context, key_padding_mask=~keep, average_attn_weights=False)
     got, maps = mine(x, context, attention_mask=keep, return_attention=True)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(maps, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps, weights, atol=1e-6, rtol=0)
 
 
 def test_it_equals_bart():
@@ -80,8 +80,8 @@ def test_it_equals_bart():
     x, context = hidden(5), hidden(9, seed=4)
     want, weights = theirs(x, key_value_states=context)
     got, maps = mine(x, context, return_attention=True)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(maps, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps, weights, atol=1e-6, rtol=0)
 
 
 def test_the_context_is_projected_once_and_the_cache_never_grows():

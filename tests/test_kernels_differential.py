@@ -57,9 +57,9 @@ def test_halves_load_and_equal_transformers_diffllama(layer, kv_heads):
     future = torch.zeros(1, 1, 11, 11).masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf)
     want, _ = theirs(x, position_embeddings=tables, attention_mask=future)
     got, _, _ = mine(x, position_embeddings=tables)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     mine.use_rotary = True
-    torch.testing.assert_close(mine(x)[0], want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(mine(x)[0], want, atol=1e-6, rtol=0)
 
 
 def test_the_schedule_of_the_paper():

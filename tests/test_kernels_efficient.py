@@ -161,8 +161,8 @@ def test_memory_efficient_equals_torch(causal):
     future = torch.ones(11, 11, dtype=torch.bool).triu(1) if causal else None
     want, weights = theirs(x, x, x, attn_mask=future, average_attn_weights=False)
     got = mine(x, output_attentions=True, return_dict=True)
-    torch.testing.assert_close(got.output, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(got.attentions, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.output, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.attentions, weights, atol=1e-6, rtol=0)
     assert got.aux["implementation"] == "chunked"
 
 
@@ -262,7 +262,7 @@ def test_spatial_reduction_equals_segformer(reduction, flat):
     got = mine(given, spatial_shape=grid, output_attentions=True, return_dict=True)
     assert got.output.shape == given.shape
     torch.testing.assert_close(got.output.reshape(want.shape), want, atol=3e-6, rtol=0)
-    torch.testing.assert_close(got.attentions, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.attentions, weights, atol=1e-6, rtol=0)
     assert got.aux["reduced_shape"] == (6 // reduction, 12 // reduction)
 
 
@@ -285,7 +285,7 @@ def test_chunks_equal_the_lucidrains_package(causal):
     )
     mask = Causal() if causal else Full()
     got, _ = chunked.run(query, key, key, mask=mask, scale=8**-0.5, chunk=5)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
 def test_the_linear_variant_equals_its_package_up_to_the_packages_extra_scale():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import attnlab_kernels
 from attnlab_kernels import (
     MECHANISMS,
     AttentionOutput,
@@ -446,3 +447,17 @@ def test_a_cache_of_another_kind_is_refused_by_name():
     latent = step("latent", module, tokens(2), None).cache
     with pytest.raises(ValueError, match="one of ContiguousKV, PagedSequences; got LatentKV"):
         step("grouped_query", CASES["grouped_query"].module(), tokens(2), latent)
+
+
+def test_the_short_names_of_the_guide_are_the_same_classes():
+    short = {
+        "GQA": GroupedQueryAttention,
+        "SWA": SlidingWindowAttention,
+        "MLA": MultiHeadLatentAttention,
+        "DSA": SparseAttention,
+        "DiffAttn": DifferentialAttention,
+        "SwitchHead": SwitchHeadAttention,
+        "MemoryEfficientAttention": EfficientAttention,
+        "CausalLinearAttention": LinearAttention,
+    }
+    assert {name: getattr(attnlab_kernels, name) for name in short} == short

@@ -146,8 +146,8 @@ def test_multi_head_equals_torch(bias, masked):
         keep[1, 11:] = False
     want, weights = theirs(x, x, x, key_padding_mask=~keep, average_attn_weights=False)
     got = mine(x, attention_mask=keep, output_attentions=True, return_dict=True)
-    torch.testing.assert_close(got.output, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(got.attentions, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.output, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.attentions, weights, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -160,9 +160,9 @@ def test_add_zero_attn_equals_torch(causal):
     future = torch.ones(9, 9, dtype=torch.bool).triu(1) if causal else None
     want, weights = theirs(x, x, x, attn_mask=future, average_attn_weights=False)
     got = mine(x, output_attentions=True, return_dict=True)
-    torch.testing.assert_close(got.output, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.output, want, atol=1e-6, rtol=0)
     # theirs is the last column, ours the first
-    torch.testing.assert_close(got.attentions.roll(-1, dims=-1), weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got.attentions.roll(-1, dims=-1), weights, atol=1e-6, rtol=0)
 
 
 def copy_packed(theirs: nn.MultiheadAttention, mine: MultiHeadAttention) -> None:
@@ -182,7 +182,7 @@ def test_context_equals_torchs_cross_attention():
     x, context = hidden(7), hidden(23, seed=2)
     want, _ = theirs(x, context, context)
     got, _ = mine(x, key_value_states=context)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -203,11 +203,11 @@ def test_grouped_query_loads_and_equals_llama(kv_heads):
     mask = create_causal_mask(config, x, None, None, position_ids=positions)
     want, weights = theirs(x, position_embeddings=tables, attention_mask=mask)
     got, maps, _ = mine(x, position_embeddings=tables, output_attentions=True)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(maps, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps, weights, atol=1e-6, rtol=0)
     mine.use_rotary = True
     own, _, _ = mine(x)
-    torch.testing.assert_close(own, want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(own, want, atol=1e-6, rtol=0)
 
 
 def test_sliding_window_loads_and_equals_mistral():
@@ -233,8 +233,8 @@ def test_sliding_window_loads_and_equals_mistral():
     mask = create_sliding_window_causal_mask(config, x, None, None, position_ids=positions)
     want, weights = theirs(x, position_embeddings=tables, attention_mask=mask)
     got, maps, _ = mine(x, position_embeddings=tables, output_attentions=True)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(maps, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps, weights, atol=1e-6, rtol=0)
 
 
 def test_constructors_and_returns_of_the_guide_work_as_written():

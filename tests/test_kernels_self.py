@@ -49,8 +49,8 @@ def test_it_equals_torch(causal, bias):
     future = torch.ones(11, 11, dtype=torch.bool).triu(1) if causal else None
     want, weights = theirs(x, x, x, attn_mask=future, average_attn_weights=False)
     got, maps = mine(x, return_attention=True)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(maps, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps, weights, atol=1e-6, rtol=0)
 
 
 def test_causal_equals_gpt2():
@@ -69,7 +69,7 @@ def test_causal_equals_gpt2():
             projection.bias.copy_(theirs.c_attn.bias.chunk(3)[part])
         mine.o_proj.weight.copy_(theirs.c_proj.weight.T)
         mine.o_proj.bias.copy_(theirs.c_proj.bias)
-    torch.testing.assert_close(mine(hidden(13)), theirs(hidden(13))[0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(mine(hidden(13)), theirs(hidden(13))[0], atol=1e-6, rtol=0)
 
 
 def test_bidirectional_equals_bert():
@@ -87,8 +87,8 @@ def test_bidirectional_equals_bert():
         mine.o_proj.bias.zero_()
     want, weights = theirs(hidden(9))
     got, maps = mine(hidden(9), return_attention=True)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(maps, weights, atol=2e-6, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(maps, weights, atol=1e-6, rtol=0)
 
 
 def test_no_table_limits_the_length():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.build import build_mechanism
     from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
     from attnlab_kernels.mechanisms.cross_attention import CrossAttention
-    from attnlab_kernels.mechanisms.differential_attention import DifferentialAttention
+    from attnlab_kernels.mechanisms.differential_attention import DiffAttn, DifferentialAttention
     from attnlab_kernels.mechanisms.efficient_attention import EfficientAttention, MemoryEfficientAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
     from attnlab_kernels.mechanisms.flash_attention_3 import (
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
         FlashAttention3Core,
         is_flash_attention_3_available,
     )
-    from attnlab_kernels.mechanisms.grouped_query import GroupedQueryAttention
-    from attnlab_kernels.mechanisms.linear_attention import FAVORPlusAttention, LinearAttention
+    from attnlab_kernels.mechanisms.grouped_query import GQA, GroupedQueryAttention
+    from attnlab_kernels.mechanisms.linear_attention import (
+        CausalLinearAttention,
+        FAVORPlusAttention,
+        LinearAttention,
+    )
     from attnlab_kernels.mechanisms.linformer import LinformerAttention
     from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
-    from attnlab_kernels.mechanisms.multi_head_latent import MultiHeadLatentAttention
+    from attnlab_kernels.mechanisms.multi_head_latent import MLA, MultiHeadLatentAttention
     from attnlab_kernels.mechanisms.neighborhood_attention import (
         NeighborhoodAttention,
         NeighborhoodAttention1D,
@@ -41,17 +45,29 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.paged import PagedAttention
     from attnlab_kernels.mechanisms.ring_attention import BlockwiseRingAttention, RingAttention
     from attnlab_kernels.mechanisms.self_attention import SelfAttention
-    from attnlab_kernels.mechanisms.sliding_window import SlidingWindowAttention
+    from attnlab_kernels.mechanisms.sliding_window import SWA, SlidingWindowAttention
     from attnlab_kernels.mechanisms.sparse_attention import DSA, BlockSparseAttention, SparseAttention
-    from attnlab_kernels.mechanisms.switch_head import SwitchHeadAttention
+    from attnlab_kernels.mechanisms.switch_head import SwitchHead, SwitchHeadAttention
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
+    from attnlab_kernels.position_bias import Alibi, BucketBias, WindowBias
+    from attnlab_kernels.positions import Rotary
     from attnlab_kernels.ring_map import RingMap
     from attnlab_kernels.scheduler import ChunkedPrefillScheduler
     from attnlab_kernels.sparse_map import SparseMap
 
 _LAZY = {
+    "GQA": "attnlab_kernels.mechanisms.grouped_query",
+    "SWA": "attnlab_kernels.mechanisms.sliding_window",
+    "MLA": "attnlab_kernels.mechanisms.multi_head_latent",
+    "DiffAttn": "attnlab_kernels.mechanisms.differential_attention",
+    "SwitchHead": "attnlab_kernels.mechanisms.switch_head",
+    "CausalLinearAttention": "attnlab_kernels.mechanisms.linear_attention",
+    "Rotary": "attnlab_kernels.positions",
+    "Alibi": "attnlab_kernels.position_bias",
+    "BucketBias": "attnlab_kernels.position_bias",
+    "WindowBias": "attnlab_kernels.position_bias",
     "AttentionOutput": "attnlab_kernels.output",
     "BlockSparseAttention": "attnlab_kernels.mechanisms.sparse_attention",
     "DSA": "attnlab_kernels.mechanisms.sparse_attention",
@@ -98,15 +114,22 @@ _LAZY = {
 
 __all__ = [
     "DSA",
+    "GQA",
     "MECHANISMS",
+    "MLA",
+    "SWA",
+    "Alibi",
     "And",
     "AttentionOutput",
     "BlockSparseAttention",
     "BlockwiseRingAttention",
+    "BucketBias",
     "Causal",
+    "CausalLinearAttention",
     "ChunkedPrefill",
     "ChunkedPrefillScheduler",
     "CrossAttention",
+    "DiffAttn",
     "DifferenceMap",
     "DifferentialAttention",
     "EfficientAttention",
@@ -136,14 +159,17 @@ __all__ = [
     "Parameter",
     "RingAttention",
     "RingMap",
+    "Rotary",
     "SelfAttention",
     "SlidingWindowAttention",
     "SoftmaxMap",
     "SparseAttention",
     "SparseMap",
+    "SwitchHead",
     "SwitchHeadAttention",
     "Unsupported",
     "Window",
+    "WindowBias",
     "attend",
     "build_mechanism",
     "is_flash_attention_3_available",

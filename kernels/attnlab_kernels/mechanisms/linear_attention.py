@@ -208,6 +208,9 @@ class LinearAttention(base.SoftmaxModule):
             return weights / denominator.masked_fill(denominator == 0, 1)[..., None]
 
 
+CausalLinearAttention = LinearAttention
+
+
 class FAVORPlusAttention(LinearAttention):
     """Performer's attention: ``LinearAttention`` with ``feature_map="softmax_kernel"``. Returns the output alone.
 
