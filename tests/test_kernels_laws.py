@@ -461,3 +461,13 @@ def test_the_short_names_of_the_guide_are_the_same_classes():
         "CausalLinearAttention": LinearAttention,
     }
     assert {name: getattr(attnlab_kernels, name) for name in short} == short
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "dim", "d_model", "embed_dim", "query_dim"])
+def test_the_width_answers_to_all_its_names(name):
+    for record in MECHANISMS.values():
+        if record.id != "chunked_prefill":
+            kind = getattr(attnlab_kernels, record.class_name)
+            assert kind(**{name: WIDTH, "num_heads": HEADS}).dim == WIDTH
+            with pytest.raises(ValueError, match="names of the width must agree"):
+                kind(**{name: WIDTH, "dim" if name != "dim" else "d_model": 2 * WIDTH, "num_heads": HEADS})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnlab_kernels import (
+    ChunkedPrefill,
     CrossAttention,
     DifferentialAttention,
     GroupedQueryAttention,
@@ -141,6 +142,19 @@ def test_a_tensor_for_all_keys_is_cut_to_those_that_a_window_kept():
     cache = module(x[:, :11], position_bias=whole_bias[:, :11, :11], use_cache=True)[2]
     last = module(x[:, 11:], position_bias=whole_bias[:, 11:], past_key_value=cache)[0]
     torch.testing.assert_close(last, whole[:, 11:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["function", "pairs", "keys", "one row"])
+def test_a_prompt_in_chunks_has_the_bias_of_the_whole(kind):
+    torch.manual_seed(0)
+    module, x = GroupedQueryAttention(24, 4, 2).eval(), torch.randn(2, 11, 24)
+    steps, given = torch.arange(11), Alibi(4)
+    whole = given(steps, steps)
+    forms = {"function": given, "pairs": whole, "keys": whole[0, -1], "one row": whole[:, -1:]}
+    bias: Any = forms[kind]
+    with torch.no_grad():
+        chunked = ChunkedPrefill(4, module)(x, position_bias=bias, use_cache=False)
+        torch.testing.assert_close(chunked, module(x, position_bias=bias)[0], atol=1e-6, rtol=0)
 
 
 def test_a_learned_bias_gets_its_gradient():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.output import AttentionOutput
+from attnlab_kernels.position_bias import PositionBias
 
 
 class ChunkedPrefill(nn.Module):
@@ -65,6 +66,7 @@ class ChunkedPrefill(nn.Module):
         causal: bool | None = True,
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_bias: PositionBias | None = None,
         past_key_value: Any = None,
         output_attentions: bool = False,
         return_dict: bool = False,
@@ -75,7 +77,7 @@ class ChunkedPrefill(nn.Module):
         Args:
             chunk_size: overrides the module's.
             attention_mask: a ``Mask``, or a tensor of the whole prompt: ``[B, n]``, ``[n, n]``, ``[B, 1 | H, n, n]``.
-            position_ids: ``[n]`` or ``[B, n]``, cut into chunks; position_embeddings likewise.
+            position_ids: ``[n]`` or ``[B, n]``, cut into chunks; position_embeddings and a position_bias likewise.
             use_cache: keep the cache for ``decode_step``.
             output_attentions: also give the map ``[B, H, n, n]``, the rows of all chunks.
             options: passed on to the wrapped module.
@@ -116,6 +118,7 @@ class ChunkedPrefill(nn.Module):
                     "attention_mask": _cut_mask(attention_mask, first, stop, batch, count),
                     "position_ids": None if position_ids is None else position_ids[..., first:stop],
                     "position_embeddings": _cut_tables(position_embeddings, first, stop),
+                    "position_bias": _cut_bias(position_bias, first, stop, count),
                     "output_attentions": output_attentions,
                 }
                 result = self._run(module, hidden_states[:, first:stop], cache, call)
@@ -221,6 +224,16 @@ def _cut_mask(
     # with 4 dimensions nothing can be taken for a mask of keys
     wide = given[None, None] if given.dim() == 2 else given
     rows = wide if wide.shape[-2] == 1 else wide[..., start:stop, :]
+    return rows[..., :stop]
+
+
+def _cut_bias(given: PositionBias | None, start: int, stop: int, count: int) -> PositionBias | None:
+    """A tensor's rows and columns of one chunk; a function of positions is asked anew by each."""
+    if not isinstance(given, Tensor):
+        return given
+    if given.shape[-1] != count or (given.dim() > 1 and given.shape[-2] not in (1, count)):
+        raise ValueError(f"position_bias must be of the prompt's {count} tokens; got {list(given.shape)}")
+    rows = given[..., start:stop, :] if given.dim() > 1 and given.shape[-2] == count else given
     return rows[..., :stop]
 
 
