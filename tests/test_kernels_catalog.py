@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -43,12 +44,14 @@ def test_the_catalog_loads_neither_torch_nor_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("record", [r for r in MECHANISMS.values() if r.built], ids=lambda record: record.id)
-def test_the_snippet_of_what_is_built_runs(record):
-    names: dict[str, object] = {}
+@pytest.mark.parametrize("record", MECHANISMS.values(), ids=lambda record: record.id)
+def test_a_snippet_runs(record):
+    names: dict[str, Any] = {}
     exec(record.snippet, names)
     output = names["output"]
-    assert tuple(getattr(output, "shape", ()))[:2] == (1, 64)
+    assert output.shape[0] == 1
+    assert output[0, ..., 0].numel() in (64, 256)  # as many tokens, or pixels, as went in
+    assert output.isfinite().all()
 
 
 @pytest.mark.parametrize("record", MECHANISMS.values(), ids=lambda record: record.id)

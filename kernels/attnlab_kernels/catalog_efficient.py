@@ -74,7 +74,12 @@ EFFICIENT_RECORDS = (
         built=False,
         swap="approximate",
         swap_note="another similarity than the weights were trained with; the loss is measured",
-        snippet='attn = LinearAttention(dim=512, num_heads=8, feature_map="elu")\noutput, cache = attn(x)\n',
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import LinearAttention\n\n"
+            'attn = LinearAttention(dim=512, num_heads=8, feature_map="elu")\n'
+            "output, cache = attn(torch.randn(1, 64, 512), use_cache=True)\n"
+        ),
         cache=state,
         cache_formula="4 · L · H · (f · d + f), constant",
     ),
@@ -110,8 +115,10 @@ EFFICIENT_RECORDS = (
         swap="approximate",
         swap_note="pairs outside the pattern are cut off; the loss is measured",
         snippet=(
-            'attn = SparseAttention(dim=512, num_heads=8, sparsity_pattern="strided", stride=64)\n'
-            "output, _, cache = attn(hidden_states)\n"
+            "import torch\n"
+            "from attnlab_kernels import SparseAttention\n\n"
+            'attn = SparseAttention(dim=512, num_heads=8, sparsity_pattern="strided", stride=16)\n'
+            "output, _, cache = attn(torch.randn(1, 64, 512))\n"
         ),
         cache=local_window,
         cache_formula="2 · L · Hkv · d · b · n; local: min(n, w) instead of n",
@@ -145,7 +152,12 @@ EFFICIENT_RECORDS = (
         built=False,
         swap="exact",
         swap_note="the memory_efficient variant only: same function in chunks",
-        snippet="attn = MemoryEfficientAttention(hidden_size=512, num_heads=8, chunk_size=128)\noutput = attn(x)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import EfficientAttention\n\n"
+            'attn = EfficientAttention(512, 8, variant="memory_efficient", chunk_size=32)\n'
+            "output = attn(torch.randn(1, 64, 512), return_dict=True).output\n"
+        ),
         cache=exact_only,
         cache_formula="2 · L · H · d · b · n (memory_efficient); none for the others",
     ),
@@ -172,7 +184,12 @@ EFFICIENT_RECORDS = (
         built=False,
         swap="approximate",
         swap_note="a low-rank latent from the singular values of trained keys and values; the loss is measured",
-        snippet="attn = MultiHeadLatentAttention(dim=2048, num_heads=16)\noutput, _, cache = attn(x, use_cache=True)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import MultiHeadLatentAttention\n\n"
+            "attn = MultiHeadLatentAttention(dim=512, num_heads=4, kv_lora_rank=128)\n"
+            "output, _, cache = attn(torch.randn(1, 64, 512), use_cache=True)\n"
+        ),
         cache=latent,
         cache_formula="L · (r + d_rope) · b · n",
     ),
@@ -198,8 +215,10 @@ EFFICIENT_RECORDS = (
         swap="exact",
         swap_note="same numbers, another home for keys and values",
         snippet=(
-            "attn = PagedAttention(d_model=4096, num_heads=32, block_size=16, num_blocks=1024)\n"
-            "output, _, cache_state = attn(x, seq_id=0, use_cache=True)\n"
+            "import torch\n"
+            "from attnlab_kernels import PagedAttention\n\n"
+            "attn = PagedAttention(d_model=512, num_heads=8, block_size=16, num_blocks=64)\n"
+            "output, _, state = attn(torch.randn(1, 64, 512), seq_id=0, use_cache=True)\n"
         ),
         cache=pages,
         cache_formula="⌈n / s⌉ · s · 2 · L · Hkv · d · b + 4 · ⌈n / s⌉",

@@ -26,7 +26,10 @@ SPECIAL_RECORDS = (
         swap="exact",
         swap_note="same function in 16 bits; with use_fp8 the rounding is measured",
         snippet=(
-            'attn = FlashAttention3({"embed_dim": 2048, "num_heads": 16})\noutput = attn(x, causal=True)\n'
+            "import torch\n"
+            "from attnlab_kernels import FlashAttention3\n\n"
+            'attn = FlashAttention3({"embed_dim": 512, "num_heads": 8})\n'
+            "output = attn(torch.randn(1, 64, 512), causal=True)\n"
         ),
         cache=key_heads,
         cache_formula="2 · L · Hkv · d · b · n",
@@ -50,7 +53,12 @@ SPECIAL_RECORDS = (
         built=False,
         swap="exact",
         swap_note="same numbers, spread over ranks",
-        snippet="attn = RingAttention(dim=512, num_heads=8, ring_size=4)\noutput = attn(x)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import RingAttention\n\n"
+            "attn = RingAttention(dim=512, num_heads=8, ring_size=4)\n"
+            "output = attn(torch.randn(1, 64, 512))\n"
+        ),
         cache=shard,
         cache_formula="2 · L · Hkv · d · b · n / P a rank",
     ),
@@ -76,7 +84,12 @@ SPECIAL_RECORDS = (
         built=False,
         swap="not_applicable",
         swap_note="needs training: plain weights have no second map",
-        snippet="attn = DifferentialAttention(dim=512, num_heads=4)\noutput, _, cache = attn(x)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import DifferentialAttention\n\n"
+            "attn = DifferentialAttention(dim=512, num_heads=4)\n"
+            "output, _, cache = attn(torch.randn(1, 64, 512), use_cache=True)\n"
+        ),
         cache=pairs,
         cache_formula="4 · L · H · d · b · n (two keys of d and a value of 2d a head)",
     ),
@@ -100,7 +113,12 @@ SPECIAL_RECORDS = (
         built=False,
         swap="approximate",
         swap_note="pairs outside the neighbourhood are cut off; only for models that are not causal",
-        snippet="attn = NeighborhoodAttention2D(d_model=256, num_heads=8, kernel_size=7)\noutput, _ = attn(image)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import NeighborhoodAttention2D\n\n"
+            "attn = NeighborhoodAttention2D(d_model=256, num_heads=8, kernel_size=7)\n"
+            "output, _ = attn(torch.randn(1, 16, 16, 256))  # [batch, height, width, channels]\n"
+        ),
         cache=nothing,
         cache_formula="none",
     ),
@@ -127,7 +145,12 @@ SPECIAL_RECORDS = (
         built=False,
         swap="not_applicable",
         swap_note="needs training: plain weights have no experts",
-        snippet="attn = SwitchHeadAttention(d_model=512, num_heads=2, num_experts=4)\noutput, _, aux_loss = attn(x)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import SwitchHeadAttention\n\n"
+            "attn = SwitchHeadAttention(d_model=512, num_heads=2, num_experts=4, top_k=2)\n"
+            "output, _, aux_loss = attn(torch.randn(1, 64, 512))\n"
+        ),
         cache=every_head,
         cache_formula="2 · L · H · d · b · n, with a small H",
     ),
@@ -148,7 +171,13 @@ SPECIAL_RECORDS = (
         built=False,
         swap="exact",
         swap_note="same numbers, chunk after chunk",
-        snippet="prefill = ChunkedPrefill(chunk_size=512, attention_module=attn)\noutput, cache = prefill(x)\n",
+        snippet=(
+            "import torch\n"
+            "from attnlab_kernels import ChunkedPrefill, GroupedQueryAttention\n\n"
+            "attn = GroupedQueryAttention(dim=512, num_heads=8, num_kv_heads=2)\n"
+            "prefill = ChunkedPrefill(chunk_size=16, attention_module=attn)\n"
+            "output, cache = prefill(torch.randn(1, 64, 512))\n"
+        ),
         cache=key_heads,
         cache_formula="as the attention that it wraps",
     ),

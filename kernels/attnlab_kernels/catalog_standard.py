@@ -57,8 +57,10 @@ STANDARD_RECORDS = (
         swap="exact",
         swap_note="what a decoder-only or encoder-only model has already",
         snippet=(
-            "attn = SelfAttention(hidden_size=768, num_heads=12, is_causal=True)\n"
-            "output, weights = attn(hidden_states, return_attention=True)\n"
+            "import torch\n"
+            "from attnlab_kernels import SelfAttention\n\n"
+            "attn = SelfAttention(hidden_size=256, num_heads=4, is_causal=True)\n"
+            "output, weights = attn(torch.randn(1, 64, 256), return_attention=True)\n"
         ),
         cache=every_head,
         cache_formula="2 · L · H · d · b · n",
@@ -85,7 +87,10 @@ STANDARD_RECORDS = (
         swap="not_applicable",
         swap_note="needs a second sequence that a self-attending model was not trained on",
         snippet=(
-            "attn = CrossAttention(query_dim=512, key_dim=768, num_heads=8)\noutput = attn(x, context)\n"
+            "import torch\n"
+            "from attnlab_kernels import CrossAttention\n\n"
+            "attn = CrossAttention(query_dim=512, key_dim=768, num_heads=8)\n"
+            "output = attn(torch.randn(1, 64, 512), torch.randn(1, 100, 768))\n"
         ),
         cache=key_heads,
         cache_formula="2 · L · Hkv · d · b · m, once for the whole context",

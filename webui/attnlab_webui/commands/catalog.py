@@ -4,11 +4,15 @@ import json as json_module
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
+from attnlab.advice.model_shapes import KNOWN_SHAPES, cache_bytes
 from attnlab.bundled import BUNDLED, fetch
+from attnlab.views.sample_maps import sample_map
+from attnlab.views.sample_pictures import sample_text
 from attnlab_kernels.catalog import MECHANISMS, Mechanism
 from attnlab_webui.commands.console import (
     JsonOption,
@@ -18,11 +22,13 @@ from attnlab_webui.commands.console import (
     say,
     short_bytes,
 )
+from attnlab_webui.form_fields import range_words
 from attnlab_webui.mechanism_facts import STAGE_WORDS, mechanism_document, stage
 from attnlab_webui.system_facts import model_facts
 
 SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
 SURVEY_SECONDS = 120
+GROWTH = (1024, 8192, 65_536, 262_144)
 
 models = typer.Typer(help="The bundled models: which there are, and fetching them.", no_args_is_help=False)
 
@@ -62,8 +68,28 @@ def mechanism_words(mechanism: Mechanism) -> str:
         f"use for     {'; '.join(mechanism.use_cases)}",
         f"not for     {mechanism.not_for}",
     ]
-    lines += [f"  {item.name} = {item.default}: {item.help}" for item in mechanism.parameters]
+    lines += [
+        f"  {item.name} = {item.default} ({range_words(item)}): {item.help}" for item in mechanism.parameters
+    ]
+    lines += ["", f"cache       {mechanism.cache_formula}", *growth_lines(mechanism)]
+    made = sample_map(mechanism.id)
+    lines += [
+        "",
+        f"its map on {made.weights.shape[0]} made-up queries: {made.words}",
+        "",
+        sample_text(mechanism.id),
+    ]
     return "\n".join([*lines, "", mechanism.snippet])
+
+
+def growth_lines(mechanism: Mechanism) -> list[str]:
+    """The cache of a Llama 3 8B by its tokens; nothing where there is no cache."""
+    shape = KNOWN_SHAPES["llama-3-8b"].shape
+    sizes = [(tokens, cache_bytes(mechanism, replace(shape, context=tokens))) for tokens in GROWTH]
+    if not any(size for _, size in sizes):
+        return []
+    told = ", ".join(f"{short_bytes(size)} at {tokens // 1024}K" for tokens, size in sizes)
+    return [f"            in the shape of Llama 3 8B: {told} tokens"]
 
 
 def kernels(json: JsonOption = False) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
 import gradio as gr
 
 from attnlab.bundled import BUNDLED
+from attnlab.views.sample_maps import sample_map
+from attnlab.views.sample_pictures import sample_png
 from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter, validate_parameters
 from attnlab_storage.database import Store
 from attnlab_webui import pieces
@@ -16,6 +18,7 @@ from attnlab_webui.mechanism_facts import STAGE_WORDS, stage
 from attnlab_webui.pieces import escape
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+GROWTH = (1024, 8192, 65_536, 262_144)
 SWAP_WORDS = {
     "exact": "exact swap",
     "approximate": "approximate swap",
@@ -83,7 +86,7 @@ def catalog(shape: Shape) -> str:
     """All mechanisms as a list of rows that open."""
     sizes = {name: cache_bytes(mechanism, shape) for name, mechanism in MECHANISMS.items()}
     largest = max(sizes.values(), default=0) or 1
-    rows = "".join(row(mechanism, sizes[name], largest) for name, mechanism in MECHANISMS.items())
+    rows = "".join(row(mechanism, sizes[name], largest, shape) for name, mechanism in MECHANISMS.items())
     head = (
         '<div class="at-mech-head"><span>Mechanism</span><span>Complexity</span>'
         f"<span>Cache, {escape(shape_words(shape))}</span><span>Swap into trained weights</span>"
@@ -96,7 +99,7 @@ def shape_words(shape: Shape) -> str:
     return f"{shape.tokens:,} tokens, {shape.dtype}"
 
 
-def row(mechanism: Mechanism, size: int, largest: int) -> str:
+def row(mechanism: Mechanism, size: int, largest: int, shape: Shape | None = None) -> str:
     where = stage(mechanism)
     usable = f'<span class="at-tag {STAGE_TONES[where]}">{STAGE_WORDS[where]}</span>'
     complexity = escape(mechanism.complexity)
@@ -107,7 +110,7 @@ def row(mechanism: Mechanism, size: int, largest: int) -> str:
         f'<span class="at-mono at-clip" title="{complexity}">{complexity}</span>'
         f"<span>{bar(size, largest)}</span>"
         f"<span>{escape(SWAP_WORDS[mechanism.swap])}</span><span>{usable}</span>"
-        f"</summary>{detail(mechanism)}</details>"
+        f"</summary>{detail(mechanism, shape or Shape())}</details>"
     )
 
 
@@ -119,7 +122,7 @@ def bar(size: int, largest: int) -> str:
     )
 
 
-def detail(mechanism: Mechanism) -> str:
+def detail(mechanism: Mechanism, shape: Shape) -> str:
     use = (
         f'<a class="at-button at-primary" href="/?{escape(urlencode({"mechanism": mechanism.id}))}">'
         "Use in an experiment</a>"
@@ -127,10 +130,10 @@ def detail(mechanism: Mechanism) -> str:
         else f'<span class="at-muted">{UNUSABLE[stage(mechanism)]}</span>'
     )
     return (
-        f'<div class="at-mech-body"><div><p>{escape(mechanism.summary)}</p>'
+        f'<div class="at-mech-body"><div>{picture(mechanism)}<p>{escape(mechanism.summary)}</p>'
         f'<pre class="at-formula">{escape(mechanism.formula)}</pre>'
         f"<h4>Complexity</h4><p>{escape(mechanism.complexity)}</p>"
-        f"<h4>Cache of one sequence</h4><p>{escape(mechanism.cache_formula)}</p>"
+        f"<h4>Cache of one sequence</h4><p>{escape(mechanism.cache_formula)}</p>{growth(mechanism, shape)}"
         f"<h4>Use it for</h4><ul>{items(mechanism.use_cases)}</ul>"
         f"<h4>Not for</h4><p>{escape(mechanism.not_for)}</p>"
         f"<h4>Swapping it in</h4><p>{escape(mechanism.swap_note)}</p>"
@@ -139,6 +142,29 @@ def detail(mechanism: Mechanism) -> str:
         f"<div>{parameter_table(mechanism.parameters)}"
         f'<h4>Python</h4><pre class="at-code">{escape(mechanism.snippet)}</pre><p>{use}</p></div></div>'
     )
+
+
+def picture(mechanism: Mechanism) -> str:
+    """The mechanism's map on the input that all share; what is masked shows the ground."""
+    made = sample_map(mechanism.id)
+    queries, keys = made.weights.shape
+    words = f"{made.words}. Rows are {queries} queries, columns {keys} keys; brighter is more (square root)."
+    return (
+        f'<figure class="at-sample"><img src="{sample_png(mechanism.id)}" alt="attention map of '
+        f'{escape(mechanism.title)}" width="{3 * keys}" height="{3 * queries}">'
+        f"<figcaption>{escape(words)}</figcaption></figure>"
+    )
+
+
+def growth(mechanism: Mechanism, shape: Shape) -> str:
+    """How the cache grows with the tokens, for the shape in the fields."""
+    if not cache_bytes(mechanism, shape):
+        return ""
+    sizes = [(tokens, cache_bytes(mechanism, replace(shape, tokens=tokens))) for tokens in GROWTH]
+    cells = "".join(
+        f"<span>{tokens // 1024}K<b>{escape(pieces.size_in_bytes(size))}</b></span>" for tokens, size in sizes
+    )
+    return f'<div class="at-growth">{cells}</div>'
 
 
 def items(texts: tuple[str, ...]) -> str:
