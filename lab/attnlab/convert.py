@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundled import BUNDLED, CONVERSION, MARKER, BundledModel
+from .convert_whisper import convert_whisper
 
 # the tokens of a SMILES string, as published with the RXNMapper weights (Schwaller et al. 2019)
 SMILES_TOKENS = (
@@ -92,7 +93,12 @@ def _smiles_tokenizer(words: list[str]) -> Any:
     return tokenizer
 
 
-CONVERTERS = {"smollm2-135m": _convert_gguf, "minilm-l6": _copy_encoder, "rxnmapper": _convert_albert}
+CONVERTERS = {
+    "smollm2-135m": _convert_gguf,
+    "minilm-l6": _copy_encoder,
+    "rxnmapper": _convert_albert,
+    "whisper-tiny-en": convert_whisper,
+}
 
 if __name__ == "__main__":
     convert(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
