@@ -154,7 +154,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ({"model": "smollm"}, ("model", "'smollm'", "did you mean 'smollm2-135m'?", "rxnmapper")),
         ({"model": "/no/such/folder"}, ("model", "'/no/such/folder'", "local folder")),
         ({"input__text": " \n "}, ("input.text", "empty")),
-        ({"input__text": None}, ("input", "exactly one of text, file and synthetic", "none")),
+        ({"input__text": None}, ("input", "exactly one of text, file, image, audio and synthetic", "none")),
         ({"input__synthetic": "random"}, ("input", "exactly one of", "text and synthetic")),
         (
             {"input__text": "é" * (MAX_TEXT_BYTES // 2 + 1)},

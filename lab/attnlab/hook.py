@@ -71,6 +71,8 @@ class LayerCall:
     reason: str
     again: Callable[[], object] | None = None
     """computes it once more, alone; None: softmax attention of these tensors"""
+    cross: bool = False
+    """the keys are of another sequence than the queries"""
 
 
 Listener = Callable[[LayerCall], None]
@@ -162,6 +164,7 @@ class Hook:
                     made.implementation,
                     made.reason,
                     made.again,
+                    call.cross,
                 )
             )
         return made.output

@@ -22,6 +22,9 @@ TORCH_DTYPES = {
     "float64": torch.float64,
 }
 
+READS = {"input_ids": "text", "pixel_values": "image", "input_features": "audio"}
+"""what a model's main input means"""
+
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or an input it cannot read; the text says what would be right."""
@@ -43,6 +46,12 @@ class LoadedModel:
     vocabulary: int
     identity: dict[str, Any]
     """name, architecture, parameters, dtype, where the weights are from and their hash"""
+    reads: str = "text"
+    """``text``, ``image`` or ``audio``"""
+    writes: bool = False
+    """an encoder-decoder: cross-attention leads from what it writes to what it reads"""
+    source: str = ""
+    """the folder or hub id that its files come from"""
 
     def encode(self, text: str, length: int | None = None, *, repeat: bool = False) -> Tokens:
         """Return the tokens of a text, cut after ``length`` (with repeat: said again until length).
@@ -104,12 +113,14 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Loaded
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         causal = _is_causal(config)
-        kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        model = kind.from_pretrained(
+        model = _class_for(config).from_pretrained(
             source, config=config, dtype=TORCH_DTYPES[dtype], use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_reason(name, folder, error)) from error
+    reads = READS.get(model.main_input_name)
+    if reads is None:
+        raise ModelError(f"model: {name} reads {model.main_input_name}, which this lab cannot give")
     model = model.to(device).eval().requires_grad_(False)
     text_config = config.get_text_config()
     return LoadedModel(
@@ -118,8 +129,11 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Loaded
         tokenizer=_tokenizer(source, folder, options),
         causal=causal,
         context=getattr(text_config, "max_position_embeddings", None),
-        vocabulary=text_config.vocab_size,
+        vocabulary=getattr(text_config, "vocab_size", 0),
         identity=_identity(name, folder, model, dtype),
+        reads=reads,
+        writes=bool(config.is_encoder_decoder),
+        source=source,
     )
 
 
@@ -145,6 +159,19 @@ def _offline() -> bool:
 def _is_causal(config: Any) -> bool:
     architectures = getattr(config, "architectures", None) or [""]
     return architectures[0].endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _class_for(config: Any) -> Any:
+    """The class that gives logits where the model was saved with a head for them."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if _is_causal(config):
+        return transformers.AutoModelForCausalLM
+    if architecture.endswith("ForImageClassification"):
+        return transformers.AutoModelForImageClassification
+    if config.is_encoder_decoder and architecture.endswith(("ForConditionalGeneration", "MTModel")):
+        speech = hasattr(config, "num_mel_bins")
+        return transformers.AutoModelForSpeechSeq2Seq if speech else transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModel
 
 
 def _tokenizer(source: str, folder: Path | None, options: dict[str, Any]) -> Any | None:
@@ -180,7 +207,16 @@ def _identity(name: str, folder: Path | None, model: Any, dtype: str) -> dict[st
         return identity | {"source": "hub", "revision": getattr(model.config, "_commit_hash", None)}
     if (marker := folder / MARKER).is_file():
         made = json.loads(marker.read_text(encoding="utf-8"))
-        kept = {key: made[key] for key in ("package", "version", "wheel_sha256", "weights_sha256")}
+        told = (
+            "package",
+            "version",
+            "wheel_sha256",
+            "weights_sha256",
+            "made_by",
+            "split",
+            "held_out_accuracy",
+        )
+        kept = {key: made[key] for key in told if key in made}
         return identity | {"source": "bundled"} | kept
     return identity | {"source": "folder", "fingerprint": _fingerprint(folder)}
 

@@ -24,6 +24,7 @@ from .probes.token_facts import token_facts
 from .recorder import Recorder, core_is_free
 from .spec import RunPoint, parse_spec
 from .subjects import Subject
+from .subjects.forward import ForwardSubject
 from .subjects.model import ModelSubject
 
 
@@ -87,7 +88,12 @@ class Procedure:
             subject: Subject = ModuleSubject(self._spec, self._point, self._device)
         else:
             loaded = shared_model(self._point.model, self._point.dtype, str(self._device))
-            subject = ModelSubject(loaded, self._spec, self._point)
+            given = self._spec.input
+            one_text = (
+                loaded.reads == "text" and not loaded.writes and given.image is None and given.audio is None
+            )
+            kind = ModelSubject if one_text else ForwardSubject
+            subject = kind(loaded, self._spec, self._point)
         self._recorder.log(
             f"loaded {subject.identity['name']} ({subject.identity['parameters']:,} parameters, "
             f"{self._point.dtype} on {self._device}) in {time.perf_counter() - began:.1f} s; {subject.tokens} tokens"
@@ -117,7 +123,7 @@ class Procedure:
 
             def capture(call: LayerCall) -> None:
                 if self._keeps(call):
-                    made = capture_call(call)
+                    made = described(capture_call(call), subject.trace_detail(call))
                     captured.append(made.released())
                     writer.put(made)
 
@@ -263,6 +269,11 @@ def choose_device(gpus: int, device: str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise Unsupported(f"resources.gpus: {gpus} asked for, and this process sees no CUDA device")
     return torch.device("cuda")
+
+
+def described(capture: LayerCapture, detail: dict[str, Any]) -> LayerCapture:
+    row = replace(capture.row, detail=(capture.row.detail or {}) | detail)
+    return replace(capture, row=row)
 
 
 def with_detail(row: MeasurementRow, more: dict[str, Any]) -> MeasurementRow:

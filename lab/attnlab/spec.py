@@ -36,9 +36,13 @@ from pydantic_core import PydanticCustomError
 
 from attnlab_kernels.catalog import MECHANISMS, validate_parameters
 
+from .bundled import describe_model
 from .documents import read_document, write_document
+from .files import MAX_TEXT_BYTES, with_files_read
 from .inputs import count_tokens
+from .pictures import PictureError, open_picture, picture_samples
 from .problems import Problem, SpecError, shown
+from .sounds import SoundError, open_sound, sound_samples
 
 IMPLEMENTATIONS = (
     "auto",
@@ -55,14 +59,11 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 PHASES = ("prefill", "decode", "train")
 RECORDS = ("maps", "timing", "memory", "accuracy", "statistics")
 
-MAX_TEXT_BYTES = 1_000_000
 MAX_SPEC_BYTES = 2 * MAX_TEXT_BYTES
 MAX_RUNS = 512
 MAX_SEQUENCE = 1 << 20
 MAX_CELLS = 1 << 22
 """tokens in one run: batch_size x sequence_length"""
-
-ONE_INPUT = "must hold exactly one of text, file and synthetic"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,18 @@ def _broken(rule: str, value: Any, choices: tuple[str, ...] = ()) -> PydanticCus
     return PydanticCustomError("attnlab", "{rule}", {"rule": rule, "shown": shown(value), "choices": choices})
 
 
+def _opened(open_: Callable[[str], Any]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        try:
+            open_(value)
+        except (PictureError, SoundError) as error:
+            choices = tuple(picture_samples() if open_ is open_picture else sound_samples())
+            raise _broken(str(error), value[:64], choices) from None
+        return value
+
+    return check
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
@@ -133,11 +146,19 @@ class ModuleSpec(_Strict):
 
 
 class InputSpec(_Strict):
-    """What goes in: exactly one of text, file and synthetic."""
+    """What goes in: exactly one of text, file, image, audio and synthetic."""
 
     text: str | None = None
     file: str | None = None
     """a text file; read when the spec is parsed, by the command line and by Python only"""
+    image: Annotated[str, AfterValidator(_opened(open_picture))] | None = None
+    """a sample's name or a data URI; a file becomes one when the spec is parsed (command line and Python only)"""
+    size: Annotated[StrictInt, Field(ge=1, le=4096)] | None = None
+    """pixels a side that the picture is brought to; None: what the model was trained on"""
+    audio: Annotated[str, AfterValidator(_opened(open_sound))] | None = None
+    """a sample's name or a data URI, as with image"""
+    target: str | None = None
+    """what the decoder of an encoder-decoder has written; None: what it writes itself, greedily"""
     synthetic: Annotated[str, AfterValidator(_choice(("random",)))] | None = None
     """random tokens from the model's vocabulary; the only input of a bare module (normal hidden states)"""
     max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)] | None = None
@@ -278,6 +299,9 @@ class ExperimentSpec(_Strict):
         return count_tokens(self.model, self.input.text)
 
     def _text_length(self) -> int | None:
+        if self.input.image is not None or self.input.audio is not None:
+            facts = describe_model(self.model or "")
+            return facts and facts.positions(self.input.size)
         if self.input.text is None:
             return self.input.max_tokens
         counted = self.text_tokens()
@@ -291,15 +315,14 @@ def parse_spec(source: str | bytes | Mapping[str, Any], *, folder: Path | None =
 
     Args:
         source: YAML or JSON text, or plain values.
-        folder: where ``input: {file: ...}`` is looked up; None refuses it (a request names no files).
+        folder: where the files of ``input`` are looked up; None refuses them (a request names no files).
 
     Raises:
         SpecError: with every problem found.
     """
     from .spec_rules import broken_rules
 
-    values = _document(source)
-    values = _with_file_read(values, folder)
+    values = with_files_read(_document(source), folder)
     try:
         spec = ExperimentSpec.model_validate(values)
     except ValidationError as error:
@@ -323,28 +346,6 @@ def _document(source: str | bytes | Mapping[str, Any]) -> dict[str, Any]:
         fields = tuple(ExperimentSpec.model_fields)
         raise SpecError([Problem("spec", "must be a mapping of fields to values", shown(source), fields)])
     return {str(key): value for key, value in source.items()}
-
-
-def _with_file_read(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    given = values.get("input")
-    if not isinstance(given, Mapping) or not isinstance(given.get("file"), str):
-        return values
-    name = given["file"]
-    if folder is None:
-        rule = "files are read by the command line and by Python only; send the text itself as input.text"
-        raise SpecError([Problem("input.file", rule, shown(name))])
-    if given.get("text") is not None:
-        raise SpecError([Problem("input", ONE_INPUT, "both text and file")])
-    path = folder / Path(name).expanduser()
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            rule = f"must be at most {MAX_TEXT_BYTES} bytes"
-            raise SpecError([Problem("input.file", rule, f"{path.stat().st_size} in {name}")])
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        rule = f"must be a readable UTF-8 text file: {error}"
-        raise SpecError([Problem("input.file", rule, shown(name))]) from None
-    return values | {"input": {key: item for key, item in given.items() if key != "file"} | {"text": text}}
 
 
 def _problem(detail: Any) -> Problem:

@@ -4,8 +4,11 @@ import math
 from collections.abc import Iterator
 
 from .bundled import BUNDLED, ModelFacts, describe_model, is_hub_id
+from .files import MAX_TEXT_BYTES, ONE_INPUT
 from .problems import Problem, shown
-from .spec import MAX_CELLS, MAX_RUNS, MAX_TEXT_BYTES, ONE_INPUT, ExperimentSpec
+from .spec import MAX_CELLS, MAX_RUNS, ExperimentSpec
+
+KINDS = ("text", "file", "image", "audio", "synthetic")
 
 
 def broken_rules(spec: ExperimentSpec) -> list[Problem]:
@@ -35,7 +38,7 @@ def _subject(spec: ExperimentSpec) -> Iterator[Problem]:
 
 
 def _input(spec: ExperimentSpec) -> Iterator[Problem]:
-    given = [name for name in ("text", "file", "synthetic") if getattr(spec.input, name) is not None]
+    given = [name for name in KINDS if getattr(spec.input, name) is not None]
     if spec.module is not None:
         if given not in ([], ["synthetic"]):
             yield Problem("input", "a bare module takes synthetic input only", given[0], ("synthetic",))
@@ -43,6 +46,7 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
     if len(given) != 1:
         value = " and ".join(given) or "none"
         yield Problem("input", ONE_INPUT, value)
+    yield from _sized(spec)
     text = spec.input.text
     if text is not None:
         size = len(text.encode())
@@ -56,9 +60,29 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
         yield Problem("vary.sequence_length", "must be given for synthetic input")
 
 
+def _sized(spec: ExperimentSpec) -> Iterator[Problem]:
+    """What belongs to one kind of input only."""
+    kind = "image" if spec.input.image is not None else "audio" if spec.input.audio is not None else None
+    if spec.input.size is not None and kind != "image":
+        yield Problem(
+            "input.size", "is the side of a picture, and input.image is not given", str(spec.input.size)
+        )
+    if kind is None:
+        return
+    if spec.vary.sequence_length is not None:
+        rule = f"must not be given for {kind} input, whose length follows from the {kind} and the model"
+        yield Problem("vary.sequence_length", rule, shown(list(spec.vary.sequence_length)))
+    if spec.input.repeat:
+        yield Problem("input.repeat", "is for text", "true")
+    if spec.input.max_tokens is not None and kind == "image":
+        yield Problem("input.max_tokens", "is for text", str(spec.input.max_tokens))
+
+
 def _size(spec: ExperimentSpec) -> Iterator[Problem]:
     vary = spec.vary
     lengths = vary.sequence_length or (spec.input.max_tokens or 1,)
+    if spec.input.image is not None:
+        lengths = (spec.points()[0].sequence_length or 1,)
     axes = (vary.mechanism, vary.implementation, lengths, vary.dtype, vary.batch_size)
     runs = math.prod(len(axis) for axis in axes)
     if runs > MAX_RUNS:
@@ -77,8 +101,28 @@ def _against_model(spec: ExperimentSpec) -> Iterator[Problem]:
         return
     yield from _layers(spec, facts)
     yield from _kv_heads(spec, facts.heads)
-    if facts.context is not None:
+    yield from _kind(spec, facts)
+    if facts.context is not None and facts.reads == "text":
         yield from _context(spec, facts.context)
+
+
+def _kind(spec: ExperimentSpec, facts: ModelFacts) -> Iterator[Problem]:
+    """The model has to read what is given; only a decoder that reads an encoder has a target."""
+    given = [name for name in KINDS if getattr(spec.input, name) is not None]
+    readable = ("text", "file", "synthetic") if facts.reads == "text" else (facts.reads,)
+    if given and given[0] not in readable:
+        rule = f"must be {' or '.join(readable)}: that is what {spec.model} reads"
+        yield Problem("input", rule, given[0], readable)
+    if spec.input.target is not None and not facts.writes:
+        rule = f"is for encoder-decoder models, and {spec.model} is none"
+        yield Problem("input.target", rule, shown(spec.input.target))
+    if spec.input.size is not None and spec.input.size < (facts.patch_size or 1):
+        rule = f"must be at least {facts.patch_size}, one patch of {spec.model}"
+        yield Problem("input.size", rule, str(spec.input.size))
+    if facts.reads != "text" and spec.phase != "prefill":
+        yield Problem(
+            "phase", f"must be prefill: {spec.model} reads the whole {facts.reads} at once", spec.phase
+        )
 
 
 def _layers(spec: ExperimentSpec, facts: ModelFacts) -> Iterator[Problem]:

@@ -34,6 +34,13 @@ class Subject(Protocol):
         """What went in."""
         ...
 
+    def trace_detail(self, call: LayerCall) -> dict[str, Any]:
+        """What the trace of an attention says of its axes: role, stream of the queries, stream of the keys.
+
+        Empty where both are the one sequence of ``input_row``.
+        """
+        ...
+
     def check(self) -> list[MeasurementRow]:
         """Compare with the subject's own attention on a prefix; CheckFailed if it computes something else."""
         ...

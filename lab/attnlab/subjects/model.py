@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.results import InputRow, MeasurementRow
 
-from ..hook import Hook, Listener, cache_keyword
+from ..hook import Hook, LayerCall, Listener, cache_keyword
 from ..models import LoadedModel
 from ..outcomes import CheckFailed
 from ..probes.accuracy import compare_hidden, compare_logits, perplexity
@@ -65,6 +65,9 @@ class ModelSubject:
             detail["cut_tokens"] = self._input.cut
         queries = strings[-1:] if self._phase == "decode" else strings
         return InputRow(self._text, queries, strings, detail)
+
+    def trace_detail(self, call: LayerCall) -> dict[str, Any]:
+        return {}
 
     def check(self) -> list[MeasurementRow]:
         """Compare logits (an encoder's hidden states) with the model's own eager attention on a prefix."""

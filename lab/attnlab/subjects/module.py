@@ -58,6 +58,9 @@ class ModuleSubject:
         detail = {"batch_size": self._hidden.shape[0], "synthetic": "normal hidden states"}
         return InputRow(None, queries, names, detail)
 
+    def trace_detail(self, call: LayerCall) -> dict[str, Any]:
+        return {}
+
     def check(self) -> list[MeasurementRow]:
         """Compare the attention inside the module with the eager reference on the same Q, K and V of a prefix."""
         hidden = self._hidden[:1, :CHECKED_TOKENS]
