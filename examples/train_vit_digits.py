@@ -60,7 +60,7 @@ def accuracy(model: ViTForImageClassification, part: Split) -> float:
 def build() -> ViTForImageClassification:
     config = ViTConfig(
         image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=128, num_labels=10, hidden_dropout_prob=0.1, initializer_range=0.1,
+        intermediate_size=128, hidden_dropout_prob=0.1, initializer_range=0.1,
     )  # fmt: skip
     config.id2label = {digit: str(digit) for digit in range(10)}
     config.label2id = {str(digit): digit for digit in range(10)}

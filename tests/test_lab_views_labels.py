@@ -5,6 +5,7 @@ import pytest
 
 from attnlab.views import colormaps, labels, tokens
 from attnlab.views.errors import ViewError
+from attnlab_storage import queue, results
 
 
 @pytest.mark.parametrize(
@@ -95,3 +96,38 @@ def test_colours_clip_and_an_unknown_map_names_the_choices():
     assert bytes(ends[2]) == bytes.fromhex("fde725")
     with pytest.raises(ViewError, match="one of viridis, magma, paper, blue_red; got 'jet'"):
         colormaps.colormap("jet")
+
+
+def test_labels_are_those_of_the_layers_own_sequences(sqlite_store):
+    names = {"text": ["Ġa", "b"], "audio": ["0.00", "0.02", "0.04"]}
+    streams = {name: {"title": f"the {name}", "tokens": tokens} for name, tokens in names.items()}
+    run_id = _run_with_streams(sqlite_store, streams)
+    wanted = {0: ("audio", "audio"), 1: ("text", "text"), 2: ("text", "audio")}
+    for layer, (query, key) in wanted.items():
+        labels = tokens.token_labels(sqlite_store, run_id, layer)
+        assert (labels.raw_query, labels.raw_key) == (names[query], names[key])
+        assert (labels.query_title, labels.key_title) == (f"the {query}", f"the {key}")
+    whole = tokens.token_labels(sqlite_store, run_id)
+    assert (whole.query, whole.key_title) == (["·a", "b"], "the audio")
+
+
+def _run_with_streams(store, streams):
+    point = {
+        "mechanism": "multi_head", "parameters": {}, "implementation": "auto", "sequence_length": 3, "batch_size": 1,
+        "dtype": "float32", "phase": "prefill", "model": "m", "kind": "inspect", "gpus": 0,
+    }  # fmt: skip
+    queue.submit(store, name="x", spec={}, spec_hash="x", points=[point])
+    claim = queue.claim(store, "me")
+    assert claim is not None
+    with results.recording(store, claim) as session:
+        text, audio = streams["text"]["tokens"], streams["audio"]["tokens"]
+        results.record_input(session, claim, results.InputRow("a b", text, audio, {"streams": streams}))
+        for layer, (query, key) in enumerate([("audio", "audio"), ("text", "text"), ("text", "audio")]):
+            sizes = {"num_queries": len(streams[query]["tokens"]), "num_keys": len(streams[key]["tokens"])}
+            row = results.TraceRow(
+                layer, f"layer {layer}", "softmax", 1.0, {"kind": "full"}, heads=1, kv_heads=1, head_dim=4,
+                dtype="float32", row_sum_defect=0.0, output_defect=0.0,
+                detail={"queries": query, "keys": key}, **sizes,
+            )  # fmt: skip
+            results.record_trace(session, claim, row)
+    return claim.run_id

@@ -8,7 +8,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def convert_whisper(model: BundledModel, source: Path, target: Path) -> None:
     shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")
 
 
-def _shape(variables: dict[str, np.ndarray]) -> dict[str, int]:
+def _shape(variables: dict[str, np.ndarray]) -> dict[str, Any]:
     vocabulary, width = variables["decoder/embeddings/weight"].shape
     layers = {
         side: len(

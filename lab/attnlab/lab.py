@@ -212,6 +212,10 @@ class Run:
         """The text and its tokens, readable and raw, for queries and keys."""
         return token_labels(self.lab.store, self.id)
 
+    def axes(self, layer: int) -> TokenLabels:
+        """The names of the rows and columns of a layer's maps: an encoder-decoder's differ by layer."""
+        return token_labels(self.lab.store, self.id, layer)
+
     def document(self) -> dict[str, Any]:
         """Everything but per-head numbers and maps as plain JSON values: `attnlab show --json`."""
         return run_document(self.lab.store, self.id)

@@ -179,7 +179,8 @@ def _tokenizer(source: str, folder: Path | None, options: dict[str, Any]) -> Any
         return open_tokenizer(folder)
     try:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError, TypeError):
+        # some tokenizers answer a folder without their files with a TypeError
         return None
     fast = getattr(loaded, "backend_tokenizer", None)
     if fast is not None:

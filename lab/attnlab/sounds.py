@@ -102,10 +102,14 @@ def _unpacked(data: bytes) -> tuple[np.ndarray, int]:
         raise SoundError(f"must have {RATES[0]:,} to {RATES[-1]:,} samples a second, got {rate:,}")
     if not len(samples):
         raise SoundError("must not be empty")
-    if len(samples) > MAX_SECONDS * rate:
-        raise SoundError(f"must be at most {MAX_SECONDS:.0f} seconds, got {len(samples) / rate:.1f}")
+    _check_length(len(samples), rate)
     samples.flags.writeable = False
     return samples, rate
+
+
+def _check_length(samples: int, rate: int) -> None:
+    if samples > MAX_SECONDS * rate:
+        raise SoundError(f"must be at most {MAX_SECONDS:.0f} seconds, got {samples / rate:.1f}")
 
 
 def _wav(data: bytes) -> tuple[np.ndarray, int]:
@@ -130,6 +134,7 @@ def _flac(data: bytes) -> tuple[np.ndarray, int]:
     try:
         with reader.SoundFile(io.BytesIO(data)) as file:
             # silence packs a thousandfold: no more is unpacked than may be kept
+            _check_length(file.frames, file.samplerate)
             most = int(MAX_SECONDS * min(file.samplerate, RATES[-1])) + 1
             return file.read(most, dtype="float32", always_2d=True).mean(1), file.samplerate
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import thumbnails
-from attnlab.views.tokens import token_labels
+from attnlab.views.tokens import stream_axes, token_labels
 from attnlab.views.viewport import cell, load_map, overview_progress, recorded, viewport
 from attnlab_kernels.masks import Mask, mask_from_json
 from attnlab_storage import results
@@ -47,6 +47,10 @@ def map_facts(run_id: int, store: StoreDep) -> dict[str, Any]:
         "layers": [
             {
                 "layer": trace.layer,
+                "name": trace.name,
+                "role": (trace.detail or {}).get("role", "self"),
+                "query_stream": (trace.detail or {}).get("queries"),
+                "key_stream": (trace.detail or {}).get("keys"),
                 "heads": trace.heads,
                 "kv_heads": trace.kv_heads,
                 "queries": trace.num_queries,
@@ -67,9 +71,17 @@ def stamp(run: Any) -> str:
 
 @router.get("/runs/{run_id}/tokens")
 def tokens(run_id: int, store: StoreDep) -> dict[str, Any]:
-    """The text and the token of every query and key, as a person can read them and as the tokenizer wrote them."""
+    """The text and the token of every query and key, as a person can read them and as the tokenizer wrote them.
+
+    Where a model's attentions lie between several sequences, `streams` has the names of each: `/map` says which one
+    a layer's queries and keys are.
+    """
     find_run(store, run_id)
-    return token_labels(store, run_id)._asdict()
+    given = results.run_input(store, run_id)
+    streams = {} if given is None else stream_axes(given)
+    return token_labels(store, run_id)._asdict() | {
+        "streams": {name: {"title": axis.title, "labels": axis.labels} for name, axis in streams.items()}
+    }
 
 
 @router.get("/runs/{run_id}/viewport")

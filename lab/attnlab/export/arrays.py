@@ -12,8 +12,9 @@ import numpy as np
 from attnlab.describe import run_brief
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import format_bytes
+from attnlab.views.tokens import token_labels
 from attnlab.views.viewport import Region, find_trace, load_map, region_of
-from attnlab_storage import results, tensors
+from attnlab_storage import tensors
 from attnlab_storage.database import Store
 
 FORMATS = ("npz", "safetensors")
@@ -45,7 +46,7 @@ def map_arrays(
     region = region_of(full_map.shape, rows, cols)
     (r0, r1), (c0, c1) = region
     _check_bytes(4 * (r1 - r0) * (c1 - c0), max_bytes, f"a map of {r1 - r0} x {c1 - c0} weights")
-    query_tokens, key_tokens = _tokens(store, run_id)
+    query_tokens, key_tokens = _tokens(store, run_id, layer)
     return {
         "map": full_map.tile(slice(r0, r1), slice(c0, c1)),
         "query_tokens": np.array(query_tokens[r0:r1], dtype=np.str_),
@@ -67,7 +68,7 @@ def trace_arrays(
     numbers = trace.heads * trace.num_queries * (trace.head_dim + 1)
     numbers += trace.kv_heads * trace.num_keys * trace.head_dim
     _check_bytes(4 * numbers, max_bytes, f"the tensors of layer {layer}")
-    query_tokens, key_tokens = _tokens(store, run_id)
+    query_tokens, key_tokens = _tokens(store, run_id, layer)
     heads = {"query": trace.heads, "key": trace.kv_heads, "lse": trace.heads}
     arrays = {
         name: np.stack([tensors.read_tensor(store, run_id, name, layer, head) for head in range(count)])
@@ -139,9 +140,9 @@ def _facts(store: Store, run_id: int, layer: int) -> dict[str, object]:
     }
 
 
-def _tokens(store: Store, run_id: int) -> tuple[list[str], list[str]]:
-    row = results.run_input(store, run_id)
-    return ([], []) if row is None else (list(row.query_tokens), list(row.key_tokens))
+def _tokens(store: Store, run_id: int, layer: int) -> tuple[list[str], list[str]]:
+    labels = token_labels(store, run_id, layer)
+    return labels.raw_query, labels.raw_key
 
 
 def _check_format(format: str) -> None:

@@ -108,7 +108,7 @@ def _panel(
 ) -> Panel:
     brief = run_brief(find_run(store, run_id))
     facts = [ran_as(brief), str(brief["dtype"]), _pixels(view)]
-    labels = token_labels(store, run_id)
+    labels = token_labels(store, run_id, layer)
     return Panel(
         view.values,
         view.rows,
@@ -116,6 +116,8 @@ def _panel(
         peak,
         title=map_label(brief, layer, head),
         subtitle=" · ".join(facts),
+        row_title=labels.query_title,
+        col_title=labels.key_title,
         row_labels=_part(labels, view.rows, "query"),
         col_labels=_part(labels, view.cols, "key"),
         colormap=colormap,
@@ -135,7 +137,7 @@ def _difference_panel(
     signed = "mean" if reduce == "mean" else "signed_max"
     a, b = run_ids
     gap = difference(store, a, b, layer, head, like.rows, like.cols, PLOT_SIDE, PLOT_SIDE, signed)
-    labels = token_labels(store, a)
+    labels = token_labels(store, a, layer)
     return Panel(
         gap.values,
         gap.rows,
@@ -143,6 +145,8 @@ def _difference_panel(
         max(-gap.minimum, gap.maximum),
         title=f"#{a} − #{b} · L{layer}H{head}",
         subtitle=f"signed difference · {_pixels(gap)}",
+        row_title=labels.query_title,
+        col_title=labels.key_title,
         row_labels=_part(labels, gap.rows, "query"),
         col_labels=_part(labels, gap.cols, "key"),
         signed=True,

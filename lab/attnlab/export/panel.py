@@ -53,6 +53,9 @@ class Panel:
     peak: float
     title: str
     subtitle: str = ""
+    row_title: str = ""
+    """what the rows are, where they are no tokens of a text"""
+    col_title: str = ""
     row_labels: Sequence[str] = ()
     col_labels: Sequence[str] = ()
     colormap: str = "viridis"
@@ -149,10 +152,15 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> Non
     scene.add(Raster(x, y, box.plot_width, box.plot_height, pixels))
     _draw_rows(scene, panel, box, x, theme)
     _draw_cols(scene, panel, box, x, theme)
-    scene.add(Text(left + 14, y + box.plot_height / 2, "query (from)", 12, theme.text, "middle", 90))
+    down, across = _axis("query (from)", panel.row_title), _axis("key (to)", panel.col_title)
+    scene.add(Text(left + 14, y + box.plot_height / 2, down, 12, theme.text, "middle", 90))
     below = y + box.plot_height + (box.room_across or 24) + 12
-    scene.add(Text(x + box.plot_width / 2, below, "key (to)", 12, theme.text, "middle"))
+    scene.add(Text(x + box.plot_width / 2, below, across, 12, theme.text, "middle"))
     _draw_bar(scene, panel, name, x + box.plot_width + 16, y, max(box.plot_height, 120), theme)
+
+
+def _axis(word: str, title: str) -> str:
+    return f"{word}: {title}" if title else word
 
 
 def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:

@@ -57,8 +57,11 @@ def _read_source(loaded: LoadedModel, spec: ExperimentSpec, point: RunPoint) -> 
         "source": Stream("source", list(tokens.strings)),
         "target": Stream("target", list(written.strings)),
     }
+    attentions, _ = scout(loaded.model, arguments)
     ids = arguments["decoder_input_ids"][0]
-    return Given(arguments, "target", "source", streams, text=spec.input.text, ids=ids, detail=detail)
+    return Given(
+        arguments, "target", "source", streams, attentions, text=spec.input.text, ids=ids, detail=detail
+    )
 
 
 class ForwardSubject:
@@ -77,8 +80,8 @@ class ForwardSubject:
         self._roles = Roles(loaded.model, self._given)
         self.device = next(self._model.parameters()).device
         self._one = self._given.arguments
-        attentions, _ = scout(self._model, self._one)
-        self._roles.check(attentions)
+        self._roles.check()
+        attentions = self._given.attentions
         self.layers = len(attentions)
         self._largest = max(attention.queries * attention.keys for attention in attentions)
         self.tokens = max(attention.keys for attention in attentions)

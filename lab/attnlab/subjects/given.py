@@ -12,12 +12,23 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 from ..hook import Hook, LayerCall
 from ..swap import Swap
 
+
 @dataclass(frozen=True)
 class Stream:
     """One sequence of positions: what they are, and what each is called."""
 
     title: str
     tokens: list[str]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a forward."""
+
+    name: str
+    queries: int
+    keys: int
+    cross: bool
 
 
 @dataclass(frozen=True)
@@ -31,22 +42,14 @@ class Given:
     keys: str
     """the stream that is read"""
     streams: dict[str, Stream]
+    attentions: list[Attention]
+    """of one forward, in order"""
     text: str | None = None
     ids: Tensor | None = None
     """the decoder's tokens [T]"""
     detail: dict[str, Any] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)
     """what every trace says of its axes beside their streams"""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention of a forward."""
-
-    name: str
-    queries: int
-    keys: int
-    cross: bool
 
 
 def scout(model: Any, arguments: Mapping[str, Tensor]) -> tuple[list[Attention], Any]:
@@ -91,9 +94,9 @@ class Roles:
         role, queries, keys = self.of(name, cross)
         return {"role": role, "queries": queries, "keys": keys} | self._given.trace
 
-    def check(self, attentions: list[Attention]) -> None:
+    def check(self) -> None:
         """Raise Unsupported if an attention's size is not that of its streams."""
-        for attention in attentions:
+        for attention in self._given.attentions:
             _, queries, keys = self.of(attention.name, attention.cross)
             for side, stream, found in (
                 ("queries", queries, attention.queries),

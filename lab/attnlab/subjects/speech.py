@@ -50,6 +50,7 @@ def read_audio(loaded: LoadedModel, spec: ExperimentSpec) -> Given:
         "text",
         "audio",
         {"text": Stream("text", list(written.strings)), "audio": times},
+        attentions,
         text=_text(loaded, written),
         ids=arguments["decoder_input_ids"][0],
         detail=detail,

@@ -55,7 +55,15 @@ def read_image(loaded: LoadedModel, spec: ExperimentSpec) -> Given:
     if (said := _answer(config, answer)) is not None:
         detail["answer"] = said
     stream = Stream("patch (row, column)", names)
-    return Given(arguments, "patches", "patches", {"patches": stream}, detail=detail, trace={"patches": grid})
+    return Given(
+        arguments,
+        "patches",
+        "patches",
+        {"patches": stream},
+        attentions,
+        detail=detail,
+        trace={"patches": grid},
+    )
 
 
 def fitted(picture: Image.Image, side: int, reading: dict[str, Any], mode: str) -> Image.Image:

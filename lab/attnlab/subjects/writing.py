@@ -50,15 +50,16 @@ def _greedy(loaded: LoadedModel, source: Mapping[str, Tensor], most: int) -> lis
     prompt = torch.tensor([_start(loaded)], device=loaded.model.device)
     if not isinstance(loaded.model, GenerationMixin):
         return prompt[0].tolist()
-    settings: Any = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
     # the general loop: a speech model's own adds timestamps and cuts into segments
+    general: Any = GenerationMixin
     with torch.inference_mode():
-        found: Any = GenerationMixin.generate(
-            loaded.model,  # pyright: ignore[reportArgumentType]
+        found = general.generate(
+            loaded.model,
             **source,
             decoder_input_ids=prompt,
             max_length=max(most, prompt.shape[1]) + 1,
-            **settings,
+            do_sample=False,
+            num_beams=1,
         )
     ids = found[0].tolist()
     ends = _ends(loaded)

@@ -9,11 +9,20 @@ from typing import NamedTuple
 
 from attnlab_storage import results
 from attnlab_storage.database import Store
+from attnlab_storage.results import InputRow
 
 SPACE = "·"
 NEWLINE = "⏎"
 TAB = "⇥"
 EMPTY = "∅"
+
+
+class Axis(NamedTuple):
+    """What the rows or the columns of a map are: a title ("" for tokens), readable and raw names of each."""
+
+    title: str
+    labels: list[str]
+    raw: list[str]
 
 
 class TokenLabels(NamedTuple):
@@ -24,17 +33,48 @@ class TokenLabels(NamedTuple):
     key: list[str]
     raw_query: list[str]
     raw_key: list[str]
+    query_title: str = ""
+    key_title: str = ""
 
 
-def token_labels(store: Store, run_id: int) -> TokenLabels:
-    """Readable labels of a run's tokens; empty lists when the run recorded no input."""
+def token_labels(store: Store, run_id: int, layer: int | None = None) -> TokenLabels:
+    """Readable labels of a run's tokens; empty lists when the run recorded no input.
+
+    Args:
+        layer: the attention whose map is labelled; an encoder-decoder's attentions lie between different
+            sequences. None: what the run wrote over what it read.
+    """
     row = results.run_input(store, run_id)
     if row is None:
         return TokenLabels("", [], [], [], [])
+    query, key = _axes_of(store, run_id, row, layer)
+    return TokenLabels(row.text or "", query.labels, key.labels, query.raw, key.raw, query.title, key.title)
+
+
+def stream_axes(row: InputRow) -> dict[str, Axis]:
+    """The sequences that a run's attentions lie between, by name; none for a model of one text."""
+    streams = (row.detail or {}).get("streams") or {}
+    return {
+        name: Axis(stream["title"], pretty_tokens(stream["tokens"]), list(stream["tokens"]))
+        for name, stream in streams.items()
+    }
+
+
+def _axes_of(store: Store, run_id: int, row: InputRow, layer: int | None) -> tuple[Axis, Axis]:
+    axes = stream_axes(row)
+    if axes and layer is not None:
+        for trace in results.traces(store, run_id):
+            told = trace.detail or {}
+            if trace.layer == layer and told.get("queries") in axes and told.get("keys") in axes:
+                return axes[told["queries"]], axes[told["keys"]]
     raw_query, raw_key = list(row.query_tokens), list(row.key_tokens)
     query = pretty_tokens(raw_query)
     key = query if raw_key == raw_query else pretty_tokens(raw_key)
-    return TokenLabels(row.text or "", query, key, raw_query, raw_key)
+    titles = {tuple(axis.raw): axis.title for axis in axes.values()}
+    return (
+        Axis(titles.get(tuple(raw_query), ""), query, raw_query),
+        Axis(titles.get(tuple(raw_key), ""), key, raw_key),
+    )
 
 
 def pretty_tokens(tokens: Sequence[str]) -> list[str]:

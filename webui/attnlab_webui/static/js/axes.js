@@ -23,12 +23,16 @@ export function drawAxes(context, plot, window, labels, ink) {
   context.fillStyle = ink.muted;
   context.textAlign = "left";
   context.textBaseline = "top";
-  context.fillText("key (to) →", plot.x, 3);
+  context.fillText(axisWord("key (to)", labels.keyTitle) + " →", plot.x, 3);
   context.translate(3, plot.y);
   context.rotate(-Math.PI / 2);
   context.textAlign = "right";
-  context.fillText("← query (from)", 0, 0);
+  context.fillText("← " + axisWord("query (from)", labels.queryTitle), 0, 0);
   context.restore();
+}
+
+export function axisWord(word, title) {
+  return title ? `${word}: ${title}` : word;
 }
 
 function drawRows(context, plot, window, tokens, ink) {

@@ -1,5 +1,6 @@
 // Everything around the panels: picker, readout, minimap, colour bars, options, statistics, exports, help.
 
+import { axisWord } from "./axes.js";
 import { ColourBar, hatchSwatch } from "./colourbar.js";
 import { makeScale, precise } from "./colour.js";
 import { HELP } from "./gestures.js";
@@ -148,10 +149,10 @@ export class Controls {
       place.append(line("at-hint", "Point at the map to read a weight."));
       return;
     }
-    const { query: queries, key: keys } = this.view.first.labels();
+    const { query: queries, key: keys, queryTitle, keyTitle } = this.view.first.labels();
     place.append(
-      tokenLine("query (from)", queries?.[cell.row], cell.row),
-      tokenLine("key (to)", keys?.[cell.col], cell.col),
+      tokenLine(axisWord("query (from)", queryTitle), queries?.[cell.row], cell.row),
+      tokenLine(axisWord("key (to)", keyTitle), keys?.[cell.col], cell.col),
     );
     this.view.panels.forEach((panel, i) => {
       const name = panel.source.signed ? "difference" : this.view.panels.length > 1 ? `#${panel.source.facts.run}` : "weight";

@@ -17,7 +17,14 @@ export class MapSource {
   }
 
   title() {
-    return `L${this.state.get("layer")}H${this.state.get("head")} · ${this.facts.label}`;
+    const role = this.role() ? ` ${this.role()}` : "";
+    return `L${this.state.get("layer")}H${this.state.get("head")}${role} · ${this.facts.label}`;
+  }
+
+  // "encoder", "self" or "cross", where the model has more than one of them.
+  role() {
+    const roles = new Set(this.facts.layers.map((entry) => entry.role));
+    return roles.size > 1 ? (this.layer?.role ?? "") : "";
   }
 
   extent() {
@@ -25,8 +32,17 @@ export class MapSource {
     return layer && this.state.get("head") < layer.heads ? { rows: layer.queries, cols: layer.keys } : null;
   }
 
+  // The names of rows and columns of the chosen layer: of its own two sequences where the model has several.
   labels() {
-    return { query: this.tokens?.query ?? null, key: this.tokens?.key ?? null };
+    const streams = this.tokens?.streams ?? {};
+    const query = streams[this.layer?.query_stream];
+    const key = streams[this.layer?.key_stream];
+    return {
+      query: query?.labels ?? this.tokens?.query ?? null,
+      key: key?.labels ?? this.tokens?.key ?? null,
+      queryTitle: query?.title ?? "",
+      keyTitle: key?.title ?? "",
+    };
   }
 
   path(fields) {
