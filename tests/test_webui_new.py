@@ -7,6 +7,7 @@ from dataclasses import replace
 import gradio as gr
 import pytest
 
+from attnlab.documents import read_document
 from attnlab.estimate import Estimate
 from attnlab_storage.control import dispatcher_beat
 from attnlab_storage.database import revision
@@ -129,10 +130,34 @@ def test_a_near_miss_gets_a_suggestion(sqlite_store, fields):
 
 def test_only_ticked_mechanisms_show_their_parameters(fields):
     opened = fields.folded(Form(mechanisms=("sliding_window",)))
-    by_name = dict(zip(["module", *fields.rows], opened, strict=True))
+    by_name = dict(zip(["module", *fields.rows, *fields.inputs, "preview"], opened, strict=True))
     assert by_name["sliding_window"]["visible"] is True
     assert by_name["grouped_query"]["visible"] is False
     assert by_name["module"]["visible"] is False
+    assert [name for name in fields.inputs if by_name[name]["visible"]] == ["text"]
+
+
+def test_a_model_that_reads_pictures_gets_a_picture(sqlite_store, fields, starter):
+    text, form = starter
+    values = fields.values(replace(form, model="vit-digits"))
+    new_text, shown, *answers = new.on_form(sqlite_store, fields, text, form, *values)
+    document = read_document(new_text)
+    assert document["input"] == {"image": "digit-3"}
+    assert (shown.source, shown.image, shown.sequence_lengths) == ("image", "digit-3", "")
+    assert answers[0] == "", "nothing is left to fix"
+    folds = answers[len(answers) - len(fields.components()) - len(fields.folds()) :]
+    by_name = dict(zip(["module", *fields.rows, *fields.inputs, "preview"], folds, strict=False))
+    assert [name for name in fields.inputs if by_name[name]["visible"]] == ["image"]
+    assert "<img" in by_name["preview"]["value"]
+    written = dict(zip(fields.plain, folds[len(fields.folds()) :], strict=False))
+    assert (written["source"], written["image"], written["max_tokens"]) == ("image", "digit-3", "")
+
+
+def test_typing_leaves_the_fields_alone(sqlite_store, fields, starter):
+    text, form = starter
+    values = fields.values(replace(form, name="other"))
+    answers = new.on_form(sqlite_store, fields, text, form, *values)
+    assert all(skipped(answer) for answer in answers[-len(fields.components()) :])
 
 
 def test_cost_shows_runs_bytes_and_time(sqlite_store, starter):
@@ -244,7 +269,7 @@ def test_recent_list_is_drawn_only_when_something_changed(sqlite_store, starter)
 def test_upload_puts_the_text_into_the_form_and_keeps_no_copy(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("Banks of the river.")
-    text, source, notice = new.on_upload(str(path))
+    text, source, notice = new.on_upload("text", str(path))
     assert (text, source, notice) == ("Banks of the river.", "text", "")
     assert not path.exists()
 
@@ -255,7 +280,7 @@ def test_upload_puts_the_text_into_the_form_and_keeps_no_copy(tmp_path):
 def test_bad_upload_leaves_the_text_and_says_why(tmp_path, data):
     path = tmp_path / "<b>.txt"
     path.write_bytes(data)
-    text, source, notice = new.on_upload(str(path))
+    text, source, notice = new.on_upload("text", str(path))
     assert skipped(text)
     assert skipped(source)
     assert "file: must" in notice

@@ -10,7 +10,7 @@ from attnlab.documents import write_document
 from attnlab.spec import DTYPES, IMPLEMENTATIONS, MAX_TEXT_BYTES, PHASES, RECORDS
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_webui import drafts
-from attnlab_webui.form import BARE_MODULE, RANDOM, TEXT, Form, form_of, merge
+from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, RANDOM, TEXT, Form, form_of, merge
 
 BUILT = tuple(name for name, mechanism in MECHANISMS.items() if mechanism.built)
 
@@ -32,14 +32,19 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"
 def forms(draw):
     mechanisms = draw(some(BUILT))
     bare = draw(st.booleans())
+    source = RANDOM if bare else draw(st.sampled_from([TEXT, RANDOM, IMAGE, AUDIO]))
     windows = {"sliding_window": {"window_size": draw(numbers)}} if "sliding_window" in mechanisms else {}
     return Form(
         name=draw(words),
         model=BARE_MODULE if bare else draw(st.sampled_from(["smollm2-135m", "owner/name", "/a/folder"])),
         module_dim=str(draw(st.integers(1, 999))) if bare else "512",
         module_heads=str(draw(st.integers(1, 99))) if bare else "8",
-        source=RANDOM if bare else draw(st.sampled_from([TEXT, RANDOM])),
+        source=source,
         text="",
+        image=draw(st.sampled_from(["digit-3", "upload-0123456789abcdef.png"])) if source == IMAGE else "",
+        size=draw(st.sampled_from(["", "64"])) if source == IMAGE else "",
+        audio="dashwood" if source == AUDIO else "",
+        target="" if bare else draw(st.sampled_from(["", "And Mr."])),
         max_tokens=draw(st.sampled_from(["", "100"])),
         repeat=draw(st.booleans()),
         mechanisms=mechanisms,

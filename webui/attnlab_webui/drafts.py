@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnlab.bundled import BUNDLED, ModelFacts, describe_model, is_fetched, local_folder
@@ -12,7 +12,8 @@ from attnlab.problems import Problem, SpecError
 from attnlab.spec import MAX_TEXT_BYTES, ExperimentSpec, parse_spec
 from attnlab.starter import starter_spec
 from attnlab_kernels.catalog import MECHANISMS
-from attnlab_webui.form import BARE_MODULE, Document, Form, merge
+from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, TEXT, Document, Form, merge
+from attnlab_webui.uploads import with_uploads, without_contents
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_draft(text: str) -> Draft:
         return Draft(text, None, None, (Problem("spec", "must be a mapping of fields to values", kind),))
     document = {str(key): value for key, value in document.items()}
     try:
-        return Draft(text, document, parse_spec(document))
+        return Draft(text, document, parse_spec(with_uploads(document)))
     except SpecError as error:
         return Draft(text, document, None, error.problems)
 
@@ -53,7 +54,9 @@ def starter(mechanism: str | None = None) -> str:
 def clone(spec: dict[str, Any]) -> str:
     """The YAML of a copy of a stored experiment."""
     name = str(spec.get("name", "experiment"))
-    return write_document(_input_last(spec) | {"name": name if name.endswith("-copy") else f"{name}-copy"})
+    return write_document(
+        _input_last(without_contents(spec)) | {"name": name if name.endswith("-copy") else f"{name}-copy"}
+    )
 
 
 def _input_last(document: Document) -> Document:
@@ -118,8 +121,42 @@ def model_line(name: str) -> ModelLine:
     return ModelLine(facts, False, "not on this machine: the worker looks it up in its own hub cache")
 
 
+def readable(form: Form) -> Form:
+    """The form with an input that its model can read: what it has, if it can, else a sample of the right kind."""
+    facts = describe_model(form.model)
+    if facts is None or form.model == BARE_MODULE:
+        return form
+    sample = BUNDLED[form.model].sample if form.model in BUNDLED else ""
+    if facts.reads == "text":
+        if form.source in (IMAGE, AUDIO):
+            form = replace(
+                form, source=TEXT, text=form.text or sample or str(starter_spec()["input"]["text"])
+            )
+        return form if facts.writes else replace(form, target="")
+    if form.source == facts.reads:
+        return form
+    # the length of a picture or a sound is not chosen
+    form = replace(
+        form, source=facts.reads, sequence_lengths="", max_tokens="", repeat=False, text="", target=""
+    )
+    if facts.reads == IMAGE:
+        return replace(form, image=form.image or sample or "astronaut")
+    return replace(form, audio=form.audio or sample or "dashwood")
+
+
+def writes(form: Form) -> bool:
+    """Whether the model is known to write a text of its own, whose start may be given."""
+    facts = None if form.model == BARE_MODULE else describe_model(form.model)
+    return facts is not None and facts.writes
+
+
 def token_line(form: Form) -> str:
-    """How long the text is: exact where the tokenizer is here, else an estimate that says so."""
+    """How long the input is: exact where the model or its tokenizer is here, else an estimate that says so."""
+    if form.source in (IMAGE, AUDIO):
+        facts = describe_model(form.model)
+        size = int(form.size) if form.size.strip().isdecimal() else None
+        positions = facts and facts.positions(size if form.source == IMAGE else None)
+        return f"{positions:,} positions" if positions else ""
     if form.source != "text" or form.model == BARE_MODULE or not form.text.strip():
         return ""
     counted = count_tokens(form.model, form.text)

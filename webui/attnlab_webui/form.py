@@ -15,9 +15,9 @@ from attnlab_kernels.catalog import MECHANISMS
 BARE_MODULE = "bare module"
 """What the model picker holds when the experiment runs on one module with random weights."""
 
-INPUT_KINDS = ("text", "file", "synthetic")
-TEXT, RANDOM = "text", "random tokens"
-"""What goes in: a text, or random tokens of the model's vocabulary (`input.synthetic`)."""
+INPUT_KINDS = ("text", "file", "image", "audio", "synthetic")
+TEXT, RANDOM, IMAGE, AUDIO = "text", "random tokens", "image", "audio"
+"""What goes in: a text, random tokens of the model's vocabulary (`input.synthetic`), a picture, a sound."""
 
 Document = dict[str, Any]
 Parameters = Mapping[str, Mapping[str, str]]
@@ -33,6 +33,11 @@ class Form:
     module_heads: str = "8"
     source: str = TEXT
     text: str = ""
+    image: str = ""
+    """a sample, or the name of an upload"""
+    size: str = ""
+    audio: str = ""
+    target: str = ""
     max_tokens: str = ""
     repeat: bool = False
     mechanisms: tuple[str, ...] = ("multi_head",)
@@ -66,8 +71,12 @@ def form_of(document: Document) -> Form:
         model=BARE_MODULE if document.get("module") is not None else _text(document.get("model")),
         module_dim=_text(module.get("dim", 512)),
         module_heads=_text(module.get("num_heads", 8)),
-        source=RANDOM if source.get("synthetic") is not None or module else TEXT,
+        source=_source(source, module),
         text=_text(source.get("text")),
+        image=_text(source.get("image")),
+        size=_text(source.get("size")),
+        audio=_text(source.get("audio")),
+        target=_text(source.get("target")),
         max_tokens=_text(source.get("max_tokens")),
         repeat=source.get("repeat") is True,
         mechanisms=_mechanism_ids(entries),
@@ -85,6 +94,12 @@ def form_of(document: Document) -> Form:
     )
 
 
+def _source(given: Document, module: Document) -> str:
+    if given.get("synthetic") is not None or module:
+        return RANDOM
+    return next((kind for kind in (IMAGE, AUDIO) if given.get(kind) is not None), TEXT)
+
+
 def merge(form: Form, document: Document, shown: Form | None = None) -> Document:
     """The document with every key whose field was changed; the rest of it stays as written, in its order.
 
@@ -99,7 +114,7 @@ def merge(form: Form, document: Document, shown: Form | None = None) -> Document
         merged["name"] = form.name
     if changed & {"model", "module_dim", "module_heads"}:
         merged = _with_model(merged, form)
-    if changed & {"source", "text", "max_tokens", "repeat"}:
+    if changed & {"source", "text", "image", "size", "audio", "target", "max_tokens", "repeat"}:
         merged["input"] = _input(form, _mapping(document.get("input")), changed)
     if vary := _vary(form, changed):
         both = {**_mapping(document.get("vary")), **vary}
@@ -120,7 +135,11 @@ def merge(form: Form, document: Document, shown: Form | None = None) -> Document
 def _effective(form: Form) -> Form:
     """The form without what does not count: a text beside a bare module, fields of mechanisms that are not chosen."""
     if form.is_bare:
-        form = replace(form, source=RANDOM, text="")
+        form = replace(form, source=RANDOM, text="", target="")
+    if form.source != IMAGE:
+        form = replace(form, image="", size="")
+    if form.source != AUDIO:
+        form = replace(form, audio="")
     return replace(form, parameters=_parameters_in_use(form))
 
 
@@ -168,13 +187,20 @@ def _layers(text: str) -> Any:
 
 
 def _input(form: Form, before: Document, changed: set[str]) -> Document:
-    source = (
-        {} if changed & {"source", "text"} else {key: before[key] for key in before if key in INPUT_KINDS}
-    )
-    if not source and form.source == RANDOM:
-        source["synthetic"] = "random"
-    elif not source:
-        source["text"] = form.text
+    chosen = changed & {"source", "text", "image", "audio"}
+    source = {} if chosen else {key: before[key] for key in before if key in INPUT_KINDS}
+    if not source:
+        written = {
+            RANDOM: ("synthetic", "random"),
+            IMAGE: ("image", form.image),
+            AUDIO: ("audio", form.audio),
+        }
+        key, value = written.get(form.source, ("text", form.text))
+        source[key] = value
+    if form.size.strip():
+        source["size"] = _value(form.size)
+    if form.target:
+        source["target"] = form.target
     if form.max_tokens.strip():
         source["max_tokens"] = _value(form.max_tokens)
     if form.repeat:

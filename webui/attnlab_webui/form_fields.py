@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from attnlab.bundled import BUNDLED
+from attnlab.pictures import picture_samples
+from attnlab.sounds import sound_samples
 from attnlab.spec import DTYPES, IMPLEMENTATIONS, PHASES, RECORDS
 from attnlab_kernels.catalog import MECHANISMS, Parameter
-from attnlab_webui import pieces
-from attnlab_webui.form import BARE_MODULE, RANDOM, TEXT, Form
+from attnlab_webui import drafts, new_experiment, pieces
+from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, RANDOM, TEXT, Form
 
 RECORD_WORDS = {
     "maps": "maps",
@@ -35,7 +38,11 @@ class FormFields:
     """shown only for a bare module"""
     rows: dict[str, gr.Row]
     """the fields of a mechanism, shown only while it is ticked"""
-    upload: gr.UploadButton
+    inputs: dict[str, Any]
+    """the rows of one kind of input each, shown while it is chosen"""
+    preview: gr.HTML
+    uploads: dict[str, gr.UploadButton]
+    """field -> the button that fills it from a file"""
     facts: gr.HTML
     missing: gr.HTML
     """why some implementations are on no machine"""
@@ -45,12 +52,15 @@ class FormFields:
 
     def folds(self) -> list[Any]:
         """What `folded` opens and closes."""
-        return [self.shape, *self.rows.values()]
+        return [self.shape, *self.rows.values(), *self.inputs.values(), self.preview]
 
     def folded(self, form: Form) -> list[Any]:
         """Shows the fields that the form has a use for, and hides the others."""
         opened = [form.is_bare, *(mechanism in form.mechanisms for mechanism in self.rows)]
-        return [gr.update(visible=is_open) for is_open in opened]
+        opened += [_input_shown(kind, form) for kind in self.inputs]
+        shown = new_experiment.preview(form)
+        preview = gr.update(value=shown, visible=bool(shown))
+        return [*(gr.update(visible=is_open) for is_open in opened), preview]
 
     def read(self, values: Sequence[Any]) -> Form:
         """The form that the components' values mean."""
@@ -89,7 +99,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _empty(name: str) -> Any:
-    return {"phase": None, "repeat": False}.get(name, "")
+    return {"phase": None, "repeat": False, "image": None, "audio": None}.get(name, "")
 
 
 def make_fields(form: Form) -> FormFields:
@@ -97,7 +107,7 @@ def make_fields(form: Form) -> FormFields:
     plain: dict[str, Any] = {}
     with gr.Column(elem_classes="at-section"):
         title("Model and input", "a bundled model, a hub id (owner/name), a folder, or a bare module")
-        facts, shape, upload = _subject(plain, form)
+        facts, shape, inputs, preview, uploads = _subject(plain, form)
     with gr.Column(elem_classes="at-section"):
         title("Mechanisms", "each ticked one is run; commas in a field make one run a value")
         ticks, parameters, rows = _mechanisms(form)
@@ -109,7 +119,16 @@ def make_fields(form: Form) -> FormFields:
         _record(plain, form)
     order = [item.name for item in fields(Form) if item.name in plain]
     return FormFields(
-        {name: plain[name] for name in order}, ticks, parameters, shape, rows, upload, facts, missing
+        {name: plain[name] for name in order},
+        ticks,
+        parameters,
+        shape,
+        rows,
+        inputs,
+        preview,
+        uploads,
+        facts,
+        missing,
     )
 
 
@@ -122,7 +141,9 @@ def title(words: str, hint: str = "") -> None:
     )
 
 
-def _subject(plain: dict[str, Any], form: Form) -> tuple[gr.HTML, gr.Row, gr.UploadButton]:
+def _subject(
+    plain: dict[str, Any], form: Form
+) -> tuple[gr.HTML, gr.Row, dict[str, Any], gr.HTML, dict[str, gr.UploadButton]]:
     models = [*BUNDLED, BARE_MODULE]
     with gr.Row():
         plain["name"] = gr.Textbox(form.name, label="Name", max_lines=1, min_width=160, elem_id="new-name")
@@ -139,15 +160,76 @@ def _subject(plain: dict[str, Any], form: Form) -> tuple[gr.HTML, gr.Row, gr.Upl
     with gr.Row(visible=is_bare) as shape:
         plain["module_dim"] = gr.Textbox(form.module_dim, label="Width (dim)", max_lines=1, min_width=100)
         plain["module_heads"] = gr.Textbox(form.module_heads, label="Heads", max_lines=1, min_width=100)
-    plain["text"] = gr.Textbox(form.text, label="Text", lines=4, max_lines=9, elem_id="new-text")
-    with gr.Row(elem_classes="at-tight"):
-        plain["source"] = gr.Dropdown([TEXT, RANDOM], value=form.source, label="Input", min_width=130)
-        plain["max_tokens"] = gr.Textbox(
-            form.max_tokens, label="Cut after (tokens)", placeholder="whole text", max_lines=1, min_width=110
+    inputs: dict[str, Any] = {}
+    uploads: dict[str, gr.UploadButton] = {}
+    plain["source"] = gr.Radio(
+        [TEXT, RANDOM, IMAGE, AUDIO], value=form.source, label="Input", elem_id="new-source", container=False
+    )
+    with gr.Column(visible=_input_shown(TEXT, form), elem_classes="at-input") as inputs[TEXT]:
+        plain["text"] = gr.Textbox(form.text, label="Text", lines=4, max_lines=9, elem_id="new-text")
+        with gr.Row(elem_classes="at-tight"):
+            plain["max_tokens"] = gr.Textbox(
+                form.max_tokens,
+                label="Cut after (tokens)",
+                placeholder="whole text",
+                max_lines=1,
+                min_width=110,
+            )
+            plain["repeat"] = gr.Checkbox(
+                form.repeat, label="Repeat to length", min_width=130, container=False
+            )
+            uploads["text"] = gr.UploadButton(
+                "Text from a file…", size="sm", min_width=130, elem_id="new-upload"
+            )
+    with gr.Row(visible=_input_shown(IMAGE, form), elem_classes="at-tight") as inputs[IMAGE]:
+        plain["image"] = _sample_field("Picture", picture_samples(), form.image, "new-image")
+        plain["size"] = gr.Textbox(
+            form.size, label="Side (pixels)", placeholder="the model's own", max_lines=1, min_width=110
         )
-        plain["repeat"] = gr.Checkbox(form.repeat, label="Repeat to length", min_width=130, container=False)
-        upload = gr.UploadButton("Text from a file…", size="sm", min_width=130, elem_id="new-upload")
-    return facts, shape, upload
+        uploads["image"] = gr.UploadButton(
+            "Picture from a file…",
+            file_types=[".png", ".jpg", ".jpeg", ".webp"],
+            size="sm",
+            min_width=130,
+            elem_id="new-upload-image",
+        )
+    with gr.Row(visible=_input_shown(AUDIO, form), elem_classes="at-tight") as inputs[AUDIO]:
+        plain["audio"] = _sample_field("Sound", sound_samples(), form.audio, "new-audio")
+        uploads["audio"] = gr.UploadButton(
+            "Sound from a file…",
+            file_types=[".wav", ".flac"],
+            size="sm",
+            min_width=130,
+            elem_id="new-upload-audio",
+        )
+    preview = gr.HTML(js_on_load=None, apply_default_css=False, visible=False, elem_id="new-preview")
+    with gr.Row(visible=_input_shown("target", form)) as inputs["target"]:
+        plain["target"] = gr.Textbox(
+            form.target,
+            label="What the decoder has written",
+            placeholder="what the model writes itself, by greedy decoding",
+            max_lines=3,
+            elem_id="new-target",
+        )
+    return facts, shape, inputs, preview, uploads
+
+
+def _sample_field(label: str, samples: Mapping[str, Path], value: str, elem_id: str) -> gr.Dropdown:
+    return gr.Dropdown(
+        list(samples),
+        value=value or None,
+        label=label,
+        allow_custom_value=True,
+        min_width=180,
+        elem_id=elem_id,
+    )
+
+
+def _input_shown(kind: str, form: Form) -> bool:
+    if kind == "target":
+        return drafts.writes(form)
+    shown = TEXT if form.source == RANDOM else form.source
+    return kind == shown
 
 
 def _mechanisms(

@@ -35,6 +35,7 @@ CONTENT_POLICY = "; ".join(
         "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
         "style-src 'self' 'unsafe-inline'",
         "img-src 'self' data: blob:",
+        "media-src 'self' data:",
         "font-src 'self' data:",
         "connect-src 'self'",
         "worker-src 'self' blob:",

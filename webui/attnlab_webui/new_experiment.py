@@ -7,17 +7,19 @@ from urllib.parse import urlencode
 
 from attnlab.documents import write_document
 from attnlab.estimate import Estimate, estimate
+from attnlab.pictures import open_picture
 from attnlab.problems import Problem
 from attnlab_storage import queue
 from attnlab_storage.database import Store
 from attnlab_storage.listing import ExperimentRow, get_experiment, list_experiments
-from attnlab_webui import pieces
+from attnlab_webui import pieces, uploads
 from attnlab_webui.advise_query import asked_of, default_asked
 from attnlab_webui.drafts import Draft, clone, model_line, starter, token_line
-from attnlab_webui.form import Form
+from attnlab_webui.form import AUDIO, IMAGE, Form
 from attnlab_webui.pieces import escape
 
 RECENT = 5
+PREVIEW_PIXELS = 96
 FILLED_BY = frozenset({"clone", "mechanism", "advice"})
 """what in an address fills the form"""
 COST_WORDS = {"history": "as runs like these took", "rough": "roughly"}
@@ -99,6 +101,22 @@ def facts_line(form: Form) -> str:
     tokens = token_line(form)
     told = f'<span class="at-tokens">{escape(tokens)}</span>' if tokens else ""
     return f'<div class="at-facts-line">{mark}<span>{words}</span>{how}{told}</div>'
+
+
+def preview(form: Form) -> str:
+    """The picture or the sound that goes in; empty for a text, or where there is nothing to show."""
+    if form.source not in (IMAGE, AUDIO):
+        return ""
+    source = form.image if form.source == IMAGE else form.audio
+    uri = uploads.contents(form.source, source)
+    if uri is None:
+        return ""
+    if form.source == AUDIO:
+        return f'<audio class="at-preview" controls src="{escape(uri)}"></audio>'
+    # a few pixels are shown as squares, a photo smooth
+    few = min(open_picture(uri).size) < PREVIEW_PIXELS
+    kind = "at-preview at-pixels" if few else "at-preview"
+    return f'<img class="{kind}" src="{escape(uri)}" alt="{escape(source[:64])}">'
 
 
 def unavailable_line(reasons: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ import gradio as gr
 
 from attnlab.spec import MAX_TEXT_BYTES
 from attnlab_storage.database import Store, revision
-from attnlab_webui import drafts, new_experiment, pieces
+from attnlab_webui import drafts, new_experiment, pieces, uploads
 from attnlab_webui.drafts import Draft
 from attnlab_webui.form import Form, form_of
 from attnlab_webui.form_fields import FormFields, implementation_choices, make_fields
@@ -55,7 +55,11 @@ def build(store: Store) -> None:
     for component in components:
         events = [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]
         gr.on(
-            events, edit_form, [yaml, shown, *components], [yaml, shown, *verdict, *fields.folds()], **LATEST
+            events,
+            edit_form,
+            [yaml, shown, *components],
+            [yaml, shown, *verdict, *fields.folds(), *components],
+            **LATEST,
         )
     yaml.input(
         functools.partial(on_yaml, store, fields),
@@ -69,9 +73,18 @@ def build(store: Store) -> None:
         [yaml, shown, *verdict, *fields.folds()],
         **pieces.INTERNAL,
     )
-    fields.upload.upload(
-        on_upload, fields.upload, [fields.plain["text"], fields.plain["source"], notice], **pieces.ACTION
-    ).then(edit_form, [yaml, shown, *components], [yaml, shown, *verdict, *fields.folds()], **pieces.INTERNAL)
+    for name, button in fields.uploads.items():
+        button.upload(
+            functools.partial(on_upload, name),
+            button,
+            [fields.plain[name], fields.plain["source"], notice],
+            **pieces.ACTION,
+        ).then(
+            edit_form,
+            [yaml, shown, *components],
+            [yaml, shown, *verdict, *fields.folds(), *components],
+            **pieces.INTERNAL,
+        )
     queue_button.click(
         functools.partial(on_queue, store), yaml, [result, *verdict[:2]], **pieces.ACTION
     ).then(functools.partial(new_experiment.recent_list, store), None, recent, **pieces.INTERNAL)
@@ -91,11 +104,15 @@ def build(store: Store) -> None:
 
 def on_form(store: Store, fields: FormFields, text: str, shown: Form, *values: Any) -> list[Any]:
     """After an edit in the form: the YAML follows, unless it cannot be read."""
-    form = fields.read(values)
+    typed = fields.read(values)
+    form = drafts.readable(typed) if typed.model != shown.model else typed
     draft = drafts.write_form(form, text, shown)
     kept = draft.document is None
     new_text = gr.skip() if draft.text == text else draft.text
-    return [new_text, shown if kept else form, *verdict_of(store, draft, form), *fields.folded(form)]
+    # a field that somebody types into is left alone
+    values = fields.values(form) if form != typed else [gr.skip()] * len(fields.components())
+    head = [new_text, shown if kept else form, *verdict_of(store, draft, form), *fields.folded(form)]
+    return [*head, *values]
 
 
 def on_yaml(store: Store, fields: FormFields, text: str) -> list[Any]:
@@ -132,19 +149,24 @@ def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[
     return [*head, new_experiment.recent_list(store), new_experiment.unavailable_line(reasons), *values]
 
 
-def on_upload(path: str | None) -> tuple[Any, Any, str]:
-    """The text of an uploaded file, or why it cannot be used; the text that was there stays then."""
+def on_upload(kind: str, path: str | None) -> tuple[Any, Any, str]:
+    """What an uploaded file gives its field, or why it cannot be used; what was there stays then.
+
+    Args:
+        kind: "text", "image" or "audio".
+    """
     if path is None:
         return gr.skip(), gr.skip(), ""
     file = Path(path)
     try:
         with file.open("rb") as opened:
-            text = drafts.read_upload(file.name, opened.read(MAX_TEXT_BYTES + 1))
+            data = opened.read(MAX_TEXT_BYTES + 1)
+        value = drafts.read_upload(file.name, data) if kind == "text" else uploads.keep(kind, file.name, data)
     except ValueError as problem:
         return gr.skip(), gr.skip(), pieces.notice(str(problem), "error")
     finally:
         file.unlink(missing_ok=True)
-    return text, "text", ""
+    return value, kind, ""
 
 
 def on_queue(store: Store, text: str) -> tuple[str, str, str]:
