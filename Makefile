@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/make_environment.sh $(VENV)
 	touch $@
 
-# the three bundled models: once, into ATTNLAB_MODELS or ~/.attnlab/models
+# the bundled models: once, into ATTNLAB_MODELS or ~/.attnlab/models
 models: venv
 	$(BIN)/attnlab models fetch --all
 

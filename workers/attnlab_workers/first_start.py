@@ -12,6 +12,8 @@ from attnlab_storage.database import Store
 from attnlab_storage.tables import Experiment
 
 STARTER_MODEL = "smollm2-135m"
+LATER = ("whisper-tiny-en",)
+"""models that a first start does not wait for: `attnlab models fetch` gets them"""
 
 
 class NoModel(RuntimeError):
@@ -44,9 +46,9 @@ def submit_starter(store: Store) -> bool:
 
 
 def fetch_models() -> int:
-    """Fetch the bundled models that are missing, the starter's first; returns how many could not be fetched."""
+    """Fetch the missing models of a first start, the starter's first; returns how many could not be fetched."""
     failed = 0
-    for name in sorted(BUNDLED, key=lambda name: name != STARTER_MODEL):
+    for name in sorted(BUNDLED.keys() - LATER, key=lambda name: (name != STARTER_MODEL, name)):
         try:
             fetch(name, progress=_say)
         except FetchError as error:

@@ -159,6 +159,11 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> Non
     _draw_bar(scene, panel, name, x + box.plot_width + 16, y, max(box.plot_height, 120), theme)
 
 
+def _mark(title: str, labels: Sequence[str], tick: int, start: int) -> str:
+    """The position, or its name where positions have a meaning of their own (seconds, patches)."""
+    return shorten(labels[tick - start], _NUMBER_ROOM, 10) if title and labels else str(tick)
+
+
 def _axis(word: str, title: str) -> str:
     return f"{word}: {title}" if title else word
 
@@ -175,7 +180,8 @@ def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> N
     for tick in nice_ticks(start, stop):
         middle = box.top + (tick - start + 0.5) * step
         scene.add(Line(x - 4, middle, x - 1, middle, theme.quiet))
-        scene.add(Text(x - 6, middle, str(tick), 10, theme.quiet, "end"))
+        text = _mark(panel.row_title, panel.row_labels, tick, start)
+        scene.add(Text(x - 6, middle, text, 10, theme.quiet, "end"))
 
 
 def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
@@ -189,7 +195,8 @@ def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> N
     for tick in nice_ticks(start, stop):
         middle = x + (tick - start + 0.5) * step
         scene.add(Line(middle, y + 1, middle, y + 4, theme.quiet))
-        scene.add(Text(middle, y + 13, str(tick), 10, theme.quiet, "middle"))
+        text = _mark(panel.col_title, panel.col_labels, tick, start)
+        scene.add(Text(middle, y + 13, text, 10, theme.quiet, "middle"))
 
 
 def _draw_bar(scene: Scene, panel: Panel, name: str, x: int, y: int, height: int, theme: Theme) -> None:

@@ -17,8 +17,8 @@ export function drawAxes(context, plot, window, labels, ink) {
   context.save();
   context.font = `${FONT}px ${ink.mono}`;
   context.fillStyle = ink.text;
-  drawRows(context, plot, window, labels.query, ink);
-  drawColumns(context, plot, window, labels.key, ink);
+  drawRows(context, plot, window, labels.query, Boolean(labels.queryTitle), ink);
+  drawColumns(context, plot, window, labels.key, Boolean(labels.keyTitle), ink);
   context.font = `600 ${FONT}px ${ink.sans}`;
   context.fillStyle = ink.muted;
   context.textAlign = "left";
@@ -35,7 +35,8 @@ export function axisWord(word, title) {
   return title ? `${word}: ${title}` : word;
 }
 
-function drawRows(context, plot, window, tokens, ink) {
+// named: positions have a meaning of their own (seconds, patches), so that a mark says it and not its number
+function drawRows(context, plot, window, tokens, named, ink) {
   const cell = plot.h / (window.r1 - window.r0);
   context.textAlign = "right";
   context.textBaseline = "middle";
@@ -43,11 +44,11 @@ function drawRows(context, plot, window, tokens, ink) {
     const y = plot.y + (at + 0.5 - window.r0) * cell;
     if (y < plot.y || y > plot.y + plot.h) continue;
     rule(context, plot.x - 4, y, plot.x - 1, y, ink);
-    context.fillText(label(context, tokens, at, cell, GUTTER.left - 22), plot.x - 7, y);
+    context.fillText(label(context, tokens, named, at, cell, GUTTER.left - 22), plot.x - 7, y);
   }
 }
 
-function drawColumns(context, plot, window, tokens, ink) {
+function drawColumns(context, plot, window, tokens, named, ink) {
   const cell = plot.w / (window.c1 - window.c0);
   context.textBaseline = "middle";
   for (const at of marks(window.c0, window.c1, cell, tokens)) {
@@ -56,7 +57,7 @@ function drawColumns(context, plot, window, tokens, ink) {
     rule(context, x, plot.y - 4, x, plot.y - 1, ink);
     context.save();
     context.translate(x, plot.y - 7);
-    const words = label(context, tokens, at, cell, GUTTER.top - 22);
+    const words = label(context, tokens, named, at, cell, GUTTER.top - 22);
     if (tokens && cell >= LABEL_CELL) {
       context.rotate(-Math.PI / 2);
       context.textAlign = "left";
@@ -85,8 +86,8 @@ function niceStep(least) {
   }
 }
 
-function label(context, tokens, at, cell, room) {
-  if (!tokens || cell < LABEL_CELL) return String(at);
+function label(context, tokens, named, at, cell, room) {
+  if (!tokens || (cell < LABEL_CELL && !named)) return String(at);
   return fit(context, tokens[at] ?? "", room);
 }
 
