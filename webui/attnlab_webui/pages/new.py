@@ -110,9 +110,9 @@ def on_form(store: Store, fields: FormFields, text: str, shown: Form, *values: A
     kept = draft.document is None
     new_text = gr.skip() if draft.text == text else draft.text
     # a field that somebody types into is left alone
-    values = fields.values(form) if form != typed else [gr.skip()] * len(fields.components())
+    written = fields.values(form) if form != typed else [gr.skip()] * len(fields.components())
     head = [new_text, shown if kept else form, *verdict_of(store, draft, form), *fields.folded(form)]
-    return [*head, *values]
+    return [*head, *written]
 
 
 def on_yaml(store: Store, fields: FormFields, text: str) -> list[Any]:
