@@ -102,7 +102,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         ),
         Implementation(
             "triton",
-            "attnlab Triton forward",
+            "attnlab Triton",
             triton_forward.run,
             triton_forward.supports,
             "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",

@@ -39,7 +39,8 @@ def run(
     batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
     if num_keys == 0:
-        return q.new_zeros(batch, heads, num_queries, v.shape[-1]), _wide(q).new_full(q.shape[:3], -torch.inf)
+        nothing = q.new_zeros(batch, heads, num_queries, v.shape[-1])
+        return lower.add_sinks(nothing, _wide(q).new_full(q.shape[:3], -torch.inf), modifiers.sinks)
     scores = _per_head(q, _wide(lower.hide_padding(k, mask)).transpose(-1, -2)).mul_(scale)
     scores = lower.modify(scores, modifiers, slice(0, num_queries), slice(0, num_keys), num_queries, num_keys)
     if bias is not None:

@@ -1,90 +1,71 @@
-"""Our own flash-attention forward in Triton: the launcher. ``triton_kernel`` is loaded on first use.
+"""Our own flash attention in Triton: the launcher. The kernels are loaded on first use.
 
-On a CPU it runs only under ``TRITON_INTERPRET=1``, as a simulation that says whether the kernel is right and nothing
-about its speed. The interpreter multiplies bfloat16 bit patterns as whole numbers, so that type is refused there.
+A few query rows (decoding) are packed over the heads of a group and their keys are split over programs. On a CPU it
+runs only under ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Mask
-from attnlab_kernels.operations.softmax import lower
 from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
+from attnlab_kernels.operations.softmax.triton_config import (
+    MEDIUM_ROWS,
+    Config,
+    choose_config,
+    choose_splits,
+)
+from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+LOG2E = math.log2(math.e)
+# the interpreter has no multiprocessors; as many as make it split a short sequence
+SIMULATED_MULTIPROCESSORS = 4
+KERNELS = "attnlab_kernels.operations.softmax.triton_kernel"
+
+
+class Size(NamedTuple):
+    """Of a call, or of the longest of packed sequences."""
+
+    batch: int
+    num_queries: int
+    num_keys: int
+    kv_heads: int
 
 
 @dataclass(frozen=True)
-class Config:
-    """Tile and launch numbers of one kernel."""
+class Plan:
+    """How one call is cut: heads that share a row block, shares of the keys, and the tile."""
 
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-FLOAT32 = {
-    16: Config(32, 32, 4, 2),
-    32: Config(32, 32, 4, 2),
-    64: Config(32, 16, 4, 2),
-    128: Config(32, 16, 8, 2),
-    256: Config(16, 16, 4, 1),
-}
-FLOAT32_FEW_ROWS = {dim: Config(16, 16, 4, 1 if dim == 256 else 2) for dim in FLOAT32}
-_SMALL = (16, 32, 64)
-# padded head dimension -> tile, for many rows, up to 64 and up to 16
-HALF: dict[int, tuple[dict[int, Config], ...]] = {
-    80: (
-        {dim: Config(128, 64, 4, 3) for dim in _SMALL}
-        | {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
-        {dim: Config(64, 64, 4, 2 if dim == 32 else 3) for dim in (*_SMALL, 128)}
-        | {256: Config(64, 32, 8, 2)},
-        {dim: Config(16, 64, 4, 3) for dim in (*_SMALL, 128)} | {256: Config(16, 32, 4, 2)},
-    ),
-    90: (
-        {dim: Config(128, 128, 8, 2) for dim in (*_SMALL, 128)} | {256: Config(128, 32, 8, 2)},
-        {dim: Config(64, 128, 4, 2) for dim in _SMALL}
-        | {128: Config(64, 64, 4, 3), 256: Config(64, 32, 8, 2)},
-        {dim: Config(16, 128, 4, 2) for dim in _SMALL}
-        | {128: Config(16, 64, 4, 3), 256: Config(16, 64, 4, 2)},
-    ),
-    100: (
-        {dim: Config(128, 128, 8, 2) for dim in _SMALL}
-        | {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-        {dim: Config(64, 128, 4, 2) for dim in _SMALL}
-        | {128: Config(64, 64, 4, 3), 256: Config(64, 32, 4, 2)},
-        {dim: Config(16, 128, 4, 2) for dim in _SMALL}
-        | {128: Config(16, 64, 4, 3), 256: Config(16, 64, 4, 2)},
-    ),
-}
+    pack: int
+    splits: int
+    config: Config
 
 
-def choose_config(block_d: int, element_size: int, num_queries: int, capability: int) -> Config:
-    """Tile for a padded head dimension, bytes of a number, query rows and compute capability (80, 90, 100).
-
-    The widest tiles that were seen to keep everything in registers; a test compiles every one for every target.
-    """
-    if element_size == 4:
-        # float32 products run on the plain cores, where small tiles lose nothing
-        return FLOAT32[block_d] if num_queries > 16 else FLOAT32_FEW_ROWS[block_d]
-    generation = min(100, max(80, capability // 10 * 10))
-    wide, medium, few = HALF[generation]
-    return (few if num_queries <= 16 else medium if num_queries <= 64 else wide)[block_d]
-
-
-def padded(dim: int) -> int:
-    """Head dimension as the kernel sees it: a power of two, at least 16 for the tensor cores."""
-    return max(16, 1 << (dim - 1).bit_length())
+def plan(q: Tensor, size: Size, value_dim: int, modified: bool) -> Plan:
+    """The cut for queries of any layout with heads second and D last."""
+    heads = q.shape[1]
+    group = heads // size.kv_heads
+    pack = group if group > 1 and size.num_queries <= MEDIUM_ROWS else 1
+    rows = size.num_queries * pack
+    cores = SIMULATED_MULTIPROCESSORS
+    if q.device.type == "cuda":
+        cores = torch.cuda.get_device_properties(q.device).multi_processor_count
+    block_d = max(padded(q.shape[-1]), padded(value_dim))
+    config = choose_config(block_d, q.element_size(), rows, capability_of(q), modified)
+    if q.device.type != "cuda":
+        config = Config(min(config.block_m, 32), min(config.block_n, 32), 1, 1)
+    programs = -(-rows // config.block_m) * size.batch * heads // pack
+    splits = 1
+    if rows <= MEDIUM_ROWS:
+        splits = choose_splits(programs, size.num_keys // config.block_n, cores)
+    return Plan(pack, splits, config)
 
 
 def run(
@@ -97,51 +78,173 @@ def run(
     bias: Tensor | None = None,
     modifiers: Modifiers = PLAIN,
 ) -> tuple[Tensor, Tensor]:
-    """Attend with our kernel; the last dimension of q, k and v is made contiguous if it is not."""
-    assert bias is None
-    kernel = _kernel()
+    """Attend with our kernels, with a gradient where one is asked for."""
+    parts = (q, k, v, *modifiers.tensors)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        from attnlab_kernels.operations.softmax.triton_backward import run_with_gradient
+
+        return run_with_gradient(q, k, v, mask=mask, scale=scale, bias=bias, modifiers=modifiers)
+    return forward(q, k, v, mask=mask, scale=scale, bias=bias, modifiers=modifiers)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    bias: Tensor | None = None,
+    modifiers: Modifiers = PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """The forward alone; the last dimension of q, k and v is made contiguous if it is not."""
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    batch, heads, num_queries, dim = q.shape
-    value_dim = v.shape[-1]
-    band = mask.band()
+    batch, heads, num_queries, _ = q.shape
+    kv_heads, num_keys, value_dim = k.shape[1], k.shape[2], v.shape[-1]
+    modified = bias is not None or modifiers.softcap is not None or modifiers.alibi is not None
+    size = Size(batch, num_queries, num_keys, kv_heads)
+    cut = plan(q, size, value_dim, modified)
     out = torch.empty(batch, heads, num_queries, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
-    ranges = _ranges(mask, batch, k.shape[2], q.device)
-    capability = _capability(q) if q.device.type == "cuda" else 80
-    config = choose_config(max(padded(dim), padded(value_dim)), q.element_size(), num_queries, capability)
-    if kernel.INTERPRETED:
-        config = Config(min(config.block_m, 32), min(config.block_n, 32), 1, 1)
-    kernel.forward_kernel[(-(-num_queries // config.block_m), batch * heads)](
+    ranges = ranges_of(mask, batch, num_keys, q.device)
+    launch(
         q,
         k,
         v,
         out,
         lse,
-        ranges,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        heads,
-        heads // k.shape[1],
-        num_queries,
-        k.shape[2],
+        cut,
+        size,
+        mask=mask,
+        scale=scale,
+        modifiers=modifiers,
+        ranges=ranges,
+        bias=None if bias is None else bias.expand(batch, heads, num_queries, num_keys),
+    )
+    return out, lse
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cut: Plan,
+    size: Size,
+    *,
+    mask: Mask,
+    scale: float,
+    modifiers: Modifiers,
+    ranges: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_strides: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    starts: tuple[Tensor, Tensor] | None = None,
+    table: Tensor | None = None,
+    page: int = 0,
+) -> None:
+    """Write contiguous ``out [B, H, n, Dv]`` and ``lse [B, H, n]``, or packed ``[T, H, Dv]`` and ``[T, H]``.
+
+    Packed sequences have ``starts``, and ``size`` is then the longest sequence's.
+
+    Args:
+        bias: expanded to ``[B, H, n, m]``.
+        key_strides: (batch, head, token, page) of k and of v, if they are not ``[B, Hkv, Sk, D]``.
+        starts: int32 cuts of the queries, and cuts (or, with a table, lengths) of the keys.
+        table: int32 ``[B, blocks]``; ``page`` tokens a block.
+    """
+    kernels = load_kernels(KERNELS)
+    heads, dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
+    config = cut.config
+    band = mask.band()
+    strides_k, strides_v = key_strides or ((*k.stride()[:3], 0), (*v.stride()[:3], 0))
+    target, target_lse = (out[None], lse[None]) if cut.splits == 1 else _parts(out, lse, cut.splits)
+    bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
+    programs = heads // cut.pack
+    grid = (-(-size.num_queries * cut.pack // config.block_m), size.batch * programs, cut.splits)
+    softcap = modifiers.softcap
+    kernels.forward_kernel[grid](
+        *(q, k, v, target, target_lse, ranges, as_float(modifiers.alibi), as_float(modifiers.sinks), bias),
+        *(starts or (None, None)),
+        table,
+        *_row_strides(q),
+        *strides_k[:3],
+        *strides_v[:3],
+        *_row_strides(target[0]),
+        target.stride(0),
+        *_row_strides(target_lse[0, ..., None]),
+        target_lse.stride(0),
+        *bias_strides,
+        0 if table is None else table.stride(0),
+        strides_k[3],
+        strides_v[3],
+        programs,
+        heads // size.kv_heads,
+        size.num_queries,
+        size.num_keys,
         band.left or 0,
         band.right or 0,
-        scale * math.log2(math.e),
+        cut.splits,
+        scale * LOG2E,
+        (softcap or 0.0) * LOG2E,
         D=dim,
         DV=value_dim,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_D=padded(dim),
         BLOCK_DV=padded(value_dim),
+        PACK=cut.pack,
+        PAGE=page,
+        VARLEN=starts is not None,
         HAS_LEFT=band.left is not None,
         HAS_RIGHT=band.right is not None,
-        HAS_RANGES=band.ranges is not None,
+        HAS_RANGES=ranges is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_ALIBI=modifiers.alibi is not None,
+        HAS_BIAS=bias is not None,
+        HAS_SINKS=modifiers.sinks is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return lower.add_sinks(out, lse, modifiers.sinks)
+    if cut.splits > 1:
+        _merge(target, target_lse, out, lse, kernels)
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Batch, head and token of ``[B, H, n, D]``, or of packed ``[tokens, H, D]``."""
+    if tensor.dim() == 3:
+        return 0, tensor.stride(1), tensor.stride(0)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+def _parts(out: Tensor, lse: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device),
+        torch.empty(splits, *lse.shape, dtype=torch.float32, device=out.device),
+    )
+
+
+def _merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, kernels: Any) -> None:
+    """Join the shares into ``out`` and ``lse``, which are contiguous and in the same order."""
+    rows, value_dim = lse.numel(), out.shape[-1]
+    block = 16
+    kernels.merge_kernel[(-(-rows // block),)](
+        parts,
+        part_lse,
+        out,
+        lse,
+        rows,
+        parts.shape[0],
+        DV=value_dim,
+        BLOCK_M=block,
+        BLOCK_DV=padded(value_dim),
+        num_warps=4,
+    )
+
+
+def as_float(tensor: Tensor | None) -> Tensor | None:
+    """One float32 a head, contiguous, as the kernels read it."""
+    return None if tensor is None else tensor.detach().float().contiguous()
 
 
 def supports(
@@ -154,62 +257,29 @@ def supports(
     modifiers: Modifiers,
     need_grad: bool,
 ) -> Support:
-    """Full, causal, windowed and padded masks, any head dimension to 256, forward only."""
-    refusal = _platform_refusal(q)
-    if refusal:
-        return Support(False, refusal)
-    if q.dtype not in DTYPES:
-        return Support(False, f"the Triton kernel needs float32, float16 or bfloat16; got {q.dtype}")
+    """Any mask, soft cap, ALiBi, bias and sinks, any head dimension to 256; no gradient of a bias or of slopes."""
+    able = triton_support(q)
+    if not able:
+        return able
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return Support(False, f"the Triton kernel holds head dimensions to {MAX_HEAD_DIM}; got {q.shape[-1]}")
-    if bias is not None:
-        return Support(False, "the Triton kernel takes no bias")
-    if modifiers.softcap is not None or modifiers.alibi is not None:
-        return Support(False, "the Triton kernel has no soft cap and no ALiBi yet")
-    if need_grad:
-        return Support(False, "the Triton kernel has no backward yet")
+    if need_grad and any(part is not None and part.requires_grad for part in (bias, modifiers.alibi)):
+        return Support(False, "the Triton backward gives no gradient of a bias or of slopes; use eager")
     if q.device.type != "cuda":
-        return Support(True, "simulated by Triton's interpreter: right, and far too slow to time")
+        return able
     return Support(True, "skips tiles outside the mask")
 
 
-def _platform_refusal(q: Tensor) -> str | None:
-    try:
-        from triton import knobs
-    except ImportError as error:
-        return f"triton cannot be imported ({error}); install it with: pip install triton"
-    if q.device.type == "cuda":
-        if torch.cuda.get_device_capability(q.device) < (8, 0):
-            return "the Triton kernel needs an Ampere GPU (sm80) or newer"
-        return None
-    if q.device.type != "cpu":
-        return f"the Triton kernel needs an NVIDIA GPU; got {q.device.type}"
-    if not knobs.runtime.interpret:
-        return (
-            "Triton needs an NVIDIA GPU; on a CPU it is only simulated, in a process with TRITON_INTERPRET=1"
-        )
-    if q.dtype == torch.bfloat16:
-        return "Triton's interpreter is silently wrong in bfloat16; use float32 or float16 there"
-    return None
-
-
-def _capability(q: Tensor) -> int:
+def capability_of(q: Tensor) -> int:
+    """Compute capability of the tensor's card as 10 * major + minor; the oldest that we compile for on a CPU."""
+    if q.device.type != "cuda":
+        return 80
     major, minor = torch.cuda.get_device_capability(q.device)
     return 10 * major + minor
 
 
-def _kernel() -> ModuleType:
-    module = import_module("attnlab_kernels.operations.softmax.triton_kernel")
-    # triton decides at import whether a kernel is compiled or interpreted
-    wanted = os.environ.get("TRITON_INTERPRET") == "1"
-    if wanted != module.INTERPRETED:
-        raise RuntimeError(
-            "TRITON_INTERPRET was changed after the kernel was loaded; set it before the process starts"
-        )
-    return module
-
-
-def _ranges(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor | None:
+def ranges_of(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """Keys ``[start, stop)`` that exist for each batch element, int32 ``[B, 2]``; None where all do."""
     band = mask.band()
     if band.ranges is None:
         return None

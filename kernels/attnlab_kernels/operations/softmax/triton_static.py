@@ -1,60 +1,159 @@
-"""Every form of our softmax kernel that its launcher can choose, for the static panel.
+"""Every form of our softmax kernels that their launchers can choose, for the static panel.
 
-Needs no triton: ``static_facts`` compiles a case, in a process without TRITON_INTERPRET.
+Needs no triton: ``static_facts`` compiles a case, in a process without TRITON_INTERPRET. Each kernel appears in its
+largest form (window, padding, sinks), and once more with soft cap, ALiBi and bias where it has them.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from attnlab_kernels.operations.softmax.triton_forward import Config, choose_config
+from attnlab_kernels.operations.softmax.triton_config import (
+    Config,
+    choose_config,
+    choose_key_config,
+    choose_query_config,
+)
 from attnlab_kernels.static_facts import StaticCase
 
 Dtype = Literal["bf16", "fp32"]
 BLOCK_DIMS = (16, 32, 64, 128, 256)
 # query rows that stand for the launcher's three classes
 ROW_COUNTS = (4096, 64, 16)
+ELEMENT_SIZE: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
+FORWARD = "attnlab_kernels.operations.softmax.triton_kernel"
+BACKWARD = "attnlab_kernels.operations.softmax.triton_backward_kernel"
+WRITE = "attnlab_kernels.operations.paged.kernel"
+# a few bytes of stack are where the compiler keeps an address, not a tile
+SPILL_BOUND = 32
+_TYPES = {
+    "lse_ptr": "*fp32",
+    "delta_ptr": "*fp32",
+    "ranges_ptr": "*i32",
+    "slopes_ptr": "*fp32",
+    "sinks_ptr": "*fp32",
+    "starts_q_ptr": "*i32",
+    "starts_k_ptr": "*i32",
+    "table_ptr": "*i32",
+    "scale": "fp32",
+    "qk_scale": "fp32",
+    "softcap": "fp32",
+}
+_MODIFIED = {"HAS_SOFTCAP": True, "HAS_ALIBI": True, "HAS_BIAS": True}
+_PLAIN = dict.fromkeys(_MODIFIED, False)
+_PAGED = {"PACK": 8, "PAGE": 16, "VARLEN": True, "HAS_RANGES": False}
 
 
 def cases(capability: int) -> list[StaticCase]:
-    """The forward with a window and padding (its largest form) in every tile for sm_``capability``."""
-    return [forward_case(*choice) for choice in launchable(capability)]
+    """All of them for sm_``capability``; fp16 uses the tiles of bf16."""
+    made = [forward_case(*choice) for choice in launchable(capability)]
+    for dtype, size in ELEMENT_SIZE.items():
+        for block_d in BLOCK_DIMS:
+            for rows in (4096, 16):
+                config = choose_config(block_d, size, rows, capability, modified=True)
+                made.append(forward_case(dtype, block_d, config, "modified", _MODIFIED))
+            config = choose_config(block_d, size, 16, capability)
+            made.append(forward_case(dtype, block_d, config, "paged", _PAGED))
+            made += backward_cases(dtype, block_d, capability)
+            made += small_cases(dtype, block_d)
+    return list({(case.kernel, case.form): case for case in made}.values())
 
 
 def launchable(capability: int) -> list[tuple[Dtype, int, Config]]:
-    """Every (dtype, padded head dimension, tile) that the launcher can choose; fp16 uses the tiles of bf16."""
-    kinds: list[tuple[Dtype, int]] = [("bf16", 2), ("fp32", 4)]
+    """Every (dtype, padded head dimension, tile) that the plain forward can choose."""
     return list(
         dict.fromkeys(
             (dtype, block_d, choose_config(block_d, size, rows, capability))
-            for dtype, size in kinds
+            for dtype, size in ELEMENT_SIZE.items()
             for block_d in BLOCK_DIMS
             for rows in ROW_COUNTS
         )
     )
 
 
-def forward_case(dtype: Dtype, block_d: int, config: Config) -> StaticCase:
-    """The kernel for one head dimension, a power of two; the value dimension is the same."""
+def forward_case(
+    dtype: Dtype, block_d: int, config: Config, kind: str = "", flags: dict[str, Any] | None = None
+) -> StaticCase:
+    """The forward for one head dimension, a power of two; the value dimension is the same."""
+    own = {"PACK": 1, "PAGE": 0, "VARLEN": False, "HAS_SINKS": True}
+    constants = _shape(block_d, config) | own | (flags or {})
+    return _case(f"softmax forward{kind and ' ' + kind}", FORWARD, "forward_kernel", dtype, config, constants)
+
+
+def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCase]:
+    """dQ, and dK with dV, plain and modified."""
+    size = ELEMENT_SIZE[dtype]
+    made = []
+    for kind, flags in (("", {}), (" modified", _MODIFIED)):
+        for name, choose in (("query", choose_query_config), ("key", choose_key_config)):
+            config = choose(block_d, size, capability, bool(flags))
+            made.append(
+                _case(
+                    f"softmax {name} gradient{kind}",
+                    BACKWARD,
+                    f"{name}_gradient_kernel",
+                    dtype,
+                    config,
+                    _shape(block_d, config) | flags,
+                )
+            )
+    return made
+
+
+def small_cases(dtype: Dtype, block_d: int) -> list[StaticCase]:
+    """What multiplies nothing: the join of shares, delta, and the write into a pool."""
+    side = Config(16, 16, 4, 1)
+    rows = {"DV": block_d, "BLOCK_M": 16, "BLOCK_DV": block_d}
+    types = {"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32", "rows_total": "i32"}
+    page = {"D": block_d, "BLOCK_D": block_d, "PAGE": 16}
+    write = Config(1, 1, 1 if block_d <= 128 else 4, 1)
+    return [
+        _case("softmax join of shares", FORWARD, "merge_kernel", dtype, side, rows, types, False),
+        _case("softmax delta", BACKWARD, "delta_kernel", dtype, side, rows, {"delta_ptr": "*fp32"}, False),
+        _case("paged write", WRITE, "write_kernel", dtype, write, page, {"slots_ptr": "*i64"}, False),
+    ]
+
+
+def _shape(block_d: int, config: Config) -> dict[str, Any]:
+    return {
+        "D": block_d,
+        "DV": block_d,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_d,
+        "HAS_LEFT": True,
+        "HAS_RIGHT": True,
+        "HAS_RANGES": True,
+        **_PLAIN,
+    }
+
+
+def _case(
+    kernel: str,
+    module: str,
+    function: str,
+    dtype: Dtype,
+    config: Config,
+    constants: dict[str, Any],
+    types: dict[str, str] | None = None,
+    tensor_cores: bool = True,
+) -> StaticCase:
+    if types is None:
+        unused = ("sinks_ptr", "starts_q_ptr", "starts_k_ptr", "table_ptr") if module == BACKWARD else ()
+        forward_only = ("delta_ptr", "scale") if module == FORWARD else ()
+        types = {name: kind for name, kind in _TYPES.items() if name not in (*unused, *forward_only)}
     return StaticCase(
-        kernel="softmax forward",
-        form=f"{dtype} D {block_d}, tile {config.block_m} x {config.block_n}",
-        module="attnlab_kernels.operations.softmax.triton_kernel",
-        function="forward_kernel",
+        kernel=kernel,
+        form=f"{dtype} D {constants.get('BLOCK_D', constants.get('BLOCK_DV'))}, "
+        f"tile {config.block_m} x {config.block_n}",
+        module=module,
+        function=function,
         dtype=dtype,
-        types={"lse_ptr": "*fp32", "ranges_ptr": "*i32", "qk_scale": "fp32"},
-        constants={
-            "D": block_d,
-            "DV": block_d,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": block_d,
-            "BLOCK_DV": block_d,
-            "HAS_LEFT": True,
-            "HAS_RIGHT": True,
-            "HAS_RANGES": True,
-        },
+        types=types,
+        constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        tensor_cores=dtype == "bf16",
+        tensor_cores=tensor_cores and dtype == "bf16",
+        spill_bound=SPILL_BOUND,
     )

@@ -1,0 +1,199 @@
+"""Attention of many sequences over the blocks of one pool, through block tables: decoding, prompts, or both at once.
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+https://arxiv.org/abs/2309.06180. Slots that hold no token of a sequence are never read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnlab_kernels.masks import Causal, Full, Mask
+from attnlab_kernels.operations.paged.reference import gather
+from attnlab_kernels.operations.softmax import eager, triton_forward
+from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.softmax.support import Modifiers, Support
+from attnlab_kernels.output import AttentionOutput
+
+IMPLEMENTATIONS = ("eager", "triton")
+
+
+def attend_paged(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    query_starts: Tensor | None = None,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+    implementation: str = "auto",
+) -> AttentionOutput:
+    """Softmax attention of the newest tokens of each sequence to all its tokens in the pool; forward only.
+
+    Args:
+        q: ``[T, Hq, D]``, the sequences' new tokens end to end, whose keys and values are in the pool already.
+        key_pool: ``[num_blocks, block_size, Hkv, D]``; value_pool the same with Dv.
+        tables: int32 ``[S, most]``, physical blocks in logical order; what lies past a sequence's blocks is not read.
+        lengths: int32 ``[S]``, tokens of each sequence, the new ones included.
+        query_starts: int32 ``[S + 1]``, where each sequence's queries begin; default one query each (decoding).
+        mask: of every sequence, aligned to its newest token; default causal.
+        implementation: "eager" (gathers the blocks), "triton", or "auto" (Triton on CUDA).
+
+    Returns:
+        output ``[T, Hq, Dv]``; lse ``[Hq, T]`` natural log; aux as ``attend``'s.
+
+    Raises:
+        ValueError: shapes, lengths or starts that do not fit; Unsupported: the implementation cannot run this call.
+    """
+    mask = Causal() if mask is None else mask
+    modifiers = Modifiers(softcap, alibi, sinks)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    sequences = len(lengths)
+    if query_starts is None:
+        query_starts = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
+    counts, held = query_starts.diff().tolist(), lengths.tolist()
+    _check(q, key_pool, value_pool, tables, counts, held, int(query_starts[0]), mask)
+    support = triton_supports(q, key_pool, value_pool, modifiers, factor)
+    name = implementation
+    if name == "auto":
+        name = "triton" if support and q.device.type == "cuda" else "eager"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
+    if name == "triton" and not support:
+        raise Unsupported(f"implementation 'triton' cannot run this call: {support.reason}")
+    pools = (key_pool, value_pool)
+    with torch.no_grad():
+        if name == "eager":
+            output, lse = _run_each(q, *pools, tables, counts, held, mask, factor, modifiers)
+        else:
+            starts = (query_starts.to(torch.int32).contiguous(), lengths.to(torch.int32).contiguous())
+            size = triton_forward.Size(sequences, max(counts), max(held), key_pool.shape[2])
+            output, lse = _run_triton(q, *pools, tables, starts, size, mask, factor, modifiers)
+    reason = (
+        "asked for" if implementation != "auto" else f"auto: Triton on CUDA, else eager ({support.reason})"
+    )
+    return AttentionOutput(output, lse=lse, aux={"implementation": name, "reason": reason})
+
+
+def triton_supports(
+    q: Tensor, key_pool: Tensor, value_pool: Tensor, modifiers: Modifiers, scale: float
+) -> Support:
+    """Whether our kernel runs over these pools."""
+    if not scale > 0:
+        return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
+    if key_pool.stride(-1) != 1 or value_pool.stride(-1) != 1:
+        return Support(False, "the pools' last dimension must be contiguous, a pool is never copied")
+    if key_pool.dtype != q.dtype or value_pool.dtype != q.dtype:
+        return Support(
+            False,
+            f"queries and pools must share a dtype; got {q.dtype}, {key_pool.dtype} and {value_pool.dtype}",
+        )
+    return triton_forward.supports(
+        q[None], key_pool, value_pool, mask=Full(), bias=None, modifiers=modifiers, need_grad=False
+    )
+
+
+def _run_each(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    tables: Tensor,
+    counts: list[int],
+    held: list[int],
+    mask: Mask,
+    scale: float,
+    modifiers: Modifiers,
+) -> tuple[Tensor, Tensor]:
+    outputs, sums, first = [], [], 0
+    size = key_pool.shape[1]
+    for row, (count, length) in enumerate(zip(counts, held, strict=True)):
+        blocks = tables[row, : -(-length // size)].tolist()
+        key, value = (gather(pool, blocks, length)[None] for pool in (key_pool, value_pool))
+        query = q[first : first + count].transpose(0, 1)[None]
+        output, lse = eager.run(query, key, value, mask=mask, scale=scale, modifiers=modifiers)
+        outputs.append(output[0].transpose(0, 1))
+        sums.append(lse[0])
+        first += count
+    return torch.cat(outputs), torch.cat(sums, dim=-1)
+
+
+def _run_triton(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    tables: Tensor,
+    starts: tuple[Tensor, Tensor],
+    size: triton_forward.Size,
+    mask: Mask,
+    scale: float,
+    modifiers: Modifiers,
+) -> tuple[Tensor, Tensor]:
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    output = torch.empty(*q.shape[:2], value_pool.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.shape[0] == 0:
+        return output, lse.T
+    modified = modifiers.softcap is not None or modifiers.alibi is not None
+    cut = triton_forward.plan(q, size, value_pool.shape[-1], modified)
+    strides = tuple((0, pool.stride(2), pool.stride(1), pool.stride(0)) for pool in (key_pool, value_pool))
+    triton_forward.launch(
+        *(q, key_pool, value_pool, output, lse, cut, size),
+        mask=mask,
+        scale=scale,
+        modifiers=modifiers,
+        key_strides=(strides[0], strides[1]),
+        starts=starts,
+        table=tables.to(torch.int32).contiguous(),
+        page=key_pool.shape[1],
+    )
+    return output, lse.T
+
+
+def _check(
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    tables: Tensor,
+    counts: list[int],
+    held: list[int],
+    first: int,
+    mask: Mask,
+) -> None:
+    if q.dim() != 3 or key_pool.dim() != 4 or q.shape[2] != key_pool.shape[3]:
+        raise ValueError(
+            "shapes must be q [T, Hq, D] and key_pool [num_blocks, block_size, Hkv, D]; "
+            f"got {tuple(q.shape)} and {tuple(key_pool.shape)}"
+        )
+    if value_pool.shape[:3] != key_pool.shape[:3]:
+        raise ValueError(
+            f"the pools must agree but for D; got {tuple(key_pool.shape)} and {tuple(value_pool.shape)}"
+        )
+    if key_pool.shape[2] == 0 or q.shape[1] % key_pool.shape[2]:
+        raise ValueError(
+            f"query heads must be a multiple of key heads; got {q.shape[1]} and {key_pool.shape[2]}"
+        )
+    if not held or tables.dim() != 2 or len(tables) != len(held) or len(counts) != len(held):
+        raise ValueError(
+            f"tables, lengths and query_starts must describe the same sequences, at least one; got "
+            f"{tuple(tables.shape)}, {len(held)} and {len(counts)}"
+        )
+    if first != 0 or sum(counts) != q.shape[0] or min(counts) < 0:
+        raise ValueError(
+            f"query_starts must rise from 0 to the {q.shape[0]} queries; the counts are {counts}"
+        )
+    room = tables.shape[1] * key_pool.shape[1]
+    for count, length in zip(counts, held, strict=True):
+        if not count <= length <= room:
+            raise ValueError(
+                f"lengths must be from a sequence's {count} queries to {room}, what a table holds; got {length}"
+            )
+    if mask.band().ranges is not None:
+        raise ValueError(f"paged sequences have no padding to mask; got {mask.describe()}")
