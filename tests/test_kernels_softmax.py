@@ -26,6 +26,8 @@ from attnlab_kernels.operations.softmax.api import (
 
 # the matrix below walks all of them; other laws walk what this process can run (triton: under its interpreter)
 HERE = [row["name"] for row in survey("cpu") if row["available"]]
+# other people's kernels, which never run on a CPU, have their own matrix in test_kernels_external
+OURS = [name for name in IMPLEMENTATIONS if not name.startswith(("flash_attn", "flashinfer", "xformers"))]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # batch, query heads, key heads, queries, keys, D, Dv
 SHAPES = [
@@ -118,7 +120,7 @@ def worst(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.describe())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", OURS)
 def test_every_implementation_equals_the_reference_or_says_why_not(name, dtype, shape, mask):
     mask = fitted(mask, shape[0])
     exact = case(shape)
@@ -247,7 +249,7 @@ def test_a_future_token_changes_no_past_output(name):
     assert (after[:, :, 31:] - before[:, :, 31:]).abs().amax(dim=(0, 1, 3)).min() > 1e-5
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(
     ("shape", "mask"),
     [
@@ -292,7 +294,7 @@ def test_the_reference_passes_gradcheck_also_with_dead_rows_and_a_bias():
     assert torch.autograd.gradcheck(run, (*leaves, bias))
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("mask", [Full(), Causal(), Window(9), Causal() & Padding(((2, 20),))], ids=str)
 @pytest.mark.parametrize("bias_shape", [(1, 4, 21, 30), (21, 30), (2, 1, 1, 30)], ids=str)
 def test_a_bias_is_added_to_the_scores(name, mask, bias_shape):
@@ -302,7 +304,7 @@ def test_a_bias_is_added_to_the_scores(name, mask, bias_shape):
     if len(bias_shape) == 4 and bias_shape[2] > 1:
         bias[0, 1, 7] = -torch.inf  # a row that only the bias kills
     if not supports(name, q, k, v, mask=mask, bias=bias):
-        assert name in {"sdpa_efficient", "sdpa_cudnn", "triton", "banded"}
+        assert name not in {"eager", "sdpa_math", "sdpa_flash", "flex"}
         return
     want, want_lse = formula(q, k, v, mask, 0.25, bias)
     result = attend(q, k, v, mask=mask, bias=bias, implementation=name)

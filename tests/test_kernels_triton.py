@@ -55,8 +55,9 @@ from attnlab_kernels.operations.softmax.triton_static import forward_case, launc
 from attnlab_kernels.static_facts import compile_case
 capability = int(sys.argv[1])
 for dtype, block_d, config in launchable(capability):
-    facts = compile_case(forward_case(dtype, block_d, config), capability)
-    print(json.dumps([dtype, block_d, asdict(config), asdict(facts)]), flush=True)
+    case = forward_case(dtype, block_d, config)
+    facts = compile_case(case, capability)
+    print(json.dumps([dtype, block_d, asdict(config), case.spill_bound, asdict(facts)]), flush=True)
 """
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 
@@ -77,9 +78,9 @@ def test_every_tile_the_launcher_can_choose_compiles_without_spilling(capability
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) >= 20
     assert {row[1] for row in rows} == {16, 32, 64, 128, 256}
-    for dtype, block_d, config, facts in rows:
+    for dtype, block_d, config, spill_bound, facts in rows:
         where = f"sm_{capability} {dtype} D={block_d} {config}: {facts}"
-        assert facts["stack_bytes"] == 0, where
+        assert facts["stack_bytes"] <= spill_bound, where
         assert facts["local_bytes"] == 0, where
         assert 0 < facts["registers"] <= 255, where
         assert facts["registers"] * 32 * config["num_warps"] <= 65536, where
@@ -124,6 +125,43 @@ def test_backward_paged_and_modified_kernels_compile_within_the_card(capability)
             assert MATRIX_INSTRUCTION[capability] in facts["matrix_instructions"], where
 
 
+READ_HOPPER = """
+import json
+from dataclasses import asdict, replace
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from attnlab_kernels.operations.softmax import triton_hopper_kernel
+from attnlab_kernels.operations.softmax.triton_static import hopper_case
+from attnlab_kernels.static_facts import _signature, compile_case
+kernel = triton_hopper_kernel.specialised_kernel
+for causal, warps in ((False, 4), (True, 4), (True, 8)):
+    case = replace(hopper_case(128, causal), num_warps=warps)
+    source = ASTSource(kernel, **_signature(kernel.arg_names, case))
+    options = {"num_warps": warps, "num_stages": case.num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    split = "ttg.warp_specialize" in made.asm["ttgir"], "setmaxnreg" in made.asm["ptx"]
+    print(json.dumps([warps, split, asdict(compile_case(case, 90))]))
+"""
+
+
+@pytest.mark.slow
+def test_the_hopper_kernel_really_has_producer_warps_and_tma_and_only_with_four_warps():
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", READ_HOPPER]
+    result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=280)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == [4, 4, 8]
+    for warps, split, facts in rows:
+        # a request that the compiler drops in silence: what it made is read, not believed
+        assert split == [warps == 4] * 2, facts
+        assert facts["warps"] == (12 if warps == 4 else 8)
+        assert facts["tma_loads"] >= 3
+        assert facts["matrix_count"].get("HGMMA", 0) >= 8
+        assert facts["stack_bytes"] == 0
+
+
 def in_process(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, check=True, capture_output=True, text=True
@@ -143,7 +181,7 @@ print(supports("triton", q, q, q, need_grad={grad}).reason)
     ("dtype", "grad", "says"),
     [
         ("bfloat16", False, "silently wrong in bfloat16"),
-        ("float64", False, "needs float32, float16 or bfloat16"),
+        ("float64", False, "needs float32, float16, bfloat16"),
         ("float32", True, "simulated by Triton's interpreter"),
         ("float32", False, "simulated by Triton's interpreter"),
     ],

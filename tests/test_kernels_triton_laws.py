@@ -210,6 +210,21 @@ def test_new_tokens_go_to_their_slots_and_minus_one_nowhere():
     assert int(both[0][0].flatten(0, 1).any(-1).any(-1).sum()) == 4
 
 
+@pytest.mark.parametrize(
+    ("mask", "queries", "keys"), [(Full(), 37, 70), (Causal(), 70, 70), (Causal(), 40, 33)]
+)
+def test_the_hopper_kernel_equals_the_reference(mask, queries, keys):
+    q = made(2, 4, queries, 64, dtype=torch.float16)
+    k, v = (made(2, 2, keys, 64, seed=seed, dtype=torch.float16) for seed in (1, 2))
+    mine = attend(q, k, v, mask=mask, implementation="triton_hopper")
+    want = attend(q.double(), k.double(), v.double(), mask=mask, implementation="eager")
+    fair = attend(q, k, v, mask=mask, implementation="sdpa_flash")
+    assert mine.lse is not None
+    assert want.lse is not None
+    assert worst(mine.output, want.output) <= 2 * worst(fair.output, want.output) + 2e-4
+    assert worst(mine.lse, want.lse) < 1e-5
+
+
 def visited(monkeypatch, mask: Mask, queries: int, keys: int) -> int:
     """Tiles that one head's forward multiplies: each is two matrix products."""
     from triton.runtime.interpreter import InterpreterBuilder

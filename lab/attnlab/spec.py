@@ -53,7 +53,14 @@ IMPLEMENTATIONS = (
     "sdpa_cudnn",
     "flex",
     "triton",
+    "triton_hopper",
     "banded",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "flash_attn_hub",
+    "flashinfer",
+    "xformers",
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PHASES = ("prefill", "decode", "train")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Mask, Window, mask_from_band
-from attnlab_kernels.operations.softmax import banded, eager, flex, lower, sdpa, triton_forward
+from attnlab_kernels.operations.softmax import lower, preference
+from attnlab_kernels.operations.softmax.registry import IMPLEMENTATIONS
 from attnlab_kernels.operations.softmax.support import PLAIN, Implementation, Modifiers, Support
 from attnlab_kernels.output import AttentionOutput
 
@@ -57,70 +58,6 @@ class AttendCall:
     sinks: Tensor | None = None
     alibi: Tensor | None = None
 
-
-def _any_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask,
-    bias: Tensor | None,
-    modifiers: Modifiers,
-    need_grad: bool,
-) -> Support:
-    return Support(True, "the reference: keeps every score in memory")
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    implementation.name: implementation
-    for implementation in (
-        Implementation("eager", "PyTorch eager (reference)", eager.run, _any_call, "any device"),
-        Implementation("sdpa_math", "SDPA math", sdpa.run_math, sdpa.supports_math, "any device"),
-        Implementation(
-            "sdpa_flash",
-            "SDPA flash",
-            sdpa.run_flash,
-            sdpa.supports_flash,
-            "a CPU, or an NVIDIA GPU from Ampere (sm80) with half types",
-        ),
-        Implementation(
-            "sdpa_efficient",
-            "SDPA memory-efficient",
-            sdpa.run_efficient,
-            sdpa.supports_efficient,
-            "an NVIDIA GPU from Maxwell (sm50)",
-        ),
-        Implementation(
-            "sdpa_cudnn",
-            "SDPA cuDNN",
-            sdpa.run_cudnn,
-            sdpa.supports_cudnn,
-            "an NVIDIA GPU from Ampere (sm80) with cuDNN 9 and half types",
-        ),
-        Implementation(
-            "flex", "FlexAttention", flex.run, flex.supports, "any device; fused on an NVIDIA GPU"
-        ),
-        Implementation(
-            "triton",
-            "attnlab Triton",
-            triton_forward.run,
-            triton_forward.supports,
-            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
-        ),
-        Implementation("banded", "Banded flash tiles", banded.run, banded.supports, "a CPU and a window"),
-    )
-}
-
-# what auto tries, best first; eager always runs
-AUTO_ORDER = {
-    "cpu": ("banded", "sdpa_flash", "sdpa_math", "eager"),
-    "cuda": ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "triton", "flex", "sdpa_math", "eager"),
-}
-# where tiles outside the mask can be skipped, the kernels that skip them go first
-AUTO_ORDER_WINDOW = {
-    "cpu": AUTO_ORDER["cpu"],
-    "cuda": ("triton", "flex", "sdpa_efficient", "sdpa_cudnn", "sdpa_math", "eager"),
-}
 
 _observers = threading.local()
 
@@ -247,7 +184,7 @@ def _supports(
         )
     if dropout and implementation != "eager":
         return Support(False, f"only eager drops probabilities; got dropout {dropout}")
-    if scale is not None and not scale > 0 and implementation == "triton":
+    if scale is not None and not scale > 0 and implementation.startswith("triton"):
         return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
     return IMPLEMENTATIONS[implementation].supports(
         q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad
@@ -268,8 +205,8 @@ def choose(
     """What auto runs for this call, and why: the first that supports it, and who was passed over."""
     if dropout:
         return "eager", "auto: only eager drops probabilities"
-    orders = AUTO_ORDER if mask.band().left is None else AUTO_ORDER_WINDOW
-    order = orders.get(q.device.type, ("sdpa_math", "eager"))
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    order, source = preference.order(q.device.type, capability, mask)
     passed: list[str] = []
     for name in order:
         support = IMPLEMENTATIONS[name].supports(
@@ -277,7 +214,7 @@ def choose(
         )
         if support:
             skipped = f" (passed over {'; '.join(passed)})" if passed else ""
-            return name, f"auto: first of {', '.join(order)} that runs this call{skipped}"
+            return name, f"auto: first of {', '.join(order)} that runs this call ({source}){skipped}"
         passed.append(f"{name}: {support.reason}")
     raise AssertionError("eager runs every call")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Mask
+from attnlab_kernels.operations.softmax import external
 from attnlab_kernels.operations.softmax.support import Support
 
 KERNEL_MODULE = "flash_attn_interface"
@@ -41,7 +42,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, bias: Tensor | None
     head = q.shape[-1]
     num_queries, num_keys = q.shape[2], k.shape[2]
     refusals = {
-        "the tensors are not on the CUDA device": not q.is_cuda,
+        "the tensors are not on the CUDA device": external.card(q) is None,
         f"it takes float16 and bfloat16; got {q.dtype}": q.dtype not in (torch.float16, torch.bfloat16),
         f"it takes one head size, a multiple of 8 up to {LARGEST_HEAD}; got {head} and {v.shape[-1]}": (
             head % 8 != 0 or head > LARGEST_HEAD or v.shape[-1] != head

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from attnlab_kernels.operations.softmax import triton_hopper
 from attnlab_kernels.operations.softmax.triton_config import (
     Config,
     choose_config,
@@ -56,6 +57,10 @@ def cases(capability: int) -> list[StaticCase]:
             made.append(forward_case(dtype, block_d, config, "paged", _PAGED))
             made += backward_cases(dtype, block_d, capability)
             made += small_cases(dtype, block_d)
+    if capability == 90:
+        made += [
+            hopper_case(block_d, causal) for block_d in triton_hopper.HEAD_DIMS for causal in (False, True)
+        ]
     return list({(case.kernel, case.form): case for case in made}.values())
 
 
@@ -114,6 +119,17 @@ def small_cases(dtype: Dtype, block_d: int) -> list[StaticCase]:
     ]
 
 
+def hopper_case(block_d: int, causal: bool) -> StaticCase:
+    """The Hopper forward, with a mask in its loop where it is causal."""
+    config = triton_hopper.CONFIG
+    tile = {"D": block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    flags = {"CAUSAL": causal, "MASKED": causal}
+    types = {"lse_ptr": "*fp32", "qk_scale": "fp32"}
+    kind = " causal" if causal else ""
+    name = f"softmax forward for Hopper{kind}"
+    return _case(name, triton_hopper.KERNELS, "specialised_kernel", "bf16", config, tile | flags, types)
+
+
 def _shape(block_d: int, config: Config) -> dict[str, Any]:
     return {
         "D": block_d,
@@ -145,7 +161,7 @@ def _case(
         types = {name: kind for name, kind in _TYPES.items() if name not in (*unused, *forward_only)}
     return StaticCase(
         kernel=kernel,
-        form=f"{dtype} D {constants.get('BLOCK_D', constants.get('BLOCK_DV'))}, "
+        form=f"{dtype} D {constants.get('BLOCK_D') or constants.get('BLOCK_DV') or constants['D']}, "
         f"tile {config.block_m} x {config.block_n}",
         module=module,
         function=function,
