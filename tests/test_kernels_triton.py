@@ -134,7 +134,7 @@ from triton.compiler import ASTSource
 from attnlab_kernels.operations.softmax import triton_hopper_kernel
 from attnlab_kernels.operations.softmax.triton_static import hopper_case
 from attnlab_kernels.static_facts import _signature, compile_case
-kernel = triton_hopper_kernel.specialised_kernel
+kernel = triton_hopper_kernel.softmax_hopper_kernel
 for causal, warps in ((False, 4), (True, 4), (True, 8)):
     case = replace(hopper_case(128, causal), num_warps=warps)
     source = ASTSource(kernel, **_signature(kernel.arg_names, case))

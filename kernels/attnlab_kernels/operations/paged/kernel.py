@@ -13,7 +13,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
-def write_kernel(
+def paged_write_kernel(
     new_ptr,
     pool_ptr,
     slots_ptr,

@@ -72,7 +72,7 @@ def _launch(new: Tensor, pool: Tensor, slots: Tensor) -> None:
     if pool.stride(-1) != 1:
         raise ValueError(f"the pool's last dimension must be contiguous; got strides {pool.stride()}")
     dim = new.shape[-1]
-    load_kernels(KERNELS).write_kernel[(new.shape[0], new.shape[1])](
+    load_kernels(KERNELS).paged_write_kernel[(new.shape[0], new.shape[1])](
         new,
         pool,
         slots.contiguous(),

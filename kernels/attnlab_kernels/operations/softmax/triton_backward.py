@@ -90,7 +90,7 @@ def backward(
     batch, heads, num_queries, dim = q.shape
     kv_heads, num_keys, value_dim = k.shape[1], k.shape[2], v.shape[-1]
     delta = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
-    kernels.delta_kernel[(-(-num_queries // DELTA_ROWS), batch * heads)](
+    kernels.softmax_delta_kernel[(-(-num_queries // DELTA_ROWS), batch * heads)](
         *(output, gradient, delta),
         *output.stride()[:3],
         *gradient.stride()[:3],
@@ -124,10 +124,10 @@ def backward(
     key_config, key_launch = _launched(choose_key_config(*choice), kernels.INTERPRETED)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     given, extras = (q, k, v, gradient, lse, delta), (ranges, as_float(alibi), bias)
-    kernels.query_gradient_kernel[(-(-num_queries // query_config.block_m), batch * heads)](
+    kernels.softmax_query_gradient_kernel[(-(-num_queries // query_config.block_m), batch * heads)](
         *given, dq, *extras, *strides, heads, *numbers, **constants, **query_launch
     )
-    kernels.key_gradient_kernel[(-(-num_keys // key_config.block_n), batch * kv_heads)](
+    kernels.softmax_key_gradient_kernel[(-(-num_keys // key_config.block_n), batch * kv_heads)](
         *given, dk, dv, *extras, *strides, kv_heads, *numbers, **constants, **key_launch
     )
     return dq, dk, dv, delta

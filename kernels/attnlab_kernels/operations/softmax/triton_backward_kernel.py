@@ -72,7 +72,7 @@ def _score_gradient(
 
 
 @triton.jit
-def delta_kernel(
+def softmax_delta_kernel(
     out_ptr,
     grad_ptr,
     delta_ptr,
@@ -104,7 +104,7 @@ def delta_kernel(
 
 
 @triton.jit
-def query_gradient_kernel(
+def softmax_query_gradient_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -216,7 +216,7 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def key_gradient_kernel(
+def softmax_key_gradient_kernel(
     q_ptr,
     k_ptr,
     v_ptr,

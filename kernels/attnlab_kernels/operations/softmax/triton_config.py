@@ -55,7 +55,7 @@ HALF_MODIFIED: dict[int, dict[int, Config]] = {
     90: {dim: Config(64, 64, 4, 2) for dim in _SMALL}
     | {128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     100: {dim: Config(64, 64, 4, 2) for dim in _SMALL}
-    | {128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    | {128: Config(64, 32, 8, 2), 256: Config(64, 32, 8, 2)},
 }
 HALF_MODIFIED_FEW_ROWS = {dim: Config(16, 32, 4, 2) for dim in (*_SMALL, 128, 256)}
 FEW_ROWS, MEDIUM_ROWS = 16, 64

@@ -163,7 +163,7 @@ def launch(
     programs = heads // cut.pack
     grid = (-(-size.num_queries * cut.pack // config.block_m), size.batch * programs, cut.splits)
     softcap = modifiers.softcap
-    kernels.forward_kernel[grid](
+    kernels.softmax_forward_kernel[grid](
         *(q, k, v, target, target_lse, ranges, as_float(modifiers.alibi), as_float(modifiers.sinks), bias),
         *(starts or (None, None)),
         table,
@@ -228,7 +228,7 @@ def _merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, kernels: A
     """Join the shares into ``out`` and ``lse``, which are contiguous and in the same order."""
     rows, value_dim = lse.numel(), out.shape[-1]
     block = 16
-    kernels.merge_kernel[(-(-rows // block),)](
+    kernels.softmax_merge_kernel[(-(-rows // block),)](
         parts,
         part_lse,
         out,

@@ -45,7 +45,7 @@ def run(
     causal = mask.band().right == 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    kernels.specialised_kernel[(-(-num_queries // config.block_m), batch * heads)](
+    kernels.softmax_hopper_kernel[(-(-num_queries // config.block_m), batch * heads)](
         *(q, k, v, out, lse),
         *q.stride()[:3],
         *k.stride()[:3],

@@ -19,7 +19,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
-def specialised_kernel(
+def softmax_hopper_kernel(
     q_ptr,
     k_ptr,
     v_ptr,

@@ -3,7 +3,7 @@
 FlashAttention-2 (Dao, https://arxiv.org/abs/2307.08691): one program for a block of query rows of one head, which walks
 the keys that its rows may see with a running maximum m and sum l. Tiles that every row sees in full run without any
 masking; only the tiles at the edges of the band compare positions. The same kernel decodes: the query heads of a key
-head are packed into rows, the keys are split over programs, and ``merge_kernel`` joins the parts.
+head are packed into rows, the keys are split over programs, and ``softmax_merge_kernel`` joins the parts.
 
 B batch, H heads, M query rows of a block, N keys of a tile, D and DV head dimensions, padded to powers of two.
 """
@@ -159,7 +159,7 @@ def _visit(
 
 
 @triton.jit
-def forward_kernel(
+def softmax_forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -348,7 +348,7 @@ def forward_kernel(
 
 
 @triton.jit
-def merge_kernel(
+def softmax_merge_kernel(
     parts_ptr,
     part_lse_ptr,
     out_ptr,

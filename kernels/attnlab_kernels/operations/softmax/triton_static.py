@@ -82,7 +82,9 @@ def forward_case(
     """The forward for one head dimension, a power of two; the value dimension is the same."""
     own = {"PACK": 1, "PAGE": 0, "VARLEN": False, "HAS_SINKS": True}
     constants = _shape(block_d, config) | own | (flags or {})
-    return _case(f"softmax forward{kind and ' ' + kind}", FORWARD, "forward_kernel", dtype, config, constants)
+    return _case(
+        f"softmax forward{kind and ' ' + kind}", FORWARD, "softmax_forward_kernel", dtype, config, constants
+    )
 
 
 def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCase]:
@@ -96,7 +98,7 @@ def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCa
                 _case(
                     f"softmax {name} gradient{kind}",
                     BACKWARD,
-                    f"{name}_gradient_kernel",
+                    f"softmax_{name}_gradient_kernel",
                     dtype,
                     config,
                     _shape(block_d, config) | flags,
@@ -113,9 +115,18 @@ def small_cases(dtype: Dtype, block_d: int) -> list[StaticCase]:
     page = {"D": block_d, "BLOCK_D": block_d, "PAGE": 16}
     write = Config(1, 1, 1 if block_d <= 128 else 4, 1)
     return [
-        _case("softmax join of shares", FORWARD, "merge_kernel", dtype, side, rows, types, False),
-        _case("softmax delta", BACKWARD, "delta_kernel", dtype, side, rows, {"delta_ptr": "*fp32"}, False),
-        _case("paged write", WRITE, "write_kernel", dtype, write, page, {"slots_ptr": "*i64"}, False),
+        _case("softmax join of shares", FORWARD, "softmax_merge_kernel", dtype, side, rows, types, False),
+        _case(
+            "softmax delta",
+            BACKWARD,
+            "softmax_delta_kernel",
+            dtype,
+            side,
+            rows,
+            {"delta_ptr": "*fp32"},
+            False,
+        ),
+        _case("paged write", WRITE, "paged_write_kernel", dtype, write, page, {"slots_ptr": "*i64"}, False),
     ]
 
 
@@ -127,7 +138,7 @@ def hopper_case(block_d: int, causal: bool) -> StaticCase:
     types = {"lse_ptr": "*fp32", "qk_scale": "fp32"}
     kind = " causal" if causal else ""
     name = f"softmax forward for Hopper{kind}"
-    return _case(name, triton_hopper.KERNELS, "specialised_kernel", "bf16", config, tile | flags, types)
+    return _case(name, triton_hopper.KERNELS, "softmax_hopper_kernel", "bf16", config, tile | flags, types)
 
 
 def _shape(block_d: int, config: Config) -> dict[str, Any]:
