@@ -22,7 +22,7 @@ from attnlab.run import execute, run_here
 from attnlab.spec import parse_spec
 from attnlab.views.statistics import STATISTICS
 from attnlab_kernels.effective_map import SoftmaxMap
-from attnlab_kernels.masks import mask_from_json
+from attnlab_kernels.masks import Window, mask_from_json
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage import queue, results, tensors
 from attnlab_storage.database import Store
@@ -316,7 +316,7 @@ def test_a_model_that_computes_something_else_stores_no_map(
 ) -> None:
     from attnlab.swap import Swap
 
-    monkeypatch.setattr(Swap, "exact", property(lambda self: Swap("multi_head", "auto", window_size=2)))
+    monkeypatch.setattr(Swap, "mask", lambda self, mask: mask & Window(1))
     (run,) = ran(sqlite_store, spec_of(tiny))
     assert run.state == "failed"
     assert "off its own eager attention" in (run.reason or "")

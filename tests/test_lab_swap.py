@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -16,9 +18,9 @@ from transformers import (
 )
 
 from attnlab.hook import Hook, LayerCall, cache_keyword
+from attnlab.probes.map_change import MapSample
 from attnlab.probes.maps import element_mask
 from attnlab.swap import Shape, Swap, plan_swap
-from attnlab_kernels.catalog import MECHANISMS
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.operations.softmax.api import Unsupported
 
@@ -164,9 +166,7 @@ def test_a_swap_runs_again_alone(mechanism: str, parameters: dict[str, Any], ran
             assert torch.equal(made.output, call.output)
 
 
-@pytest.mark.parametrize(
-    "mechanism", [name for name in MECHANISMS if MECHANISMS[name].swap == "not_applicable"]
-)
+@pytest.mark.parametrize("mechanism", ["differential", "switch_head"])
 def test_what_needs_training_is_refused_with_the_reason(mechanism: str) -> None:
     with pytest.raises(Unsupported, match=f"{mechanism}: cannot be put into trained weights: .{{20}}"):
         plan_swap(mechanism, {}, "auto")
@@ -220,3 +220,64 @@ def test_a_fitted_latent_loses_less_the_wider_it_is() -> None:
         losses.append(float((ours - own).square().mean()))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 1e-9 < losses[-2]
+
+
+def sampled(exact: list[LayerCall], swapped: list[LayerCall]) -> MapSample:
+    sample = MapSample(len(exact))
+    for call in exact:
+        sample.keep(call)
+    for call in swapped:
+        sample.compare(call)
+    return sample
+
+
+def test_the_change_of_a_map_is_the_total_variation_from_the_models_own() -> None:
+    model = llama()
+    model.set_attn_implementation("eager")
+    own = model(input_ids=tokens(), output_attentions=True).attentions
+    window = plan_swap("sliding_window", {"window_size": 4}, "auto")
+    _, exact = through(model, Swap(), input_ids=tokens())
+    _, calls = through(model, window, input_ids=tokens())
+    found = {(row.layer, row.head): row for row in sampled(exact, calls).measurements({})}
+    band = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-3)
+    # the input of the first layer is the same in both, so its scores are
+    scores = own[0][0].log().masked_fill(~band, -torch.inf)
+    rows = torch.linspace(0, LENGTH - 1, 16).long()
+    wanted = (scores.softmax(-1) - own[0][0]).abs().sum(-1)[:, rows].mean(-1) / 2
+    ours = torch.tensor([found[0, head].value for head in range(6)])
+    assert (ours - wanted).abs().max() < 1e-6
+    every = [row.value for place, row in found.items() if place != (None, None)]
+    assert len(every) == 12
+    assert found[None, None].value == pytest.approx(sum(every) / 12)
+
+
+def test_equal_maps_have_not_changed_and_few_rows_are_kept_of_long_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, exact = through(llama(), Swap(), input_ids=tokens())
+    _, flash = through(llama(), plan_swap("flash", {}, "auto"), input_ids=tokens())
+    assert sampled(exact, flash).measurements({})[0].value < 1e-6
+    monkeypatch.setattr("attnlab.probes.map_change.CELLS", 2 * 6 * LENGTH * 3)
+    few = sampled(exact, flash)
+    assert few.rows == 3
+
+
+def test_cross_attention_is_for_models_that_have_it() -> None:
+    swap = plan_swap("cross", {}, "auto")
+    with pytest.raises(Unsupported, match="not applicable to LlamaForCausalLM: it reads one sequence"):
+        through(llama(), swap, input_ids=tokens())
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "d_model": 48,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 6,
+    }
+    shape |= {"decoder_attention_heads": 6, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "vocab_size": 97}
+    model = BartModel(BartConfig(**shape)).eval().requires_grad_(False)
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(1, 7)}
+    ours, calls = through(model, swap, **inputs)
+    assert (ours - eager(model, **inputs)).abs().max() < 2e-5
+    # a window over one sequence says nothing of places in another
+    _, calls = through(model, plan_swap("sliding_window", {"window_size": 3}, "auto"), **inputs)
+    assert [call.mask.band().left for call in calls] == [2, 2, None]

@@ -16,7 +16,7 @@ from attnlab_storage.database import Store
 from attnlab_storage.results import ExperimentRow, MeasurementRow, RunRow, TraceRow
 from attnlab_storage.tables import OUTCOMES
 
-ACCURACY = ("check_error", "logit_error", "kl", "perplexity", "attention_error", "lse_error")
+ACCURACY = ("check_error", "logit_error", "kl", "perplexity", "map_change", "attention_error", "lse_error")
 STATISTICS = tuple(statistics.STATISTICS)
 
 
@@ -184,5 +184,5 @@ def _map_check(traces: Iterable[TraceRow]) -> dict[str, float | None]:
 def _swap(summary: dict[str, Any], rows: Iterable[MeasurementRow]) -> dict[str, Any]:
     """Whether the mechanism computes what the model was trained with, and what it loses where it does not."""
     rows = list(rows)
-    loss = {name: _worst(rows, name) for name in ("kl", "perplexity", "logit_error")}
+    loss = {name: _worst(rows, name) for name in ("kl", "perplexity", "map_change", "logit_error")}
     return {"kind": summary.get("swap"), "loss": {k: v for k, v in loss.items() if v is not None}}

@@ -104,6 +104,7 @@ class Hook:
         Raises:
             Unsupported: the model does not let its attention be chosen.
         """
+        self.swap.fits(self.model)
         config = self.model.config
         before = config._attn_implementation
         if not self.model._can_set_attn_implementation():

@@ -13,7 +13,7 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 from .swaps.eight_bit import FlashAttention3Swap
 from .swaps.latent import LatentSwap
 from .swaps.served import RANKS, ChunkedPrefillSwap, MemoryEfficientSwap, PagedSwap, RingSwap
-from .swaps.softmax import Attended, ModelCall, Shape, Swap
+from .swaps.softmax import Attended, CrossSwap, ModelCall, Shape, Swap
 
 __all__ = ["Attended", "ModelCall", "Shape", "Swap", "plan_swap"]
 
@@ -30,7 +30,7 @@ def plan_swap(mechanism: str, parameters: Given, implementation: str) -> Swap:
         Unsupported: the mechanism cannot go into trained weights, or the implementation contradicts it.
     """
     known = MECHANISMS[mechanism]
-    if known.swap == "not_applicable" or mechanism not in _PLANS:
+    if mechanism not in _PLANS:
         raise Unsupported(f"{mechanism}: cannot be put into trained weights: {known.swap_note}")
     return _PLANS[mechanism](implementation, known.validate(parameters))
 
@@ -41,6 +41,10 @@ def _plain(mechanism: str) -> Callable[[str, Given], Swap]:
         return Swap(mechanism, implementation, window, kv_heads)
 
     return plan
+
+
+def _cross(implementation: str, given: Given) -> Swap:
+    return CrossSwap("cross", implementation)
 
 
 def _flash(implementation: str, given: Given) -> Swap:
@@ -89,6 +93,7 @@ def _chunked_prefill(implementation: str, given: Given) -> Swap:
 _PLANS: dict[str, Callable[[str, Given], Swap]] = {
     "multi_head": _plain("multi_head"),
     "self": _plain("self"),
+    "cross": _cross,
     "flash": _flash,
     "sliding_window": _plain("sliding_window"),
     "grouped_query": _plain("grouped_query"),

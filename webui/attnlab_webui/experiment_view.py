@@ -214,6 +214,7 @@ ACCURACY_WORDS = {
     "logit_error": "logits, largest error",
     "kl": "KL of the logits, nats",
     "perplexity": "perplexity",
+    "map_change": "change of the maps, total variation",
     "attention_error": "attention output, error",
     "lse_error": "log-sum-exp, error",
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..hook import Hook, LayerCall, Listener, cache_keyword
 from ..models import LoadedModel
 from ..outcomes import CheckFailed
 from ..probes.accuracy import compare_hidden, compare_logits, perplexity
+from ..probes.map_change import MapSample
 from ..spec import ExperimentSpec, RunPoint
 from ..swap import Shape, plan_swap
 from .tokens import read_tokens
@@ -76,7 +78,9 @@ class ModelSubject:
         self._model.set_attn_implementation("eager")
         theirs = self._base(ids)
         self._model.set_attn_implementation(before)
-        hook = Hook(self._model, self.swap.exact)
+        # an approximation is not compared with the model, but the kernels that it is measured against are
+        swap = replace(self.swap) if self.kind == "exact" else self.swap.exact
+        hook = Hook(self._model, swap)
         with hook.installed():
             ours = hook.forward(lambda: self._base(ids))
         found = compare_hidden(ours[0], theirs[0], self._head)
@@ -132,10 +136,13 @@ class ModelSubject:
             if self._loaded.causal and self.tokens > 1:
                 yield MeasurementRow("perplexity", perplexity(hidden, self._head, ids), "perplexity")
             return
+        sample = MapSample(self.layers)
         exact = Hook(self._model, self.swap.exact)
         with exact.installed():
-            reference = exact.forward(self._forward)[0]
+            reference = exact.forward(self._forward, sample.keep)[0]
+        self._hook.forward(self._forward, sample.compare)
         detail: dict[str, Any] = {"against": "multi_head on the same input", "tokens": self.tokens}
+        yield from sample.measurements(detail)
         if not self._loaded.causal:
             found = compare_hidden(hidden, reference, self._head)
             yield MeasurementRow(

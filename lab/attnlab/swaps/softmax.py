@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Mask, Window, mask_from_band
-from attnlab_kernels.operations.softmax.api import Unsupported, attend, supports
+from attnlab_kernels.operations.softmax.api import IMPLEMENTATIONS, Unsupported, attend, supports
 from attnlab_kernels.output import AttentionOutput
 
 FUSED = ("sdpa_flash", "triton", "sdpa_cudnn", "sdpa_efficient")
@@ -53,6 +54,15 @@ class ModelCall:
         """Raises Unsupported where the model adds something that only softmax attention itself can do."""
         if self.extras:
             raise Unsupported(f"{mechanism}: has no {' and '.join(self.extras)}, which {self.name} asks for")
+
+    def visible(self) -> Tensor | None:
+        """Return which keys exist, bool [B, Sk], or None for all."""
+        ranges = self.mask.band().ranges
+        if ranges is None:
+            return None
+        limits = torch.tensor(ranges, device=self.key.device).expand(self.key.shape[0], 2)
+        slots = torch.arange(self.key.shape[2], device=self.key.device)
+        return (slots >= limits[:, :1]) & (slots < limits[:, 1:])
 
     def grouped(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, Hq, Sk, D], each head repeated for its group."""
@@ -115,7 +125,10 @@ class Swap:
     @property
     def exact(self) -> Swap:
         """The same implementation without the approximation: what the loss is measured against."""
-        return Swap("multi_head", self.implementation)
+        return Swap("multi_head", self.implementation if self.implementation in IMPLEMENTATIONS else "auto")
+
+    def fits(self, model: Any) -> None:
+        """Raises Unsupported where the model has no attention of this kind."""
 
     def mask(self, mask: Mask) -> Mask:
         """Return the model's own mask narrowed to the window."""
@@ -156,6 +169,20 @@ class Swap:
                 return name
             refused.append(f"{name}: {support.reason}")
         raise Unsupported(f"flash: no fused implementation runs this call ({'; '.join(refused)})")
+
+
+@dataclass(eq=False)
+class CrossSwap(Swap):
+    """Cross-attention as our kernels compute it, in models that read a second sequence; their other layers likewise."""
+
+    def fits(self, model: Any) -> None:
+        config = model.config
+        reads = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
+        if not reads:
+            raise Unsupported(
+                f"cross: not applicable to {type(model).__name__}: it reads one sequence, and its weights were "
+                "trained on no second one"
+            )
 
 
 def softmax_attended(
