@@ -17,6 +17,8 @@ class Tokens:
     """what each token says; bytes that are no character alone are written <0xE2>"""
     cut: int = 0
     """tokens of the text that were left out at the end"""
+    needle: dict[str, Any] | None = None
+    """where a needle and its answer stand: half-open ranges ``keys`` and ``answer``"""
 
 
 def count_tokens(model: str, text: str) -> int | None:

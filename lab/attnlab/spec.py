@@ -152,6 +152,16 @@ class ModuleSpec(_Strict):
     """no query sees a later key, in every mechanism alike"""
 
 
+class NeedleSpec(_Strict):
+    """A sentence hidden in the text, asked for at its end and said again as the answer (Wu et al. 2024)."""
+
+    sentence: Annotated[str, Field(min_length=1, max_length=2000)]
+    depth: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """where in the haystack it stands: 0 at its beginning, 1 at its end"""
+    question: Annotated[str, Field(max_length=2000)] = ""
+    """asked after the haystack"""
+
+
 class InputSpec(_Strict):
     """What goes in: exactly one of text, file, image, audio and synthetic."""
 
@@ -172,6 +182,8 @@ class InputSpec(_Strict):
     """cut the text after this many tokens"""
     repeat: StrictBool = False
     """repeat the text until sequence_length is reached"""
+    needle: NeedleSpec | None = None
+    """a sentence to hide in the text, which becomes the haystack"""
 
 
 class MechanismChoice(_Strict):
@@ -382,4 +394,5 @@ def _path(location: tuple[Any, ...]) -> str:
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     nested = {"module": ModuleSpec, "input": InputSpec, "vary": VarySpec, "resources": Resources}
     kind = nested.get(location[0], ExperimentSpec) if location else ExperimentSpec
+    kind = NeedleSpec if location == ("input", "needle") else kind
     return list(kind.model_fields)

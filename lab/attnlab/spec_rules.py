@@ -48,6 +48,14 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
         yield Problem("input", ONE_INPUT, value)
     yield from _sized(spec)
     text = spec.input.text
+    if spec.input.needle is not None:
+        if text is None:
+            yield Problem("input.needle", "must have a haystack: input.text or input.file", "none")
+        if spec.vary.sequence_length is None:
+            rule = "needs vary.sequence_length: the haystack is cut, or with repeat said again, to fill it"
+            yield Problem("input.needle", rule)
+        if spec.phase != "prefill":
+            yield Problem("phase", "must be prefill with input.needle, whose answer is given", spec.phase)
     if text is not None:
         size = len(text.encode())
         if size > MAX_TEXT_BYTES:
@@ -161,7 +169,9 @@ def _context(spec: ExperimentSpec, context: int) -> Iterator[Problem]:
         yield Problem("input.text", rule, f"{'' if exact else 'at least '}{tokens} tokens")
     longest = max(spec.vary.sequence_length or (0,))
     available = min(tokens, spec.input.max_tokens or tokens)
-    if exact and not spec.input.repeat and longest > available:
+    # with a needle the text fills only what needle, question and answer leave: the run checks that
+    whole = exact and not spec.input.repeat and spec.input.needle is None
+    if whole and longest > available:
         rule = f"must be at most the text's {available} tokens, unless input.repeat is true"
         yield Problem("vary.sequence_length", rule, str(longest))
 

@@ -65,6 +65,8 @@ class ModelSubject:
         detail: dict[str, Any] = {"batch_size": self._ids.shape[0]}
         if self._input.cut:
             detail["cut_tokens"] = self._input.cut
+        if self._input.needle:
+            detail["needle"] = self._input.needle
         queries = strings[-1:] if self._phase == "decode" else strings
         return InputRow(self._text, queries, strings, detail)
 

@@ -5,6 +5,7 @@ import torch
 from ..inputs import Tokens, token_strings
 from ..models import LoadedModel, ModelError
 from ..spec import ExperimentSpec, RunPoint
+from .needle import read_needle
 
 
 def read_tokens(loaded: LoadedModel, spec: ExperimentSpec, point: RunPoint) -> Tokens:
@@ -20,6 +21,8 @@ def read_tokens(loaded: LoadedModel, spec: ExperimentSpec, point: RunPoint) -> T
         if length is None:
             raise ModelError("vary.sequence_length: must be given for synthetic input")
         return _random(loaded, length, spec.seed)
+    if given.needle is not None and wanted is not None:
+        return read_needle(loaded, given, wanted)
     limit = wanted if wanted is not None else given.max_tokens
     tokens = loaded.encode(given.text, limit, repeat=given.repeat and wanted is not None)
     if wanted is not None and len(tokens.ids) < wanted:
