@@ -425,7 +425,10 @@ def test_linformer_ignores_padding():
         (lambda: make(num_features=0), r"num_features must be at least 1; got 0"),
         (lambda: make(num_features=4), r"are for feature_map 'softmax_kernel'; got 'elu'"),
         (lambda: make(eps=-1.0), r"eps must be between 0 and 1; got -1.0"),
-        (lambda: make(implementation="eager"), r"one of auto, parallel, recurrent, chunked; got 'eager'"),
+        (
+            lambda: make(implementation="eager"),
+            r"one of auto, parallel, recurrent, chunked, triton; got 'eager'",
+        ),
         (lambda: make(use_rotary=True), r"rotary positions do not stay relative"),
         (lambda: make()(hidden(3), hidden(3), causal=True), r"causal must be False with a context"),
         (lambda: make()(hidden(3), hidden(3), use_cache=True), r"use_cache with a context"),

@@ -47,6 +47,8 @@ class StaticCase:
     """whether the launcher expects the card's matrix instructions in it"""
     spill_bound: int = 0
     """bytes of stack that are tolerated"""
+    typical: bool = True
+    """whether it stands for its kernel where not every form is compiled"""
 
 
 @dataclass(frozen=True)

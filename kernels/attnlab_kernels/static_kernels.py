@@ -21,6 +21,7 @@ from attnlab_kernels.static_facts import CAPABILITIES, StaticCase, compile_case
 # operation -> module with ``cases(capability)``; a kernel that is not here is not on the panel
 REGISTRY: dict[str, str] = {
     "softmax": "attnlab_kernels.operations.softmax.triton_static",
+    "linear": "attnlab_kernels.operations.linear.triton_static",
 }
 
 

@@ -13,7 +13,7 @@ from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear import feature_maps
-from attnlab_kernels.operations.linear.api import FORMS, linear_attend
+from attnlab_kernels.operations.linear.api import IMPLEMENTATIONS, linear_attend
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
@@ -258,8 +258,10 @@ def _check_features(feature_map: str, num_features: int | None, redraw: bool) ->
 
 
 def _check_form(name: str) -> str:
-    if name != "auto" and name not in FORMS:
-        raise Unsupported(f"implementation must be one of {', '.join(('auto', *FORMS))}; got {name!r}")
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise Unsupported(
+            f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {name!r}"
+        )
     return name
 
 

@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnlab_kernels.operations.linear import triton_chunked
 from attnlab_kernels.operations.linear.chunked import chunked
 from attnlab_kernels.operations.linear.reference import LinearSums, Raw, parallel, recurrent
+from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.softmax.support import Support
 
-FORMS: dict[str, Callable[..., Raw]] = {"parallel": parallel, "recurrent": recurrent, "chunked": chunked}
+
+@dataclass(frozen=True)
+class LinearImplementation:
+    """One way to compute the sums; ``native`` ones take the inputs in their own dtype, the others in float32."""
+
+    name: str
+    label: str
+    run: Callable[..., Raw]
+    supports: Callable[..., Support]
+    requires: str
+    native: bool = False
+
+
+def _any_call(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, chunk: int) -> Support:
+    return Support(True)
+
+
+IMPLEMENTATIONS: dict[str, LinearImplementation] = {
+    implementation.name: implementation
+    for implementation in (
+        LinearImplementation("parallel", "quadratic formula (reference)", parallel, _any_call, "any device"),
+        LinearImplementation("recurrent", "one token after the other", recurrent, _any_call, "any device"),
+        LinearImplementation("chunked", "chunks and a state", chunked, _any_call, "any device"),
+        LinearImplementation(
+            "triton",
+            "attnlab Triton chunks",
+            triton_chunked.run,
+            triton_chunked.supports,
+            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
+            native=True,
+        ),
+    )
+}
+# the plain ones, which run everything
+FORMS = ("parallel", "recurrent", "chunked")
 
 
 class LinearResult(NamedTuple):
@@ -51,25 +89,30 @@ def linear_attend(
         eps: added to the denominator.
         normalize: False leaves the denominator out.
         past: sums over earlier keys.
-        form: "parallel" (quadratic reference), "recurrent", "chunked" or "auto".
+        form: "parallel" (quadratic reference), "recurrent", "chunked", "triton" or "auto".
         chunk: tokens of a chunk.
 
     Raises:
         ValueError: shapes that do not fit, an unknown form, eps below 0 or a chunk below 1.
+        Unsupported: the named form cannot run this call.
     """
     _check(query, key, value, causal, eps, chunk)
-    name, reason = _choose(form, query.shape[2], causal)
+    name, reason = _choose(form, query, key, value, causal, chunk)
     wide = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
-    query, key, values = query.to(wide), key.to(wide), value.to(wide)
+    values = value
+    if not IMPLEMENTATIONS[name].native:
+        query, key, values = query.to(wide), key.to(wide), value.to(wide)
     if past is None:
         batch, heads, _, features = key.shape
         past = LinearSums(
-            key.new_zeros(batch, heads, features, value.shape[-1]), key.new_zeros(batch, heads, features)
+            key.new_zeros(batch, heads, features, value.shape[-1], dtype=wide),
+            key.new_zeros(batch, heads, features, dtype=wide),
         )
     past = LinearSums(past.state.to(wide), past.normaliser.to(wide))
     if 0 in (query.shape[2], key.shape[2]):
         name, reason = "parallel", "nothing to sum"
-    raw = FORMS[name](query, key, values, causal=causal, past=past, chunk=chunk)
+        query, key, values = query.to(wide), key.to(wide), value.to(wide)
+    raw = IMPLEMENTATIONS[name].run(query, key, values, causal=causal, past=past, chunk=chunk)
     if not normalize:
         return LinearResult(raw.numerator.to(value.dtype), None, raw.sums, name, reason)
     denominator = raw.denominator + eps
@@ -80,13 +123,27 @@ def linear_attend(
     return LinearResult(output.to(value.dtype), denominator, raw.sums, name, reason)
 
 
-def _choose(form: str, num_queries: int, causal: bool) -> tuple[str, str]:
+def supports(
+    form: str, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, chunk: int = 64
+) -> Support:
+    """Whether this form runs the call, or why not."""
+    if form not in IMPLEMENTATIONS:
+        raise ValueError(f"form must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {form!r}")
+    return IMPLEMENTATIONS[form].supports(query, key, value, causal=causal, chunk=chunk)
+
+
+def _choose(
+    form: str, query: Tensor, key: Tensor, value: Tensor, causal: bool, chunk: int
+) -> tuple[str, str]:
     if form != "auto":
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(('auto', *FORMS))}; got {form!r}")
-        return form, "asked for"
-    if num_queries == 1 and causal:
+        support = supports(form, query, key, value, causal=causal, chunk=chunk)
+        if not support:
+            raise Unsupported(f"form {form!r} cannot run this call: {support.reason}")
+        return form, f"asked for; {support.reason}" if support.reason else "asked for"
+    if query.shape[2] == 1 and causal:
         return "recurrent", "auto: one token"
+    if query.device.type == "cuda" and supports("triton", query, key, value, causal=causal, chunk=chunk):
+        return "triton", "auto: our kernel runs this call"
     return "chunked", "auto: linear in the number of tokens"
 
 
