@@ -24,15 +24,15 @@ MASKS: list[Mask] = [
 
 def inputs(num_queries: int, num_keys: int, dtype: torch.dtype, dim: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_queries + num_keys)
-    q = torch.randn(2, 4, num_queries, dim, generator=generator, dtype=torch.float64)
-    k = torch.randn(2, 2, num_keys, dim, generator=generator, dtype=torch.float64)
+    q = torch.randn(2, 2, num_queries, dim, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, 1, num_keys, dim, generator=generator, dtype=torch.float64)
     return q.to(dtype), k.to(dtype)
 
 
 def exact_map(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     """Probabilities ``[B, H, Sq, Sk]`` and log-sum-exp in float64, read off the softmax of ones."""
     q, k = q.double(), k.double()
-    eye = torch.eye(k.shape[2], dtype=torch.float64).expand(2, 2, -1, -1)
+    eye = torch.eye(k.shape[2], dtype=torch.float64).expand(2, 1, -1, -1)
     result = attend(q, k, eye, mask=mask, implementation="eager")
     assert result.lse is not None
     return result.output, result.lse
@@ -76,13 +76,14 @@ def test_statistics_are_those_of_the_whole_map(name, sizes, mask, monkeypatch):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.describe())
-@pytest.mark.parametrize("cell", [(1, 1), (4, 8), (32, 16), (64, 64), (5, 7)], ids=str)
+@pytest.mark.parametrize("cell", [(1, 1), (4, 32), (64, 64), (5, 7)], ids=str)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_pooled_map_is_the_maximum_and_mean_of_its_cells(name, cell, mask, monkeypatch):
     monkeypatch.setattr(streamed, "BLOCK_CELLS", 300)
     q, k = inputs(37, 41, torch.float32)
     weights, lse = exact_map(q, k, mask)
     if not supports(name, q, k, cell=cell):
+        assert supports(name, q, k, cell=cell).reason
         with pytest.raises(Unsupported):
             pooled_map(q, k, lse, mask=mask, cell=cell, implementation=name)
         return
@@ -97,11 +98,11 @@ def test_a_pooled_map_is_the_maximum_and_mean_of_its_cells(name, cell, mask, mon
 def test_a_pooled_map_is_what_the_viewer_pools():
     q, k = inputs(32, 64, torch.float32)
     _, lse = exact_map(q, k, Causal())
-    drawn = SoftmaxMap(q[1, 3].numpy(), k[1, 1].numpy(), lse[1, 3].numpy(), 12**-0.5, Causal())
+    drawn = SoftmaxMap(q[1, 1].numpy(), k[1, 0].numpy(), lse[1, 1].numpy(), 12**-0.5, Causal())
     found, _ = pooled_map(q, k, lse, mask=Causal(), cell=(4, 8))
     for reduce, got in (("max", found.maximum), ("mean", found.mean)):
         want = torch.from_numpy(drawn.pool(slice(None), slice(None), 8, 8, reduce))
-        assert torch.allclose(got[1, 3], want, atol=1e-6)
+        assert torch.allclose(got[1, 1], want, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -151,12 +152,12 @@ def test_only_pairs_inside_a_window_are_scored(monkeypatch):
 
 def test_wrong_arguments_are_named():
     q, k = inputs(4, 5, torch.float32)
-    lse = torch.zeros(2, 4, 4)
+    lse = torch.zeros(2, 2, 4)
     with pytest.raises(ValueError, match="sinks must be at least 1 key; got 0"):
         map_statistics(q, k, lse, sinks=0)
     with pytest.raises(ValueError, match="cell must be at least 1 row"):
         pooled_map(q, k, lse, cell=(0, 4))
     with pytest.raises(ValueError, match="lse \\[B, Hq, Sq\\]"):
-        map_statistics(q, k, lse[:, :2])
-    with pytest.raises(ValueError, match="implementation must be one of auto, eager, streamed"):
+        map_statistics(q, k, lse[:, :1])
+    with pytest.raises(ValueError, match="implementation must be one of auto, eager, streamed, triton"):
         map_statistics(q, k, lse, implementation="fast")

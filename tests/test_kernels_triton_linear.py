@@ -43,6 +43,10 @@ def refused(*call: Tensor, chunk: int) -> bool:
     return True
 
 
+def exactly(query: Tensor, key: Tensor, value: Tensor, past: LinearSums | None) -> Tensor:
+    return formula(query.double(), key.double(), value.double(), past)
+
+
 def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).abs().max())
 
@@ -58,7 +62,7 @@ def test_triton_output_is_the_formula_after_a_past(dtype, shape, monkeypatch):
         torch.rand(1, shape[0], shape[2], shape[3], device=DEVICE),
         torch.rand(1, shape[0], shape[2], device=DEVICE),
     )
-    want = formula(*(tensor.double() for tensor in (query, key, value)), past)
+    want = exactly(query, key, value, past)
     result = linear_attend(query, key, value, causal=True, past=past, form="triton", chunk=16)
     assert result.form == "triton"
     assert error(result.output, want) <= 2 * error(formula(query, key, value, past), want) + 2e-6
@@ -96,7 +100,7 @@ def test_triton_weights_beyond_the_range_of_float16_stay_finite():
     if refused(query, key, value, chunk=16):
         return
     query, key = query * 100, key * 100
-    want = formula(*(tensor.double() for tensor in (query, key, value)), None)
+    want = exactly(query, key, value, None)
     got = linear_attend(query, key, value, causal=True, form="triton", chunk=16).output
     assert error(got, want) < 2e-3
 

@@ -22,6 +22,8 @@ from attnlab_kernels.static_facts import CAPABILITIES, StaticCase, compile_case
 REGISTRY: dict[str, str] = {
     "softmax": "attnlab_kernels.operations.softmax.triton_static",
     "linear": "attnlab_kernels.operations.linear.triton_static",
+    "differential": "attnlab_kernels.operations.differential.triton_static",
+    "map_pooling": "attnlab_kernels.operations.map_pooling.triton_static",
 }
 
 

@@ -17,7 +17,7 @@ from attnlab_kernels.difference_map import DifferenceMap
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
-from attnlab_kernels.operations.differential.reference import Pair, compose
+from attnlab_kernels.operations.differential.api import Pair, difference_attend
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
@@ -162,7 +162,7 @@ class DifferentialAttention(SoftmaxModule):
         queries = Pair(query[:, 0::2], query[:, 1::2])
         keys = Pair(*key.chunk(2, dim=-1)) if self.variant == "v1" else Pair(key, key)
         weight = self.lambda_weight(hidden_states)
-        result = compose(
+        result = difference_attend(
             queries,
             keys,
             value,
@@ -209,12 +209,14 @@ class DifferentialAttention(SoftmaxModule):
     ) -> DifferenceMap:
         """The signed map of one head, region by region, from one forward pass with these arguments.
 
+        The pass makes two softmax calls, whatever the module's implementation is.
+
         Raises:
             ValueError: the call has a bias, which a map of queries and keys cannot hold.
         """
         calls: list[AttendCall] = []
         with torch.no_grad(), observing(calls.append):
-            result = self.forward(hidden_states, **arguments, return_dict=True)
+            result = self.forward(hidden_states, **arguments | {"implementation": "pair"}, return_dict=True)
         if calls[0].bias is not None:
             raise ValueError("effective_map cannot hold a bias: pass a Mask or a key mask, no position_bias")
         weight = result.aux["lambda"]

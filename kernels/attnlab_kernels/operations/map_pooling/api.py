@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Full, Mask
-from attnlab_kernels.operations.map_pooling import reference, streamed
+from attnlab_kernels.operations.map_pooling import reference, streamed, triton_maps
 from attnlab_kernels.operations.map_pooling.results import MapStatistics, PooledMap
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Support
@@ -46,6 +46,14 @@ IMPLEMENTATIONS: dict[str, MapImplementation] = {
     ),
     "streamed": MapImplementation(
         "streamed", "block by block", streamed.statistics, streamed.pool, _any_call, "any device"
+    ),
+    "triton": MapImplementation(
+        "triton",
+        "attnlab Triton map kernels",
+        triton_maps.statistics,
+        triton_maps.pool,
+        triton_maps.supports,
+        "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
     ),
 }
 
@@ -129,7 +137,8 @@ def _choose(
     implementation: str, q: Tensor, k: Tensor, bias: Tensor | None, cell: tuple[int, int] | None
 ) -> str:
     if implementation == "auto":
-        return "streamed"
+        fused = q.device.type == "cuda" and IMPLEMENTATIONS["triton"].supports(q, k, bias=bias, cell=cell)
+        return "triton" if fused else "streamed"
     support = supports(implementation, q, k, bias=bias, cell=cell)
     if not support:
         raise Unsupported(f"implementation {implementation!r} cannot run this call: {support.reason}")

@@ -30,6 +30,7 @@ __all__ = [
     "Unsupported",
     "attend",
     "choose",
+    "observed",
     "observing",
     "supports",
     "survey",
@@ -228,6 +229,11 @@ def observing(callback: Callable[[AttendCall], None]) -> Iterator[None]:
         yield
     finally:
         _observers.stack = [entry for entry in stack if entry is not callback]
+
+
+def observed() -> bool:
+    """Whether this thread has an observer, who sees softmax calls and nothing that fuses two of them."""
+    return bool(getattr(_observers, "stack", ()))
 
 
 def tell(call: AttendCall) -> None:

@@ -1,0 +1,107 @@
+"""The Triton kernel of differential attention, forward: two softmaxes over one pass. Importing this needs triton.
+
+Two calls of an attention kernel read the values twice. Here one program keeps two running maxima, sums and outputs for
+a block of queries, reads each tile of values once, and subtracts at the end.
+"""
+
+from __future__ import annotations
+
+# the arguments of a kernel are pointers, scalars and constexprs: triton types them at launch
+# ruff: noqa: ANN001, ANN201, ANN202
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = knobs.runtime.interpret
+
+
+@triton.jit
+def _fold(acc, row_max, row_sum, scores, v):
+    """One tile of one softmax; ``scores`` [M, N] in powers of two, minus infinity where forbidden."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # a row that has seen no key yet: subtract 0, so that its exponentials are 0 and not NaN
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.math.exp2(scores - shift[:, None])
+    decay = tl.math.exp2(row_max - shift)
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def forward_kernel(
+    q1_ptr, q2_ptr, k1_ptr, k2_ptr, v_ptr, weight_ptr, out_ptr, lse1_ptr, lse2_ptr, ranges_ptr,
+    stride_q1b, stride_q1h, stride_q1m, stride_q2b, stride_q2h, stride_q2m,
+    stride_k1b, stride_k1h, stride_k1n, stride_k2b, stride_k2h, stride_k2n, stride_vb, stride_vh, stride_vn,
+    stride_wb, stride_wh, stride_wm,
+    heads, group, num_queries, num_keys, left, right, qk_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SHARED_KEY: tl.constexpr,
+):  # fmt: skip
+    """``qk_scale`` is scale * log2(e); ``out`` [B, H, Sq, DV] and both ``lse`` float32 [B, H, Sq] are contiguous."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    key_head = head // group
+    first_row = tl.program_id(0) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    rows64 = rows.to(tl.int64)
+    offset = num_keys - num_queries
+    position = rows + offset
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    live = rows < num_queries
+    in_q = live[:, None] & (offs_d[None, :] < D)
+    q1_base = q1_ptr + batch * stride_q1b + head * stride_q1h
+    q2_base = q2_ptr + batch * stride_q2b + head * stride_q2h
+    q1 = tl.load(q1_base + rows64[:, None] * stride_q1m + offs_d[None, :], mask=in_q, other=0.0)
+    q2 = tl.load(q2_base + rows64[:, None] * stride_q2m + offs_d[None, :], mask=in_q, other=0.0)
+    k1_base = k1_ptr + batch * stride_k1b + key_head * stride_k1h
+    k2_base = k2_ptr + batch * stride_k2b + key_head * stride_k2h
+    v_base = v_ptr + batch * stride_vb + key_head * stride_vh
+    lo = tl.load(ranges_ptr + 2 * batch)
+    hi = tl.load(ranges_ptr + 2 * batch + 1)
+    if HAS_LEFT:
+        lo = tl.maximum(lo, offset + first_row - left)
+    if HAS_RIGHT:
+        hi = tl.minimum(hi, offset + tl.minimum(first_row + BLOCK_M, num_queries) + right)
+    acc1 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc2 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    max1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    max2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum1 = tl.zeros([BLOCK_M], tl.float32)
+    sum2 = tl.zeros([BLOCK_M], tl.float32)
+    for first in range(lo, hi, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        keys64 = keys.to(tl.int64)
+        exists = keys < hi
+        in_k = exists[None, :] & (offs_d[:, None] < D)
+        k1 = tl.load(k1_base + keys64[None, :] * stride_k1n + offs_d[:, None], mask=in_k, other=0.0)
+        in_v = exists[:, None] & (offs_dv[None, :] < DV)
+        v = tl.load(v_base + keys64[:, None] * stride_vn + offs_dv[None, :], mask=in_v, other=0.0)
+        keep = exists[None, :]
+        if HAS_LEFT:
+            keep = keep & (keys[None, :] >= position[:, None] - left)
+        if HAS_RIGHT:
+            keep = keep & (keys[None, :] <= position[:, None] + right)
+        scores = tl.where(keep, tl.dot(q1, k1, input_precision="ieee") * qk_scale, float("-inf"))
+        acc1, max1, sum1 = _fold(acc1, max1, sum1, scores, v)
+        if SHARED_KEY:
+            k2 = k1
+        else:
+            k2 = tl.load(k2_base + keys64[None, :] * stride_k2n + offs_d[:, None], mask=in_k, other=0.0)
+        scores = tl.where(keep, tl.dot(q2, k2, input_precision="ieee") * qk_scale, float("-inf"))
+        acc2, max2, sum2 = _fold(acc2, max2, sum2, scores, v)
+    weight = tl.load(
+        weight_ptr + batch * stride_wb + head * stride_wh + rows64 * stride_wm, mask=live, other=0.0
+    )
+    # a dead row is dead in both: its outputs are zero, its maxima minus infinity
+    sum1 = tl.where(sum1 == 0.0, 1.0, sum1)
+    sum2 = tl.where(sum2 == 0.0, 1.0, sum2)
+    out = acc1 / sum1[:, None] - (weight / sum2)[:, None] * acc2
+    place = (batch * heads + head) * num_queries + rows64
+    tl.store(lse1_ptr + place, (max1 + tl.math.log2(sum1)) * 0.6931471805599453, mask=live)
+    tl.store(lse2_ptr + place, (max2 + tl.math.log2(sum2)) * 0.6931471805599453, mask=live)
+    out_ptrs = out_ptr + place[:, None] * DV + offs_dv[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & (offs_dv[None, :] < DV))
