@@ -215,8 +215,9 @@ class DifferentialAttention(SoftmaxModule):
             ValueError: the call has a bias, which a map of queries and keys cannot hold.
         """
         calls: list[AttendCall] = []
+        arguments["implementation"] = "pair"
         with torch.no_grad(), observing(calls.append):
-            result = self.forward(hidden_states, **arguments | {"implementation": "pair"}, return_dict=True)
+            result = self.forward(hidden_states, **arguments, return_dict=True)
         if calls[0].bias is not None:
             raise ValueError("effective_map cannot hold a bias: pass a Mask or a key mask, no position_bias")
         weight = result.aux["lambda"]
