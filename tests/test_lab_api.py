@@ -48,7 +48,7 @@ def test_a_map_is_the_exact_region_and_rebuilds_from_its_arrays(lab, traced):
     scores = run.query(1, 3).astype(np.float64) @ run.key(1, 3).T * 8**-0.5 - run.lse(1, 3)[:, None]
     rebuilt = np.where(traced.arrays[run.id, 1]["allowed"], np.exp(scores), 0)
     np.testing.assert_allclose(rebuilt, run.map(1, 3), atol=2e-6)
-    assert run.viewport(1, 3, size=(7, 11)).values.shape == (7, 11)
+    assert run.viewport(1, 3, height=7, width=11).values.shape == (7, 11)
 
 
 def test_a_run_says_what_it_has(lab, traced):

@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plotly.graph_objects import Figure
 
 from attnlab.compare import Comparison, compare_runs
-from attnlab.describe import experiment_document, find_experiment, run_document
+from attnlab.describe import experiment_document, find_experiment, run_brief, run_document
 from attnlab.estimate import Estimate, estimate
+from attnlab.export.arrays import statistics_arrays
 from attnlab.export.bundle import read_bundle, write_bundle
+from attnlab.export.notebooks import bertviz_arguments, circuitsvis_arguments
 from attnlab.heads import HeadPage, find_heads
 from attnlab.spec import ExperimentSpec, parse_spec
 from attnlab.views.distances import DistanceGrid, run_distances
+from attnlab.views.labels import map_label
+from attnlab.views.map_figure import map_figure
+from attnlab.views.rollout import Rollout, rollout
+from attnlab.views.statistics import curve
+from attnlab.views.token import TokenWeights, token_weights
 from attnlab.views.tokens import TokenLabels, token_labels
 from attnlab.views.viewport import Region, Viewport, find_run, load_map, recorded, region_of, viewport
 from attnlab_storage import queue, results
@@ -240,11 +248,56 @@ class Run:
         head: int,
         rows: Region = None,
         cols: Region = None,
-        size: tuple[int, int] = (512, 512),
+        width: int = 512,
+        height: int = 512,
         reduce: str = "max",
     ) -> Viewport:
-        """A region reduced to at most ``size`` (height, width) pixels by maximum or mean."""
-        return viewport(self.lab.store, self.id, layer, head, rows, cols, *size, reduce)
+        """A region reduced to at most ``width`` x ``height`` pixels by maximum or mean."""
+        return viewport(self.lab.store, self.id, layer, head, rows, cols, height, width, reduce)
+
+    def figure(
+        self,
+        layer: int,
+        head: int,
+        rows: Region = None,
+        cols: Region = None,
+        width: int = 256,
+        height: int = 256,
+        reduce: str = "max",
+        colormap: str = "viridis",
+    ) -> Figure:
+        """`viewport` as a Plotly figure with the tokens under the pointer."""
+        view = self.viewport(layer, head, rows, cols, width, height, reduce)
+        labels = self.tokens
+        title = map_label(run_brief(self.row), layer, head)
+        return map_figure(view, title, labels.query, labels.key, colormap)
+
+    def token(self, row: int, layer: int, head: int | None = None) -> TokenWeights:
+        """What the token of query ``row`` attends to and who attends to it, in one head or the mean of a layer's."""
+        return token_weights(self.lab.store, self.id, layer, row, head)
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Every number of its heads: float64 [layers, heads] by name, NaN where there is none; ``layers`` names rows.
+
+        `attnlab.views.statistics.STATISTICS` says what they are. Raises NothingRecorded.
+        """
+        return statistics_arrays(self.lab.store, self.id)
+
+    def curve(self, name: str, layer: int, head: int) -> np.ndarray:
+        """``row_entropy`` or ``column_mass`` of a head: float32, at most 1,024 points."""
+        return curve(self.lab.store, self.id, name, layer, head)
+
+    def rollout(self, row: int) -> Rollout:
+        """How much each token contributes to position ``row`` through all layers."""
+        return rollout(self.lab.store, self.id, row)
+
+    def bertviz(self, layers: Sequence[int] | None = None, span: Region = None) -> dict[str, Any]:
+        """The arguments of ``bertviz.head_view`` for a span of tokens."""
+        return bertviz_arguments(self.lab.store, self.id, layers, span)
+
+    def circuitsvis(self, layer: int, span: Region = None) -> dict[str, Any]:
+        """The arguments of ``circuitsvis.attention.attention_heads`` for a span of tokens."""
+        return circuitsvis_arguments(self.lab.store, self.id, layer, span)
 
     def query(self, layer: int, head: int) -> np.ndarray:
         """The queries as the kernel saw them, after position encoding: float32 [queries, head_dim]."""

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from attnlab.describe import run_brief
-from attnlab.views.errors import ViewError
+from attnlab.views.errors import NothingRecorded, ViewError
 from attnlab.views.labels import format_bytes
 from attnlab.views.tokens import token_labels
-from attnlab.views.viewport import Region, find_trace, load_map, region_of
-from attnlab_storage import tensors
+from attnlab.views.viewport import Region, find_run, find_trace, load_map, region_of
+from attnlab_storage import results, tensors
 from attnlab_storage.database import Store
 
 FORMATS = ("npz", "safetensors")
@@ -105,6 +105,33 @@ def write_trace(
     _check_format(format)
     arrays = trace_arrays(store, run_id, layer, max_bytes=max_bytes)
     return pack(arrays, _facts(store, run_id, layer), format)
+
+
+def statistics_arrays(store: Store, run_id: int) -> dict[str, np.ndarray]:
+    """Every number that the run keeps of its heads: float64 [layers, heads] by name, NaN where there is none.
+
+    ``layers`` int64 names the rows. Raises NothingRecorded where the run kept no statistics.
+    """
+    find_run(store, run_id)
+    found = {
+        (row.name, row.layer, row.head): row.value
+        for row in results.measurements(store, run_id)
+        if row.layer is not None and row.head is not None
+    }
+    if not found:
+        raise NothingRecorded(f"run {run_id} holds no statistics of heads: its record does not include them")
+    layers = sorted({layer for _, layer, _ in found})
+    heads = 1 + max(head for _, _, head in found)
+    tables = {name: np.full((len(layers), heads), np.nan) for name, _, _ in found}
+    for (name, layer, head), value in found.items():
+        tables[name][layers.index(layer), head] = value
+    return {"layers": np.array(layers), **tables}
+
+
+def write_statistics(store: Store, run_id: int, format: str = "npz") -> bytes:
+    """`statistics_arrays` as the bytes of an NPZ or safetensors file; `export.table` writes them as Parquet."""
+    _check_format(format)
+    return pack(statistics_arrays(store, run_id), run_brief(find_run(store, run_id)), format)
 
 
 def pack(arrays: Mapping[str, np.ndarray], facts: Mapping[str, object], format: str) -> bytes:
