@@ -23,6 +23,9 @@ REGISTRY: dict[str, str] = {
     "softmax": "attnlab_kernels.operations.softmax.triton_static",
     "linear": "attnlab_kernels.operations.linear.triton_static",
     "differential": "attnlab_kernels.operations.differential.triton_static",
+    "neighborhood": "attnlab_kernels.operations.neighborhood.triton_static",
+    "latent": "attnlab_kernels.operations.latent.triton_static",
+    "expert_projection": "attnlab_kernels.operations.expert_projection.triton_static",
     "map_pooling": "attnlab_kernels.operations.map_pooling.triton_static",
 }
 
@@ -35,15 +38,26 @@ def cases(capability: int) -> Iterator[tuple[str, StaticCase]]:
             yield operation, case
 
 
+def typical_cases(capability: int) -> Iterator[tuple[str, StaticCase]]:
+    """One form of each kernel and dtype."""
+    done: set[tuple[str, str, str]] = set()
+    for operation, case in cases(capability):
+        key = (operation, case.kernel, case.dtype)
+        if case.typical and key not in done:
+            done.add(key)
+            yield operation, case
+
+
 def walk(
     capabilities: tuple[int, ...] = CAPABILITIES,
+    every_form: bool = False,
     keep: Callable[[StaticCase], bool] = lambda case: True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compile what ``keep`` keeps; a case that does not compile is a row with its error."""
     rows: list[dict[str, Any]] = []
     for capability in capabilities:
-        for operation, case in cases(capability):
+        for operation, case in (cases if every_form else typical_cases)(capability):
             if not keep(case):
                 continue
             tell(f"sm_{capability} {case.kernel}: {case.form}")
@@ -63,6 +77,7 @@ def _row(operation: str, case: StaticCase, capability: int) -> dict[str, Any]:
         "form": case.form,
         "capability": capability,
         "dtype": case.dtype,
+        "spill_bound": case.spill_bound,
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "facts": None,
@@ -83,12 +98,20 @@ def main() -> int:
         "--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES)
     )
     parser.add_argument("--kernels", nargs="+", help="only kernels whose name has one of these words in it")
+    parser.add_argument(
+        "--every-form", action="store_true", help="every tile a launcher can choose: minutes more"
+    )
     options = parser.parse_args()
 
     def keep(case: StaticCase) -> bool:
         return options.kernels is None or any(word in case.kernel for word in options.kernels)
 
-    document = walk(tuple(options.capabilities), keep, lambda line: print(line, file=sys.stderr, flush=True))
+    document = walk(
+        tuple(options.capabilities),
+        options.every_form,
+        keep,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
     print(json.dumps(document, indent=1))
     return 1 if any(row["error"] for row in document["rows"]) else 0
 

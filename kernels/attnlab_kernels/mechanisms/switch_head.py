@@ -5,7 +5,6 @@ https://arxiv.org/abs/2312.07987.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.expert_map import ExpertMap
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
+from attnlab_kernels.operations.expert_projection import api as projections
 from attnlab_kernels.operations.expert_projection import reference as experts
 from attnlab_kernels.operations.expert_projection.reference import Router, Routing
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
@@ -23,11 +23,7 @@ from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
 from attnlab_kernels.positions import Rotary
 
-Project = Callable[[Tensor, Tensor, Routing], Tensor]
-PROJECTIONS: dict[str, tuple[Project, Project]] = {
-    "grouped": (experts.grouped_in, experts.grouped_out),
-    "dense": (experts.dense_in, experts.dense_out),
-}
+PROJECTIONS = ("auto", *projections.IMPLEMENTATIONS)
 
 
 class SwitchHeadAttention(SoftmaxModule):
@@ -49,7 +45,8 @@ class SwitchHeadAttention(SoftmaxModule):
             padded ones too. The paper needs none.
         router: "sigmoid", or "softmax" over all experts.
         rotary_fraction: share of each head that the module's own rotation turns; the paper turns half.
-        projection: "grouped" multiplies with the chosen experts only, "dense" with all of them.
+        projection: "grouped" multiplies with the chosen experts only, "dense" with all of them, "triton" is our
+            kernel (no backward), "auto" takes it on a GPU and grouped elsewhere.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class SwitchHeadAttention(SoftmaxModule):
         rope_base: float = 10000.0,
         layer_idx: int = 0,
         implementation: str = "auto",
-        projection: str = "grouped",
+        projection: str = "auto",
         **widths: int,
     ) -> None:
         if num_experts < 1:
@@ -84,7 +81,7 @@ class SwitchHeadAttention(SoftmaxModule):
             raise ValueError(f"rotary_fraction must be above 0 and at most 1; got {rotary_fraction}")
         for name, given, choices in (
             ("router", router, ("sigmoid", "softmax")),
-            ("projection", projection, tuple(PROJECTIONS)),
+            ("projection", projection, PROJECTIONS),
         ):
             if given not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {given!r}")
@@ -144,11 +141,11 @@ class SwitchHeadAttention(SoftmaxModule):
         origin = hidden_states if context is None else context
         source = self._route(self.source_router, origin)
         destination = self._route(self.destination_router, hidden_states)
-        project_in, project_out = PROJECTIONS[self.projection]
+        value, _ = projections.project_in(origin, self.value_experts, source, implementation=self.projection)
         step = self._open_step(
             _split(self.q_proj(hidden_states), self.num_heads),
             _split(self.k_proj(origin), self.num_heads),
-            project_in(origin, self.value_experts, source),
+            value,
             context=context,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -161,10 +158,13 @@ class SwitchHeadAttention(SoftmaxModule):
         query, key, value, mask, bias, cache, _ = step
         result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
         maps = self._map(query, key, mask, bias, result.lse) if output_attentions else None
-        output = project_out(result.output, self.output_experts, destination)
+        output, chosen = projections.project_out(
+            result.output, self.output_experts, destination, implementation=self.projection
+        )
         output = output if self.output_bias is None else output + self.output_bias
         aux = result.aux | {
             "routing": {"source": source, "destination": destination},
+            "projection": chosen.implementation,
             "aux_loss": self._aux_loss(source, destination),
             "heads": result.output,
         }

@@ -12,12 +12,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from attnlab_kernels.masks import Mask
-from attnlab_kernels.operations.softmax.api import attend
+from attnlab_kernels.masks import Full, Mask
+from attnlab_kernels.operations.latent import triton_absorbed
+from attnlab_kernels.operations.softmax.api import Unsupported, attend, observed
 from attnlab_kernels.output import AttentionOutput
 
 Form = Literal["naive", "absorbed"]
 FORMS = ("auto", "naive", "absorbed")
+NAME = "latent_triton"
 
 
 class LatentInputs(NamedTuple):
@@ -66,24 +68,62 @@ def latent_attend(
     Args:
         form: "naive" builds each head's keys and values (prefill); "absorbed" never does (decoding).
         scale: default ``1 / sqrt(dn + dr)``, also for the absorbed form, whose keys are r + dr wide.
+        implementation: one of softmax attention, or "latent_triton" (our kernel, absorbed form only); "auto" takes
+            our kernel on a GPU where nobody observes the softmax calls.
+
+    Raises:
+        Unsupported: the implementation cannot run this call.
     """
     factor = inputs.scale if scale is None else scale
     if form == "naive":
         query = torch.cat((inputs.query_nope, inputs.query_rope), dim=-1)
         key, value = expand(inputs)
     elif form == "absorbed":
+        fused = _fused(inputs, mask, factor, bias, dropout, implementation)
+        if fused is not None:
+            return fused
         query = torch.cat((absorb(inputs), inputs.query_rope), dim=-1)
         value = inputs.latent[:, None]
         key = torch.cat((value, inputs.key_rope[:, None]), dim=-1)
     else:
         raise ValueError(f"form must be naive or absorbed; got {form!r}")
+    if implementation == NAME:
+        raise Unsupported(f"implementation {NAME!r} cannot run this call: it has the absorbed form only")
     result = attend(
         query, key, value, mask=mask, scale=factor, bias=bias, dropout=dropout, implementation=implementation
     )
-    output = result.output
-    if form == "absorbed":
-        output = torch.einsum("bhnr,hvr->bhnv", output, inputs.up[:, inputs.nope_dim :])
+    output = raise_values(result.output, inputs) if form == "absorbed" else result.output
     return AttentionOutput(output, lse=result.lse, aux=result.aux | {"form": form})
+
+
+def _fused(
+    inputs: LatentInputs,
+    mask: Mask | None,
+    scale: float,
+    bias: Tensor | None,
+    dropout: float,
+    implementation: str,
+) -> AttentionOutput | None:
+    """The absorbed form by our kernel, or None where another implementation is to run."""
+    if implementation not in ("auto", NAME):
+        return None
+    nope = absorb(inputs)
+    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    support = triton_absorbed.supports(nope, inputs.latent, bias=bias, dropout=dropout, need_grad=need_grad)
+    if implementation == "auto" and (nope.device.type != "cuda" or observed() or not support):
+        return None
+    if not support:
+        raise Unsupported(f"implementation {NAME!r} cannot run this call: {support.reason}")
+    rest = (inputs.query_rope, inputs.latent, inputs.key_rope)
+    output, lse = triton_absorbed.run(nope, *rest, mask=mask or Full(), scale=scale)
+    reason = "auto: our kernel runs this call" if implementation == "auto" else f"asked for; {support.reason}"
+    aux = {"implementation": NAME, "reason": reason, "form": "absorbed"}
+    return AttentionOutput(raise_values(output, inputs), lse=lse, aux=aux)
+
+
+def raise_values(output: Tensor, inputs: LatentInputs) -> Tensor:
+    """``W_UV,h o`` ``[B, H, n, dv]`` from what was attended in latents ``[B, H, n, r]``."""
+    return torch.einsum("bhnr,hvr->bhnv", output, inputs.up[:, inputs.nope_dim :])
 
 
 def expand(inputs: LatentInputs) -> tuple[Tensor, Tensor]:

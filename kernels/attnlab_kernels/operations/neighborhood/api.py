@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from attnlab_kernels.neighborhood import Neighborhood
-from attnlab_kernels.operations.neighborhood import fused, reference
+from attnlab_kernels.operations.neighborhood import fused, reference, triton_forward
 from attnlab_kernels.operations.neighborhood.reference import Result
 from attnlab_kernels.operations.softmax.api import Unsupported
 
-IMPLEMENTATIONS = ("fused", "tiled")
+IMPLEMENTATIONS = ("fused", "tiled", "triton")
 
 
 class NeighborhoodResult(NamedTuple):
@@ -38,7 +39,7 @@ def neighborhood_attend(
     """Attend from every pixel to its window; the arguments are those of ``reference.run``.
 
     Args:
-        implementation: "tiled" (the reference), "fused" or "auto".
+        implementation: "tiled" (the reference), "fused" (a CPU), "triton" (our kernel, one or two axes) or "auto".
 
     Raises:
         Unsupported: an unknown implementation, or one that cannot run this call; NeighborhoodError: shapes.
@@ -46,6 +47,16 @@ def neighborhood_attend(
     check_implementation(implementation)
     reference.check(q, k, v, neighborhood, bias, visible)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "triton" or (implementation == "auto" and q.device.type == "cuda"):
+        need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+        rest = {"bias": bias, "dropout": dropout, "need_windows": need_windows, "need_grad": need_grad}
+        kernel = triton_forward.supports(q, v, neighborhood, **rest)
+        if implementation == "triton" and not kernel:
+            raise Unsupported(f"implementation 'triton' cannot run this call: {kernel.reason}")
+        if kernel:
+            result = triton_forward.run(q, k, v, neighborhood, scale=factor, visible=visible)
+            why = "auto: our kernel" if implementation == "auto" else f"asked for; {kernel.reason}"
+            return NeighborhoodResult(result, "triton", why)
     support = fused.supports(q, v, bias=bias, visible=visible, dropout=dropout, need_windows=need_windows)
     if implementation == "fused" and not support:
         raise Unsupported(f"implementation 'fused' cannot run this call: {support.reason}")
