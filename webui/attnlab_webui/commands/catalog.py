@@ -14,6 +14,7 @@ from attnlab.bundled import BUNDLED, fetch
 from attnlab.views.sample_maps import sample_map
 from attnlab.views.sample_pictures import sample_text
 from attnlab_kernels.catalog import MECHANISMS, Mechanism
+from attnlab_storage.settings import home_folder
 from attnlab_webui.commands.console import (
     JsonOption,
     print_document,
@@ -29,6 +30,7 @@ from attnlab_webui.system_facts import model_facts
 SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
 SURVEY_SECONDS = 120
 GROWTH = (1024, 8192, 65_536, 262_144)
+STATIC_FILE = "static_kernels.json"
 
 models = typer.Typer(help="The bundled models: which there are, and fetching them.", no_args_is_help=False)
 
@@ -92,8 +94,19 @@ def growth_lines(mechanism: Mechanism) -> list[str]:
     return [f"            in the shape of Llama 3 8B: {told} tokens"]
 
 
-def kernels(json: JsonOption = False) -> None:
-    """The implementations on this machine, and why the missing ones are missing."""
+def kernels(
+    json: JsonOption = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Compile our Triton kernels for cards that need not be here.")
+    ] = False,
+    every_form: Annotated[
+        bool, typer.Option("--every-form", help="With --static: every tile, not one form of each kernel.")
+    ] = False,
+) -> None:
+    """The implementations on this machine, and why the missing ones are missing; --static: what the compiler made."""
+    if static:
+        show_static(walk_static(every_form), json)
+        return
     facts = survey_here()
     implementations = facts["implementations"]
     if json:
@@ -101,6 +114,60 @@ def kernels(json: JsonOption = False) -> None:
         return
     rows = [(item["name"], "yes" if item["available"] else "no", item["reason"]) for item in implementations]
     print_table(("implementation", "here", "reason"), rows, empty="no implementations")
+
+
+def walk_static(every_form: bool) -> dict[str, Any]:
+    """Registers, spills and instructions of our kernels, found out by a child process and kept in the home folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "attnlab_kernels.static_kernels",
+        *(["--every-form"] if every_form else []),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        document = json_module.loads(done.stdout)
+    except ValueError:
+        refuse("the kernels cannot be compiled here: triton is needed (pip install 'attnlab[worker]')")
+    home_folder().mkdir(parents=True, exist_ok=True)
+    (home_folder() / STATIC_FILE).write_text(json_module.dumps(document, indent=1) + "\n")
+    return document
+
+
+def show_static(document: dict[str, Any], as_json: bool) -> None:
+    """One row a kernel, form and card; exit code 1 if one does not compile."""
+    if as_json:
+        print_document(document)
+    else:
+        head = (
+            "card",
+            "kernel",
+            "form",
+            "registers",
+            "spill B",
+            "shared KiB",
+            "occupancy",
+            "matrix",
+            "TMA",
+            "exp2",
+        )
+        print_table(head, [static_cells(row) for row in document["rows"]], empty="no kernels")
+    if any(row["error"] for row in document["rows"]):
+        raise typer.Exit(1)
+
+
+def static_cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The cells of one row; an error stands where the numbers would."""
+    first = (f"sm_{row['capability']}", row["kernel"], row["form"])
+    facts = row["facts"]
+    if facts is None:
+        return (*first, row["error"], "", "", "", "", "", "")
+    matrix = " ".join(f"{count} {name}" for name, count in facts["matrix_count"].items()) or "none"
+    shared = f"{facts['shared_bytes'] / 1024:.0f}"
+    occupancy = f"{facts['occupancy']:.0%}"
+    numbers = (facts["registers"], facts["stack_bytes"], shared, occupancy)
+    return (*first, *numbers, matrix, facts["tma_loads"], facts["exponentials"])
 
 
 def survey_here() -> dict[str, Any]:
