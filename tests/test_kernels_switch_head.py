@@ -266,7 +266,7 @@ def test_selection_rows_start_equally_long():
         ({"top_k": 0}, "top_k must be between 1"),
         ({"num_experts": 0}, "num_experts must be at least 1"),
         ({"router": "relu"}, "router must be one of sigmoid, softmax"),
-        ({"projection": "sparse"}, "projection must be one of grouped, dense"),
+        ({"projection": "sparse"}, "projection must be one of auto, dense, grouped, triton"),
         ({"aux_loss_coeff": -1}, "aux_loss_coeff must be at least 0"),
         ({"rotary_fraction": 0}, "rotary_fraction must be above 0"),
         ({"dim": 16}, "names of the width must agree"),
