@@ -20,20 +20,16 @@ KIB = 1024
 
 def test_all_seventeen_mechanisms_are_recorded():
     assert sorted(MECHANISMS) == sorted(SEVENTEEN)
-    built = [record.id for record in MECHANISMS.values() if record.built]
-    assert sorted(built) == ["flash", "grouped_query", "multi_head", "sliding_window"]
 
 
-def test_what_is_built_is_what_can_be_built():
-    from attnlab_kernels.mechanisms.build import BUILT, build_mechanism
+def test_every_record_builds_its_own_class():
+    from attnlab_kernels.mechanisms.build import BUILDERS, build_mechanism
 
-    assert set(BUILT) == {record.id for record in MECHANISMS.values() if record.built}
+    assert list(BUILDERS) == list(MECHANISMS)
     for record in MECHANISMS.values():
-        if record.built:
-            assert type(build_mechanism(record.id, dim=32, num_heads=4)).__name__ == record.class_name
-        else:
-            with pytest.raises(ValueError, match="one that experiments can run: multi_head"):
-                build_mechanism(record.id, dim=32, num_heads=4)
+        assert type(build_mechanism(record.id, dim=32, num_heads=4)).__name__ == record.class_name
+    with pytest.raises(ValueError, match="mechanism must be one of multi_head"):
+        build_mechanism("attention", dim=32, num_heads=4)
 
 
 def test_the_catalog_loads_neither_torch_nor_triton():

@@ -147,7 +147,7 @@ def cells(tile: np.ndarray, height: int, width: int) -> list[list[np.ndarray]]:
 
 @pytest.mark.parametrize(("height", "width"), [(4, 3), (11, 5), (20, 20), (1, 1)])
 def test_a_pixel_is_the_largest_signed_weight_or_the_mean_under_it(height, width, monkeypatch):
-    monkeypatch.setattr("attnlab_kernels.difference_map.BLOCK_CELLS", 20)
+    monkeypatch.setattr("attnlab_kernels.tile_pooling.BLOCK_CELLS", 20)
     signed = make(causal=False).effective_map(hidden(13), head=1)
     rows, cols = slice(1, 12), slice(0, 13)
     tile = signed.tile(rows, cols)

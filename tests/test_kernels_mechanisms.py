@@ -29,7 +29,9 @@ def mechanism(request) -> str:
 def make(mechanism: str, seed: int = 0, **changes) -> SoftmaxModule:
     torch.manual_seed(seed)
     arguments = {"causal": True, "use_rotary": True} | PARAMETERS[mechanism] | changes
-    return build_mechanism(mechanism, dim=64, num_heads=8, **arguments).eval()
+    module = build_mechanism(mechanism, dim=64, num_heads=8, **arguments).eval()
+    assert isinstance(module, SoftmaxModule)
+    return module
 
 
 def hidden(tokens: int, batch: int = 2, seed: int = 1) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 from attnlab.views import thumbnails, viewport
 from attnlab.views.errors import NotFound, NothingRecorded, ViewError
 from attnlab.views.memory import ArrayMemory
+from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_storage import queue
 from attnlab_storage.tables import Run
 
@@ -74,6 +75,8 @@ def test_linked_panels_share_the_largest_maximum(traced):
 def test_heads_of_one_group_share_their_keys(traced):
     run_id = traced.run_ids[0]
     first, second = (viewport.load_map(traced.store, run_id, 0, head) for head in (2, 3))
+    assert isinstance(first, SoftmaxMap)
+    assert isinstance(second, SoftmaxMap)
     assert first.key is second.key
     assert not np.array_equal(first.query, second.query)
 

@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from attnlab.views.viewport import viewport
+from attnlab.views.viewport import allowed_pixels, viewport
+from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Padding, Window
 from attnlab_webui import heatmap
+
+
+def blank_map(mask, shape):
+    return SoftmaxMap(np.zeros((shape[0], 2)), np.zeros((shape[1], 2)), np.zeros(shape[0]), 1.0, mask)
 
 
 @pytest.mark.parametrize(
@@ -17,24 +22,24 @@ from attnlab_webui import heatmap
 )
 @pytest.mark.parametrize(("rows", "cols"), [((0, 17), (0, 23)), ((5, 12), (3, 20)), ((16, 17), (0, 1))])
 @pytest.mark.parametrize("pixels", [(17, 23), (4, 7), (1, 1), (3, 23)])
-def test_a_pixel_is_masked_exactly_when_no_pair_in_it_is_allowed(mask, rows, cols, pixels):
+def test_a_pixel_is_allowed_exactly_when_some_pair_in_it_is_allowed(mask, rows, cols, pixels):
     shape = (17, 23)
     allowed = mask.allowed(np.arange(17), np.arange(23), num_queries=17, num_keys=23)
     height, width = min(pixels[0], rows[1] - rows[0]), min(pixels[1], cols[1] - cols[0])
-    found = heatmap.masked_pixels(mask, rows, cols, shape, (height, width))
+    found = allowed_pixels(blank_map(mask, shape), rows, cols, height, width)
     assert found.shape == (height, width)
     part = allowed[slice(*rows), slice(*cols)]
     for y in range(height):
         for x in range(width):
             down = slice(y * part.shape[0] // height, (y + 1) * part.shape[0] // height)
             across = slice(x * part.shape[1] // width, (x + 1) * part.shape[1] // width)
-            assert found[y, x] == (not part[down, across].any())
+            assert found[y, x] == part[down, across].any()
 
 
 def test_the_bytes_are_the_viewport_with_nan_for_masked(traced):
     run_id = traced.run_ids[1]
     view = viewport(traced.store, run_id, 1, 3)
-    body, headers = heatmap.encode(view, [Window(15)])
+    body, headers = heatmap.encode(view, [blank_map(Window(15), view.shape)])
     values = np.frombuffer(body, "<f4").reshape(77, 77)
     allowed = traced.arrays[run_id, 1]["allowed"]
     assert np.isnan(values[~allowed]).all()
@@ -46,7 +51,7 @@ def test_the_bytes_are_the_viewport_with_nan_for_masked(traced):
 
 def test_a_difference_is_masked_only_where_neither_map_allows_a_pair(traced):
     view = viewport(traced.store, traced.run_ids[0], 0, 0)
-    body, _ = heatmap.encode(view, [Causal(), Window(15)])
+    body, _ = heatmap.encode(view, [blank_map(mask, view.shape) for mask in (Causal(), Window(15))])
     values = np.frombuffer(body, "<f4").reshape(77, 77)
     np.testing.assert_array_equal(np.isnan(values), ~np.tri(77, dtype=bool))
 

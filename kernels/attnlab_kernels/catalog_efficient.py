@@ -14,6 +14,14 @@ from attnlab_kernels.catalog_record import (
 )
 from attnlab_kernels.catalog_standard import KEY_HEADS
 
+GRID_HEIGHT = Parameter(
+    "grid_height",
+    "int",
+    None,
+    minimum=1,
+    help="rows of the image that the tokens of a bare module form; empty: as near to a square as they allow",
+)
+
 EFFICIENT_RECORDS = (
     Mechanism(
         id="flash",
@@ -29,7 +37,6 @@ EFFICIENT_RECORDS = (
         not_for="reading probabilities from the kernel: rebuild them from Q, K and the log-sum-exp",
         parameters=(),
         operation="softmax",
-        built=True,
         swap="exact",
         swap_note="same function, other order of summation",
         snippet=(
@@ -68,10 +75,18 @@ EFFICIENT_RECORDS = (
                 minimum=1,
                 help="random features of softmax_kernel; empty: d ln d",
             ),
+            Parameter(
+                "variant",
+                "choice",
+                "kernel",
+                choices=("kernel", "linformer"),
+                help="a feature map, or Linformer's softmax over slots (never causal)",
+            ),
+            Parameter("num_slots", "int", 64, minimum=1, help="mixtures of the keys (linformer)"),
+            Parameter("max_seq_length", "int", 2048, minimum=1, help="most keys that slots mix (linformer)"),
             Parameter("eps", "float", 1e-6, minimum=0, maximum=1, help="added to the denominator"),
         ),
         operation="linear",
-        built=False,
         swap="approximate",
         swap_note="another similarity than the weights were trained with; the loss is measured",
         snippet=(
@@ -108,10 +123,16 @@ EFFICIENT_RECORDS = (
             ),
             Parameter("global_tokens", "int", 1, minimum=0, help="first tokens that everyone sees"),
             Parameter("num_random", "int", 3, minimum=0, help="random blocks of a BigBird row"),
-            Parameter("stride", "int", 64, minimum=1, help="distance of the strided part"),
+            Parameter("stride", "int", 64, minimum=1, help="distance of strided, block of fixed"),
+            Parameter(
+                "summary_tokens", "int", 1, minimum=1, help="last keys of a fixed block that later ones see"
+            ),
+            Parameter("block_size", "int", 64, minimum=1, help="tokens of a BigBird block"),
+            Parameter("sliding_blocks", "int", 3, minimum=1, help="neighbouring BigBird blocks, odd"),
+            Parameter("seed", "int", 0, minimum=0, help="of BigBird's random blocks, drawn once and for all"),
+            KEY_HEADS,
         ),
         operation="softmax",
-        built=False,
         swap="approximate",
         swap_note="pairs outside the pattern are cut off; the loss is measured",
         snippet=(
@@ -147,9 +168,9 @@ EFFICIENT_RECORDS = (
                 "chunk_size", "int", 128, minimum=1, help="queries and keys of a chunk (memory_efficient)"
             ),
             Parameter("reduction", "int", 2, minimum=1, help="side of the convolution (spatial_reduction)"),
+            GRID_HEIGHT,
         ),
         operation="softmax",
-        built=False,
         swap="exact",
         swap_note="the memory_efficient variant only: same function in chunks",
         snippet=(
@@ -179,9 +200,15 @@ EFFICIENT_RECORDS = (
             Parameter("qk_rope_head_dim", "int", 64, minimum=2, help="rotary part of a key, even"),
             Parameter("qk_nope_head_dim", "int", 128, minimum=1, help="part of a key without position"),
             Parameter("v_head_dim", "int", 128, minimum=1, help="width of a value"),
+            Parameter(
+                "form",
+                "choice",
+                "auto",
+                choices=("auto", "naive", "absorbed"),
+                help="build each head's keys, or attend to the latents; auto: whichever is less work",
+            ),
         ),
         operation="latent",
-        built=False,
         swap="approximate",
         swap_note="a low-rank latent from the singular values of trained keys and values; the loss is measured",
         snippet=(
@@ -211,7 +238,6 @@ EFFICIENT_RECORDS = (
             KEY_HEADS,
         ),
         operation="paged",
-        built=False,
         swap="exact",
         swap_note="same numbers, another home for keys and values",
         snippet=(

@@ -87,8 +87,6 @@ class Mechanism:
     not_for: str
     parameters: tuple[Parameter, ...]
     operation: str | None
-    built: bool
-    """experiments can run it"""
     swap: Swap
     swap_note: str
     snippet: str
@@ -168,12 +166,16 @@ def shard(shape: CacheShape, parameters: Mapping[str, Any]) -> int:
 
 
 def pairs(shape: CacheShape, parameters: Mapping[str, Any]) -> int:
-    """Two keys of d and one value of 2 d a head: 4 L H d b for each token."""
-    return 2 * every_head(shape, parameters)
+    """Two keys of d and one value of 2 d a head: 4 L H d b for each token; v2 has one of each: 2 L H d b."""
+    heads = parameters["num_kv_heads"] or shape.heads
+    twice = 2 if parameters["variant"] == "v1" else 1
+    return twice * 2 * shape.layers * heads * shape.head_dim * shape.element * shape.tokens
 
 
 def state(shape: CacheShape, parameters: Mapping[str, Any]) -> int:
-    """One float32 state of f x d and one normaliser of f a head, whatever the number of tokens."""
+    """One float32 state of f x d and one normaliser of f a head, whatever the number of tokens; Linformer has none."""
+    if parameters["variant"] == "linformer":
+        return 0
     features = parameters["num_features"] or shape.head_dim
     if parameters["feature_map"] == "softmax_kernel" and not parameters["num_features"]:
         features = int(shape.head_dim * math.log(shape.head_dim))

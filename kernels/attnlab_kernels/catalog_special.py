@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from attnlab_kernels.catalog_efficient import GRID_HEIGHT
 from attnlab_kernels.catalog_record import Mechanism, Parameter, every_head, key_heads, nothing, pairs, shard
+from attnlab_kernels.catalog_standard import KEY_HEADS
 
 SPECIAL_RECORDS = (
     Mechanism(
@@ -22,7 +24,6 @@ SPECIAL_RECORDS = (
             Parameter("fp8_block_size", "int", 128, minimum=1, help="rows that share one scale"),
         ),
         operation="softmax",
-        built=False,
         swap="exact",
         swap_note="same function in 16 bits; with use_fp8 the rounding is measured",
         snippet=(
@@ -47,10 +48,20 @@ SPECIAL_RECORDS = (
         use_cases=("contexts that do not fit one device",),
         not_for="a single device",
         parameters=(
-            Parameter("ring_size", "int", None, minimum=1, help="ranks; empty: all of the process group"),
+            Parameter(
+                "ring_size", "int", 4, minimum=1, maximum=1024, help="ranks, simulated in one process here"
+            ),
+            Parameter(
+                "layout",
+                "choice",
+                "contiguous",
+                choices=("contiguous", "striped", "zigzag"),
+                help="who owns which token; causal work is even in the last two",
+            ),
+            Parameter("block_size", "int", None, minimum=1, help="keys met at a time; empty: a rank's"),
+            KEY_HEADS,
         ),
         operation="ring",
-        built=False,
         swap="exact",
         swap_note="same numbers, spread over ranks",
         snippet=(
@@ -78,10 +89,26 @@ SPECIAL_RECORDS = (
             Parameter(
                 "lambda_init", "float", 0.8, minimum=0, maximum=1, help="λ_init, constant over the layers"
             ),
+            Parameter(
+                "lambda_schedule",
+                "bool",
+                False,
+                help="λ_init of the paper's layer instead: 0.8 - 0.6 e^(-0.3 l)",
+            ),
             Parameter("lambda_learnable", "bool", True, help="learn λ, or keep it at λ_init"),
+            Parameter(
+                "variant", "choice", "v1", choices=("v1", "v2"), help="v2: λ from each token, and no norm"
+            ),
+            Parameter(
+                "layout",
+                "choice",
+                "paper",
+                choices=("paper", "halves"),
+                help="rows of one head in the projections (v1): neighbours, or halves as in DiffLlama",
+            ),
+            KEY_HEADS,
         ),
         operation="differential",
-        built=False,
         swap="not_applicable",
         swap_note="needs training: plain weights have no second map",
         snippet=(
@@ -108,9 +135,14 @@ SPECIAL_RECORDS = (
         parameters=(
             Parameter("kernel_size", "int", 7, minimum=2, help="neighbours on each axis, the pixel included"),
             Parameter("dilation", "int", 1, minimum=1, help="distance between neighbours"),
+            Parameter("stride", "int", 1, minimum=1, help="neighbouring queries that share a window"),
+            Parameter("dims", "int", 1, minimum=1, maximum=2, help="axes: a sequence, or an image"),
+            Parameter(
+                "relative_position_bias", "bool", False, help="learn a bias for each place in the window"
+            ),
+            GRID_HEIGHT,
         ),
         operation="neighborhood",
-        built=False,
         swap="approximate",
         swap_note="pairs outside the neighbourhood are cut off; only for models that are not causal",
         snippet=(
@@ -139,10 +171,16 @@ SPECIAL_RECORDS = (
             Parameter(
                 "top_k", "int", 1, minimum=1, help="experts that each token uses; the paper uses 2 or 3"
             ),
+            Parameter(
+                "router",
+                "choice",
+                "sigmoid",
+                choices=("sigmoid", "softmax"),
+                help="gates of the experts; the paper's are sigmoid",
+            ),
             Parameter("aux_loss_coeff", "float", 0.01, minimum=0, help="weight of the balancing loss"),
         ),
         operation="expert_projection",
-        built=False,
         swap="not_applicable",
         swap_note="needs training: plain weights have no experts",
         snippet=(
@@ -166,9 +204,11 @@ SPECIAL_RECORDS = (
         paper_url="https://arxiv.org/abs/2308.16369",
         use_cases=("serving with bounded delay between tokens",),
         not_for="bidirectional models",
-        parameters=(Parameter("chunk_size", "int", 512, minimum=1, help="prompt tokens of a chunk"),),
+        parameters=(
+            Parameter("chunk_size", "int", 512, minimum=1, help="prompt tokens of a chunk"),
+            KEY_HEADS,
+        ),
         operation="softmax",
-        built=False,
         swap="exact",
         swap_note="same numbers, chunk after chunk",
         snippet=(

@@ -27,7 +27,6 @@ STANDARD_RECORDS = (
         not_for="long decoding: its cache grows with every head",
         parameters=(),
         operation="softmax",
-        built=True,
         swap="exact",
         swap_note="the model's own attention, computed by our kernels",
         snippet=(
@@ -53,7 +52,6 @@ STANDARD_RECORDS = (
         not_for="relating two sequences: that is cross-attention",
         parameters=(),
         operation="softmax",
-        built=False,
         swap="exact",
         swap_note="what a decoder-only or encoder-only model has already",
         snippet=(
@@ -81,9 +79,16 @@ STANDARD_RECORDS = (
             Parameter(
                 "context_dim", "int", None, minimum=1, help="width of the context; empty: as the queries"
             ),
+            Parameter(
+                "context_length",
+                "int",
+                None,
+                minimum=1,
+                maximum=1 << 20,
+                help="tokens of the context that a bare module reads; empty: as many as there are queries",
+            ),
         ),
         operation="softmax",
-        built=False,
         swap="not_applicable",
         swap_note="needs a second sequence that a self-attending model was not trained on",
         snippet=(
@@ -112,7 +117,6 @@ STANDARD_RECORDS = (
         not_for="making prefill cheaper: its scores cost the same",
         parameters=(KEY_HEADS,),
         operation="softmax",
-        built=True,
         swap="approximate",
         swap_note="key and value heads of a group are averaged, as the paper starts; the loss is measured",
         snippet=(
@@ -150,7 +154,6 @@ STANDARD_RECORDS = (
             KEY_HEADS,
         ),
         operation="softmax",
-        built=True,
         swap="approximate",
         swap_note="keys behind the window are cut off; the loss is measured",
         snippet=(

@@ -7,13 +7,14 @@ negative and a row sums to 1 - λ; nothing here renormalises.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlab_kernels.effective_map import BLOCK_CELLS, SoftmaxMap, pixel_edges
+from attnlab_kernels.effective_map import SoftmaxMap
+from attnlab_kernels.masks import Mask
+from attnlab_kernels.tile_pooling import pool_tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,11 @@ class DifferenceMap:
         """Number of queries and of keys."""
         return self.first.shape
 
+    @property
+    def mask(self) -> Mask:
+        """The mask of both maps."""
+        return self.first.mask
+
     def tile(self, rows: slice, cols: slice) -> NDArray[np.float32]:
         """Signed weights of a region: float32 ``[rows, cols]``, 0 where masked."""
         weight = np.broadcast_to(np.asarray(self.weight, np.float32), self.shape[:1])[rows, None]
@@ -58,24 +64,7 @@ class DifferenceMap:
 
         Computes every cell of the region, block by block.
         """
-        row_edges, col_edges = pixel_edges(rows, cols, self.shape, height, width, reduce)
-        out = np.zeros((len(row_edges) - 1, len(col_edges) - 1), np.float32)
-        span = slice(int(col_edges[0]), int(col_edges[-1]))
-        if span.start == span.stop:
-            return out
-        bins = col_edges[:-1] - span.start
-        for pixel, (top, bottom) in enumerate(pairwise(row_edges.tolist())):
-            step = max(1, BLOCK_CELLS // (span.stop - span.start))
-            for start in range(top, bottom, step):
-                tile = self.tile(slice(start, min(start + step, bottom)), span)
-                if reduce == "mean":
-                    out[pixel] += np.add.reduceat(tile.sum(axis=0), bins) / (bottom - top)
-                    continue
-                highest = np.maximum.reduceat(np.maximum(tile.max(axis=0), 0), bins)
-                lowest = np.minimum.reduceat(np.minimum(tile.min(axis=0), 0), bins)
-                extreme = np.where(highest >= -lowest, highest, lowest)
-                out[pixel] = np.where(np.abs(extreme) > np.abs(out[pixel]), extreme, out[pixel])
-        return out / np.diff(col_edges).astype(np.float32) if reduce == "mean" else out
+        return pool_tiles(self, rows, cols, height, width, reduce)
 
     def row_sums(self) -> NDArray[np.float64]:
         """Sum of each row over all keys: 1 - λ, or 0 for a dead row."""

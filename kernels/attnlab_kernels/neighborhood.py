@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnlab_kernels.effective_map import BLOCK_CELLS, pixel_edges
+from attnlab_kernels.masks import Full, Mask
 
 Indices = NDArray[np.int64]
 
@@ -183,6 +184,11 @@ class NeighborhoodMap:
         """Number of queries and of keys."""
         return self.neighborhood.size, self.neighborhood.size
 
+    @property
+    def mask(self) -> Mask:
+        """What bounds the windows in the order of the pixels: nothing."""
+        return Full()
+
     def tile(self, rows: slice, cols: slice) -> NDArray[np.float32]:
         """Weights between two ranges of pixels: float32 ``[rows, cols]``, 0 outside the windows."""
         size = self.neighborhood.size
@@ -226,16 +232,50 @@ class NeighborhoodMap:
             out /= np.diff(row_edges)[:, None] * np.diff(col_edges)[None, :]
         return out.astype(np.float32)
 
+    def allowed(self, rows: Indices, cols: Indices) -> NDArray[np.bool_]:
+        """Dense tile ``[rows, cols]``, True where pixel ``rows[i]`` attends to pixel ``cols[j]``."""
+        keep = self.neighborhood.allowed(rows, cols)
+        return keep if self.visible is None else keep & self.visible[cols]
+
+    def seen(self, row_edges: Indices, col_edges: Indices) -> NDArray[np.bool_]:
+        """Pixels ``[rows, cols]`` between these edges under which some pair is allowed."""
+        out = np.zeros((len(row_edges) - 1, len(col_edges) - 1), bool)
+        rows = np.arange(row_edges[0], row_edges[-1])
+        keys, exists = self.neighborhood.windows(rows)
+        inside = exists & (keys >= col_edges[0]) & (keys < col_edges[-1])
+        if self.visible is not None:
+            inside &= self.visible[keys]
+        row = np.broadcast_to(np.searchsorted(row_edges, rows, "right")[:, None] - 1, keys.shape)
+        out[row[inside], np.searchsorted(col_edges, keys[inside], "right") - 1] = True
+        return out
+
+    def exact_lse(self) -> NDArray[np.float64]:
+        """The log-sum-exp of every row in float64, from queries and keys; minus infinity for a dead row."""
+        lse = np.empty(self.neighborhood.size)
+        step = max(1, BLOCK_CELLS // (self.neighborhood.slots * self.query.shape[1]))
+        for start in range(0, len(lse), step):
+            rows = np.arange(start, min(start + step, len(lse)))
+            keys, exists = self.neighborhood.windows(rows)
+            scores = np.where(exists, self._window_scores(rows, keys), -np.inf)
+            top = scores.max(axis=1)
+            safe = np.where(np.isneginf(top), 0, top)
+            with np.errstate(divide="ignore"):
+                lse[rows] = np.log(np.exp(scores - safe[:, None]).sum(axis=1)) + safe
+        return lse
+
     def _window_weights(self, rows: Indices, keys: Indices) -> NDArray[np.float64]:
         """Weights ``[rows, slots]`` of keys ``[rows, slots]``, whether they exist or not."""
+        lse = self.lse[rows].astype(np.float64)
+        return np.exp(self._window_scores(rows, keys) - np.where(np.isneginf(lse), np.inf, lse)[:, None])
+
+    def _window_scores(self, rows: Indices, keys: Indices) -> NDArray[np.float64]:
         query, key = self.query[rows].astype(np.float64), self.key[keys].astype(np.float64)
         scores = np.einsum("rd,rsd->rs", query, key) * self.scale
         if self.bias is not None:
             scores += self.bias[self._bias_places(rows[:, None], keys)]
         if self.visible is not None:
             scores = np.where(self.visible[keys], scores, -np.inf)
-        lse = self.lse[rows].astype(np.float64)
-        return np.exp(scores - np.where(np.isneginf(lse), np.inf, lse)[:, None])
+        return scores
 
     def _bias_places(self, rows: Indices, cols: Indices) -> tuple[Indices, ...]:
         """Indices into the table for pairs of pixels; a pair outside a window gets any."""

@@ -8,7 +8,7 @@ one-token decoding share one meaning.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -374,3 +374,18 @@ def _blocks(start: int, stop: int, side: int, cuts: tuple[int, ...]) -> Iterator
 def _at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise PatternError(f"{name} must be a whole number of at least {least}; got {value!r}")
+
+
+def pattern_to_json(pattern: Pattern) -> dict[str, Any]:
+    """Its kind and fields, from which ``pattern_from_json`` makes an equal one."""
+    return {"kind": type(pattern).__name__} | asdict(pattern)
+
+
+def pattern_from_json(document: dict[str, Any]) -> Pattern:
+    """The pattern; PatternError for another kind."""
+    kinds = {kind.__name__: kind for kind in (Dense, Local, Strided, Fixed, LocalGlobal, Longformer, BigBird)}
+    fields = dict(document)
+    kind = fields.pop("kind", None)
+    if kind not in kinds:
+        raise PatternError(f"kind must be one of {', '.join(kinds)}; got {kind!r}")
+    return kinds[kind](**fields)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from attnlab_kernels.attention_call import AttentionCall
 from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.operations.softmax.api import Unsupported
 
@@ -73,6 +74,16 @@ class LayerCall:
     """computes it once more, alone; None: softmax attention of these tensors"""
     cross: bool = False
     """the keys are of another sequence than the queries"""
+    attention: AttentionCall | None = None
+    """what the mechanism told, where its map is not that of one softmax; the fields above repeat its tensors"""
+
+    @classmethod
+    def told(cls, layer: int, name: str, call: AttentionCall) -> "LayerCall":
+        """A call as a mechanism announced it."""
+        tensors = (call.query, call.key, call.value, call.output, call.normaliser)
+        query, key, value, output, normaliser = (tensor.detach() for tensor in tensors)
+        facts = (layer, name, query, key, value, call.mask, call.scale, output, normaliser)
+        return cls(*facts, call.implementation, "", attention=call)
 
 
 Listener = Callable[[LayerCall], None]

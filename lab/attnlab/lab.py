@@ -31,7 +31,16 @@ from attnlab.views.rollout import Rollout, rollout
 from attnlab.views.statistics import curve
 from attnlab.views.token import TokenWeights, token_weights
 from attnlab.views.tokens import TokenLabels, token_labels
-from attnlab.views.viewport import Region, Viewport, find_run, load_map, recorded, region_of, viewport
+from attnlab.views.viewport import (
+    Region,
+    Viewport,
+    find_run,
+    head_tensor,
+    load_map,
+    recorded,
+    region_of,
+    viewport,
+)
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store, migrate, open_store
 from attnlab_storage.results import MeasurementRow, RunRow
@@ -301,15 +310,15 @@ class Run:
 
     def query(self, layer: int, head: int) -> np.ndarray:
         """The queries as the kernel saw them, after position encoding: float32 [queries, head_dim]."""
-        return np.asarray(load_map(self.lab.store, self.id, layer, head).query)
+        return head_tensor(self.lab.store, self.id, "query", layer, head)
 
     def key(self, layer: int, head: int) -> np.ndarray:
         """The keys that query head ``head`` reads (shared in its group): float32 [keys, head_dim]."""
-        return np.asarray(load_map(self.lab.store, self.id, layer, head).key)
+        return head_tensor(self.lab.store, self.id, "key", layer, head)
 
     def lse(self, layer: int, head: int) -> np.ndarray:
         """The natural log-sum-exp of each row: [queries], float64 where it is stored so."""
-        return np.asarray(load_map(self.lab.store, self.id, layer, head).lse)
+        return head_tensor(self.lab.store, self.id, "lse", layer, head)
 
 
 def as_spec(spec: Spec) -> ExperimentSpec:

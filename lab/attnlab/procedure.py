@@ -16,9 +16,9 @@ from .hook import LayerCall, Listener
 from .models import ModelError, shared_model
 from .probes.accuracy import attention_errors
 from .probes.kernel import KernelCall
-from .probes.maps import LayerCapture, capture_call, refine
+from .probes.maps import LayerCapture, capture_call, finish
 from .probes.memory import give_back_free_heap, peak_memory
-from .probes.statistics import head_statistics
+from .probes.statistics import statistics_of
 from .probes.timing import kernels_that_ran, latency
 from .probes.token_facts import token_facts
 from .recorder import Recorder, core_is_free
@@ -142,10 +142,11 @@ class Procedure:
     def _publish(self, captured: list[LayerCapture]) -> None:
         for done, made in enumerate(captured):
             self._recorder.phase("refining", done, len(captured))
-            query = self._recorder.stored("query", made.row.layer, made.row.heads)
-            key = self._recorder.stored("key", made.row.layer, made.row.kv_heads)
-            row, lse = refine(made, query, key, self._device)
-            self._recorder.trace(row, lse)
+            layer = made.row.layer
+            row, normalisers = finish(
+                made, lambda name, heads, at=layer: self._recorder.stored(name, at, heads), self._device
+            )
+            self._recorder.trace(row, *normalisers)
             self._found.worst("row_sum_defect", row.row_sum_defect)
             self._found.worst("output_defect", row.output_defect)
             self._found.worst("lse_defect", (row.detail or {})["lse_defect"])
@@ -163,7 +164,7 @@ class Procedure:
                 rows.extend(attention_errors(call))
             if "statistics" in record and self._keeps(call):
                 facts = token_facts(given, call.query.shape[2], call.key.shape[2])
-                found = head_statistics(call, facts)
+                found = statistics_of(call, facts)
                 rows.extend(found.rows)
                 self._recorder.curves(call.layer, found.curves)
 

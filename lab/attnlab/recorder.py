@@ -79,10 +79,11 @@ class Recorder:
         """Return what takes the captures of a forward: beside the computation, or in its own thread."""
         return (CaptureWriter if beside else DirectWriter)(self, self._write_capture, layers)
 
-    def trace(self, row: TraceRow, lse: Named) -> None:
+    def trace(self, row: TraceRow, *normalisers: Named) -> None:
         """Publish a finished trace: from here on its map can be looked at."""
         with recording(self._store, self._claim) as session:
-            self._write(session, row.layer, lse)
+            for named in normalisers:
+                self._write(session, row.layer, named)
             record_trace(session, self._claim, row)
 
     def stored(self, name: str, layer: int, heads: int) -> np.ndarray:

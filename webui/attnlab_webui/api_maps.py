@@ -16,8 +16,8 @@ from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import thumbnails
 from attnlab.views.tokens import stream_axes, token_labels
-from attnlab.views.viewport import cell, load_map, overview_progress, recorded, viewport
-from attnlab_kernels.masks import Mask, mask_from_json
+from attnlab.views.viewport import allowed_pixels, cell, load_map, overview_progress, recorded, viewport
+from attnlab_kernels.masks import mask_from_json
 from attnlab_storage import results
 from attnlab_storage.database import Store
 from attnlab_webui import heatmap
@@ -106,8 +106,7 @@ def run_viewport(
     if ready < 1:
         return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
     view = viewport(store, run_id, layer, head, *region, height, width, reduce)
-    mask = load_map(store, run_id, layer, head).mask
-    return _octets(*heatmap.encode(view, [mask]), v)
+    return _octets(*heatmap.encode(view, [load_map(store, run_id, layer, head)]), v)
 
 
 @router.get("/runs/{run_id}/cell")
@@ -131,8 +130,8 @@ def run_thumbnails(
     heads, height, width = small.values.shape
     full_map = load_map(store, run_id, layer, 0)
     whole = (0, full_map.shape[0]), (0, full_map.shape[1])
-    hidden = heatmap.masked_pixels(full_map.mask, *whole, full_map.shape, (height, width))
-    values = np.where(hidden[None], np.float32(np.nan), small.values).reshape(heads * height, width)
+    allowed = allowed_pixels(full_map, *whole, height, width)
+    values = np.where(allowed[None], small.values, np.float32(np.nan)).reshape(heads * height, width)
     headers = heatmap.headers_of(values, *whole, small.maximum, exact=(height, width) == full_map.shape)
     return _octets(values.astype("<f4").tobytes(), headers, v)
 
@@ -175,8 +174,8 @@ def compare_viewport(
     """A − B over a region as float32 [height, width]; NaN where neither map allows a pair."""
     region = span("rows", rows), span("cols", cols)
     view = difference(store, a, b, layer, head, *region, height, width, reduce)
-    masks: list[Mask] = [load_map(store, run_id, layer, head).mask for run_id in (a, b)]
-    return _octets(*heatmap.encode(view, masks), v)
+    maps = [load_map(store, run_id, layer, head) for run_id in (a, b)]
+    return _octets(*heatmap.encode(view, maps), v)
 
 
 @router.get("/compare/cell")
@@ -190,8 +189,7 @@ def compare_cell(
 
 
 def _masked(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> bool:
-    full_map = load_map(store, run_id, layer, head)
-    return heatmap.masked_cell(full_map.mask, full_map.shape, row, col)
+    return heatmap.masked_cell(load_map(store, run_id, layer, head), row, col)
 
 
 def _octets(body: bytes, headers: dict[str, str], version: str | None) -> Response:

@@ -43,11 +43,18 @@ def read_draft(text: str) -> Draft:
 
 
 def starter(mechanism: str | None = None) -> str:
-    """The YAML of a first experiment; `mechanism`, if it is a built one, against plain multi-head attention."""
+    """The YAML of a first experiment; `mechanism`, if there is such a one, against plain multi-head attention.
+
+    What trained weights cannot do without training is tried as a bare module.
+    """
     document = starter_spec()
-    if mechanism in MECHANISMS and MECHANISMS[mechanism].built:
+    if mechanism in MECHANISMS:
         chosen = ["multi_head"] if mechanism == "multi_head" else ["multi_head", mechanism]
         document |= {"name": " against ".join(reversed(chosen)), "vary": {"mechanism": chosen}}
+        if MECHANISMS[mechanism].swap == "not_applicable":
+            bare = {"module": {"dim": 256, "num_heads": 4}, "input": {"synthetic": "random"}}
+            document = {key: value for key, value in document.items() if key != "model"} | bare
+            document["vary"] = {**document["vary"], "sequence_length": [256]}
     return write_document(_input_last(document))
 
 

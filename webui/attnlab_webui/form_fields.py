@@ -239,8 +239,6 @@ def _mechanisms(
     parameters: dict[tuple[str, str], gr.Textbox] = {}
     rows: dict[str, gr.Row] = {}
     for mechanism in MECHANISMS.values():
-        if not mechanism.built:
-            continue
         chosen = mechanism.id in form.mechanisms
         ticks[mechanism.id] = gr.Checkbox(
             chosen,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import gradio as gr
 import numpy as np
 
-from attnlab.views.viewport import Viewport
-from attnlab_kernels.masks import Mask
+from attnlab.views.trace_map import AttentionMap
+from attnlab.views.viewport import Viewport, allowed_pixels
 from attnlab_webui import theme
 
 OCTETS = "application/octet-stream"
@@ -53,42 +52,15 @@ def message(text: str) -> str:
     return json.dumps({"message": text})
 
 
-def masked_pixels(
-    mask: Mask, rows: tuple[int, int], cols: tuple[int, int], shape: tuple[int, int], pixels: tuple[int, int]
-) -> np.ndarray:
-    """Which pixels hold no allowed pair: bool [height, width].
-
-    Args:
-        rows, cols: the region, half-open.
-        shape: (queries, keys) of the whole map.
-        pixels: (height, width); pixel y covers the rows from floor(y * R / height) on, as in `SoftmaxMap.pool`.
-    """
-    queries, keys = shape
-    first, last = mask.band().row_limits(np.arange(*rows), num_queries=queries, num_keys=keys)
-    empty = first >= last
-    first, last = np.where(empty, keys, first), np.where(empty, 0, last)
-    row_edges, col_edges = _edges(rows, pixels[0]), _edges(cols, pixels[1])
-    starts = row_edges[:-1] - rows[0]
-    low = np.minimum.reduceat(first, starts)[:, None]
-    high = np.maximum.reduceat(last, starts)[:, None]
-    return (col_edges[None, 1:] <= low) | (col_edges[None, :-1] >= high)
-
-
-def _edges(span: tuple[int, int], count: int) -> np.ndarray:
-    start, stop = span
-    return start + np.arange(count + 1) * (stop - start) // count
-
-
-def encode(view: Viewport, masks: Sequence[Mask]) -> tuple[bytes, dict[str, str]]:
-    """A viewport as bytes and headers; a pixel is NaN where none of `masks` allows a pair."""
+def encode(view: Viewport, maps: Sequence[AttentionMap]) -> tuple[bytes, dict[str, str]]:
+    """A viewport as bytes and headers; a pixel is NaN where none of `maps` allows a pair."""
     values = np.ascontiguousarray(view.values, "<f4")
-    if masks:
-        hidden = np.ones(values.shape, bool)
-        for mask in masks:
-            hidden &= masked_pixels(
-                mask, view.rows, view.cols, view.shape, (values.shape[0], values.shape[1])
-            )
-        values = np.where(hidden, np.float32(np.nan), values)
+    if maps:
+        height, width = values.shape
+        allowed = np.zeros(values.shape, bool)
+        for one in maps:
+            allowed |= allowed_pixels(one, view.rows, view.cols, height, width)
+        values = np.where(allowed, values, np.float32(np.nan))
     return values.tobytes(), headers_of(values, view.rows, view.cols, view.maximum, exact=view.exact)
 
 
@@ -105,7 +77,6 @@ def headers_of(
     }
 
 
-def masked_cell(mask: Mask, shape: tuple[int, int], row: int, col: int) -> bool:
+def masked_cell(full_map: AttentionMap, row: int, col: int) -> bool:
     """Whether query `row` may not attend to key `col`."""
-    allowed: Any = mask.allowed(np.array([row]), np.array([col]), num_queries=shape[0], num_keys=shape[1])
-    return not bool(allowed[0, 0])
+    return not bool(allowed_pixels(full_map, (row, row + 1), (col, col + 1), 1, 1)[0, 0])

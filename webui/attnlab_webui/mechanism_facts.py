@@ -3,24 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import Any, Literal
+from typing import Any
 
-from attnlab_kernels.catalog import Mechanism, has_module
-
-Stage = Literal["experiment", "module", "described"]
-
-STAGE_WORDS: dict[Stage, str] = {
-    "experiment": "in experiments",
-    "module": "as a module",
-    "described": "not yet",
-}
-
-
-def stage(mechanism: Mechanism) -> Stage:
-    """Where it can be used: in experiments, only as a PyTorch module, or nowhere yet."""
-    if mechanism.built:
-        return "experiment"
-    return "module" if has_module(mechanism) else "described"
+from attnlab_kernels.catalog import Mechanism
 
 
 def mechanism_document(mechanism: Mechanism) -> dict[str, Any]:
@@ -29,7 +14,6 @@ def mechanism_document(mechanism: Mechanism) -> dict[str, Any]:
     document = {name: value for name, value in values.items() if not callable(value)}
     parameters = [asdict(parameter) for parameter in mechanism.parameters]
     return document | {
-        "stage": stage(mechanism),
         "use_cases": list(mechanism.use_cases),
         "parameters": parameters,
     }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from attnlab_kernels.attention_call import announce, chained, composing
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
@@ -107,7 +108,7 @@ class ChunkedPrefill(nn.Module):
         self.clear_cache()
         new_cache = getattr(module, "new_cache", None)
         cache: Any = new_cache(batch) if new_cache else None
-        chunks, results = [], []
+        chunks, results, parts = [], [], []
         try:
             for start in range(0, count, size):
                 stop = min(start + size, count)
@@ -121,7 +122,9 @@ class ChunkedPrefill(nn.Module):
                     "position_bias": _cut_bias(position_bias, first, stop, count),
                     "output_attentions": output_attentions,
                 }
-                result = self._run(module, hidden_states[:, first:stop], cache, call)
+                with composing() as told:
+                    result = self._run(module, hidden_states[:, first:stop], cache, call)
+                parts.extend(told)
                 cache = result.cache
                 chunks.append((start, stop))
                 results.append(_last_rows(result, stop - start, stop, count))
@@ -129,6 +132,9 @@ class ChunkedPrefill(nn.Module):
             _release(cache)
             raise
         output = _join(results, chunks, cache if use_cache else None)
+        whole = chained(parts) if parts and self.overlap_chunks == 0 else None
+        if whole is not None:
+            announce(whole.retold("chunked", chunks=[list(chunk) for chunk in chunks]))
         if use_cache:
             self.cache = cache
         else:

@@ -12,12 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import AttentionCall, announce, composing, heard
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.difference_map import DifferenceMap
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
-from attnlab_kernels.operations.differential.api import Pair, difference_attend
+from attnlab_kernels.operations.differential.api import Difference, Pair, difference_attend
+from attnlab_kernels.operations.differential.reference import run
 from attnlab_kernels.operations.softmax.api import AttendCall, observing
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
@@ -162,16 +164,12 @@ class DifferentialAttention(SoftmaxModule):
         queries = Pair(query[:, 0::2], query[:, 1::2])
         keys = Pair(*key.chunk(2, dim=-1)) if self.variant == "v1" else Pair(key, key)
         weight = self.lambda_weight(hidden_states)
-        result = difference_attend(
-            queries,
-            keys,
-            value,
-            weight,
-            mask=mask,
-            scale=self.scale,
-            bias=bias,
-            implementation=implementation or self.implementation,
-        )
+        rules: dict[str, Any] = {"mask": mask, "scale": self.scale, "bias": bias}
+        name = implementation or self.implementation
+        with composing():
+            result = difference_attend(queries, keys, value, weight, implementation=name, **rules)
+        if heard():
+            _announce(queries, keys, value, weight, result, rules)
         maps = None
         if output_attentions:
             first, second = (
@@ -245,6 +243,46 @@ class DifferentialAttention(SoftmaxModule):
 
 
 DiffAttn = DifferentialAttention
+
+
+def _announce(
+    query: Pair, key: Pair, value: Tensor, weight: Tensor, result: Difference, rules: dict[str, Any]
+) -> None:
+    def again(*operands: Tensor) -> Tensor:
+        first, second, key, other, value = operands
+        name = result.implementation
+        pairs = Pair(first, second), Pair(key, other)
+        return difference_attend(*pairs, value, weight.detach(), implementation=name, **rules).output
+
+    def reference(*operands: Tensor) -> Tensor:
+        first, second, key, other, value = operands
+        return run(Pair(first, second), Pair(key, other), value, weight.detach(), **rules)[0]
+
+    announce(
+        AttentionCall(
+            "difference",
+            query.first,
+            key.first,
+            value,
+            result.output,
+            result.lse.first,
+            rules["mask"],
+            rules["scale"],
+            result.implementation,
+            again,
+            reference,
+            (*query, *key, value),
+            extra={
+                "second_query": query.second,
+                "second_key": key.second,
+                "second_lse": result.lse.second,
+                "lambda": weight.expand(result.lse.first.shape),
+            },
+            unmapped=""
+            if rules["bias"] is None
+            else "its scores have a bias, which queries and keys do not hold",
+        )
+    )
 
 
 def _split(projected: Tensor, head_dim: int) -> Tensor:

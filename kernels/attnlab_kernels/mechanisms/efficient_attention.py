@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attnlab_kernels.masks import Mask
+from attnlab_kernels.attention_call import AttentionCall, announce, composing, heard, softmax_call
+from attnlab_kernels.masks import Full, Mask
 from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear.separable import separable_attend, separate
@@ -153,11 +154,13 @@ class EfficientAttention(base.SoftmaxModule):
             raise Unsupported(
                 f"variant 'memory_efficient' runs as 'chunked'; got implementation {implementation!r}"
             )
+        rules: dict[str, Any] = {"mask": mask, "scale": self.scale, "bias": bias, "chunk": self.chunk_size}
         dropout = self.dropout if self.training else 0.0
-        output, lse = chunked.run(
-            q, k, v, mask=mask, scale=self.scale, bias=bias, dropout=dropout, chunk=self.chunk_size
-        )
-        tell(AttendCall(q, k, v, mask, self.scale, bias, output, lse, "chunked"))
+        output, lse = chunked.run(q, k, v, dropout=dropout, **rules)
+        told = AttendCall(q, k, v, mask, self.scale, bias, output, lse, "chunked")
+        with composing():
+            tell(told)
+        announce(softmax_call(told, lambda *operands: chunked.run(*operands, **rules)[0]))
         aux = {"implementation": "chunked", "reason": f"chunks of {self.chunk_size} queries and keys"}
         return AttentionOutput(output, lse=lse, aux=aux)
 
@@ -178,6 +181,8 @@ class EfficientAttention(base.SoftmaxModule):
         key, value = hide(key, keep), hide(value, keep)
         heads = separable_attend(query, key, value, keep)
         maps = self._separable_map(query, key, keep) if wants_map else None
+        if heard():
+            _announce_separable(query, key, value, heads, keep)
         merged = functional.dropout(heads.transpose(1, 2).flatten(2), self.dropout, self.training)
         aux = {"implementation": "eager", "reason": "a softmax on each side and two products"}
         return AttentionOutput(self.o_proj(merged), maps, aux=aux)
@@ -210,14 +215,19 @@ class EfficientAttention(base.SoftmaxModule):
         if self.reduction > 1:
             picture = hidden_states.transpose(1, 2).unflatten(2, (height, width))
             source = self.layer_norm(self.sequence_reduction(picture).flatten(2).transpose(1, 2))
-        result = super().forward(
-            hidden_states,
-            source,
-            output_attentions=wants_map,
-            implementation=implementation,
-            return_dict=True,
-        )
-        result.aux["reduced_shape"] = (height // self.reduction, width // self.reduction)
+        with composing() as parts:
+            result = super().forward(
+                hidden_states,
+                source,
+                output_attentions=wants_map,
+                implementation=implementation,
+                return_dict=True,
+            )
+        cells = (height // self.reduction, width // self.reduction)
+        result.aux["reduced_shape"] = cells
+        columns = f"{cells[0]} x {cells[1]} cells of {self.reduction} x {self.reduction} tokens, row by row"
+        for part in parts:
+            announce(part.retold("reduced", columns=columns, space=[height, width], cells=list(cells)))
         return AttentionOutput(
             result.output.reshape(shape), result.attentions, lse=result.lse, aux=result.aux
         )
@@ -253,6 +263,33 @@ class EfficientAttention(base.SoftmaxModule):
         for name, reason in reasons.items():
             if asked.get(name):
                 raise ValueError(f"{name} is not for variant {self.variant!r}: {reason}")
+
+
+def _announce_separable(
+    query: Tensor, key: Tensor, value: Tensor, heads: Tensor, keep: Tensor | None
+) -> None:
+    def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        left, right = separate(query, key, keep)
+        return ((left @ right.transpose(-1, -2)) @ value.to(left.dtype)).to(value.dtype)
+
+    left, right = separate(query, key, keep)
+    announce(
+        AttentionCall(
+            "linear",
+            left,
+            right,
+            value,
+            heads,
+            left.new_ones(left.shape[:3]),
+            Full(),
+            1.0,
+            "eager",
+            lambda query, key, value: separable_attend(query, key, value, keep),
+            reference,
+            (query, key, value),
+            detail={"features": "softmax on each side", "eps": None},
+        )
+    )
 
 
 MemoryEfficientAttention = EfficientAttention

@@ -5,11 +5,13 @@ https://arxiv.org/abs/2407.08608.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import announce, composing
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
@@ -253,16 +255,25 @@ class FlashAttention3(SoftmaxModule):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, implementation: str
     ) -> AttentionOutput:
-        return self.core.attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            scale=self.scale,
-            bias=bias if bias is None else bias.to(q.dtype),
-            dropout=self.dropout if self.training else 0.0,
-            implementation=implementation,
-        )
+        rules: dict[str, Any] = {
+            "mask": mask,
+            "scale": self.scale,
+            "bias": bias if bias is None else bias.to(q.dtype),
+            "implementation": implementation,
+        }
+        dropout = self.dropout if self.training else 0.0
+        with composing() as parts:
+            result = self.core.attend(q, k, v, dropout=dropout, **rules)
+        for part in parts:
+            facts = {"fp8_block_size": self.core.fp8_block_size} if self.core.use_fp8 else {}
+            announce(
+                replace(
+                    part.retold("softmax", **facts),
+                    run=lambda *operands: self.core.attend(*operands, **rules).output,
+                    operands=(q, k, v),
+                )
+            )
+        return result
 
     def _map(self, query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, lse: Tensor | None) -> Tensor:
         if not self.core.use_fp8 or 0 in (*query.shape, *key.shape):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attnlab_kernels.attention_call import AttentionCall, Run, announce, heard
 from attnlab_kernels.linear_state import LinearState
-from attnlab_kernels.masks import Mask
+from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear import feature_maps
-from attnlab_kernels.operations.linear.api import IMPLEMENTATIONS, linear_attend
+from attnlab_kernels.operations.linear.api import IMPLEMENTATIONS, LinearResult, linear_attend
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
@@ -142,6 +143,8 @@ class LinearAttention(base.SoftmaxModule):
         result = linear_attend(
             query, key, value, causal=is_causal, eps=self.eps, normalize=normalize, past=sums, form=form
         )
+        if heard():
+            self._announce(query, key, value, result, is_causal, sums is not None)
         if cache is not None:
             cache.replace(self.layer_idx, result.sums, hidden_states.shape[1])
         maps = self._implied_map(query, key, result.denominator, is_causal) if output_attentions else None
@@ -173,6 +176,40 @@ class LinearAttention(base.SoftmaxModule):
             "identity": feature_maps.identity,
         }[self.feature_map]
         return phi(query.to(wide)), phi(key.to(wide))
+
+    def _announce(
+        self, query: Tensor, key: Tensor, value: Tensor, result: LinearResult, causal: bool, continued: bool
+    ) -> None:
+        normalize = self.feature_map != "identity"
+
+        def run(form: str) -> Run:
+            def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                settings = {"causal": causal, "eps": self.eps, "normalize": normalize, "form": form}
+                return linear_attend(query, key, value, **settings).output
+
+            return attended
+
+        below = query.new_ones(query.shape[:3]) if result.denominator is None else result.denominator
+        announce(
+            AttentionCall(
+                "linear",
+                query,
+                key,
+                value,
+                result.output,
+                below,
+                Causal() if causal else Full(),
+                1.0,
+                result.form,
+                run(result.form),
+                run("parallel"),
+                (query, key, value),
+                detail={"features": self.feature_map, "eps": self.eps if normalize else None},
+                unmapped="its cache is a sum over the keys, and no key of the past is kept"
+                if continued
+                else "",
+            )
+        )
 
     def _draw(self) -> Tensor:
         return feature_maps.draw_projection(self.num_features, self.head_dim, orthogonal=self.ortho_features)

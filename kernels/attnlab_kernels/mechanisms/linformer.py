@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import announce, composing
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.masks import Full, Mask
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_width
 from attnlab_kernels.operations.softmax import lower
+from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
 
 
@@ -110,6 +112,15 @@ class LinformerAttention(SoftmaxModule):
             Full(),
             None,
         )
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, implementation: str
+    ) -> AttentionOutput:
+        with composing() as parts:
+            result = super()._attend(q, k, v, mask, bias, implementation)
+        for part in parts:
+            announce(part.retold("slots", columns=f"{self.num_slots} slots, each a mixture of all keys"))
+        return result
 
 
 def _refuse_causal(causal: bool) -> None:

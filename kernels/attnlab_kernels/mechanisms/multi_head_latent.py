@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import announce, composing
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.latent_cache import LatentKV
 from attnlab_kernels.masks import Causal, Full, Mask
@@ -155,15 +156,20 @@ class MultiHeadLatentAttention(nn.Module):
         mask = (Causal() if is_causal else Full()) & given
         if output_attentions:
             check_map_size(hidden_states.shape[0], self.num_heads, num_queries, num_keys)
-        result = latent_attend(
-            inputs,
-            form=self._choose(form or self.form, num_queries, num_keys),
-            mask=mask,
-            scale=self.scale,
-            bias=None if bias is None else bias.to(hidden_states.dtype),
-            dropout=self.dropout if self.training else 0.0,
-            implementation=implementation or self.implementation,
-        )
+        chosen = self._choose(form or self.form, num_queries, num_keys)
+        with composing() as parts:
+            result = latent_attend(
+                inputs,
+                form=chosen,
+                mask=mask,
+                scale=self.scale,
+                bias=None if bias is None else bias.to(hidden_states.dtype),
+                dropout=self.dropout if self.training else 0.0,
+                implementation=implementation or self.implementation,
+            )
+        content = self.qk_nope_head_dim if chosen == "naive" else self.kv_lora_rank
+        for part in parts:
+            announce(part.retold("latent", form=chosen, content_dim=content))
         maps = self._map(inputs, mask, bias, result) if output_attentions else None
         heads = result.output.transpose(1, 2).flatten(2)
         output = AttentionOutput(

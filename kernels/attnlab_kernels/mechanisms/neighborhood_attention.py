@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import AttentionCall, announce, heard
+from attnlab_kernels.masks import Full
 from attnlab_kernels.mechanisms.base import read_aliases, read_width
 from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodError, NeighborhoodMap, per_axis
 from attnlab_kernels.operations.neighborhood.api import check_implementation, neighborhood_attend
+from attnlab_kernels.operations.neighborhood.dense import dense
+from attnlab_kernels.operations.neighborhood.reference import Result
 from attnlab_kernels.output import AttentionOutput
 
 REFUSED = {
@@ -149,6 +154,9 @@ class NeighborhoodAttention(nn.Module):
             need_windows=output_attentions,
             implementation=implementation or self.implementation,
         )
+        if heard():
+            visible = _visible(attention_mask, batch, space)
+            self._announce((query, key, value), result, neighborhood, visible, ran)
         heads = result.output.movedim(1, -2).flatten(-2)
         windows = None if result.windows is None else result.windows.detach().flatten(2, -2).to(query.dtype)
         output = AttentionOutput(
@@ -200,6 +208,49 @@ class NeighborhoodAttention(nn.Module):
             if self.position_table is None
             else self.position_table[head].detach().to(wide).cpu().numpy(),
             visible=None if visible is None else visible[batch].flatten().cpu().numpy(),
+        )
+
+    def _announce(
+        self,
+        operands: tuple[Tensor, ...],
+        result: Result,
+        neighborhood: Neighborhood,
+        visible: Tensor | None,
+        ran: str,
+    ) -> None:
+        rules: dict[str, Any] = {"scale": self.scale, "bias": self.position_table, "visible": visible}
+        space = neighborhood.space
+
+        def again(*flat: Tensor) -> Tensor:
+            images = [part.unflatten(2, space) for part in flat]
+            query, key, value = images[0], images[1], images[2]
+            made = neighborhood_attend(query, key, value, neighborhood, implementation=ran, **rules)
+            return made.result.output.flatten(2, -2)
+
+        query, key, value = (part.flatten(2, -2) for part in operands)
+        table = (
+            {} if self.position_table is None else {"position_table": self.position_table.flatten(1)[None]}
+        )
+        announce(
+            AttentionCall(
+                "neighborhood",
+                query,
+                key,
+                value,
+                result.output.flatten(2, -2),
+                result.lse.flatten(2),
+                Full(),
+                self.scale,
+                ran,
+                again,
+                lambda query, key, value: dense(query, key, value, neighborhood, **rules),
+                (query, key, value),
+                extra=table,
+                detail=asdict(neighborhood),
+                unmapped=""
+                if visible is None
+                else "pixels are hidden from everyone, which no mask here holds",
+            )
         )
 
     def _project(self, hidden_states: Tensor, space: tuple[int, ...]) -> tuple[Tensor, ...]:

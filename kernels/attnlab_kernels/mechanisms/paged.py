@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attnlab_kernels.attention_call import AttentionCall, announce, batched, composing, heard, softmax_call
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.masks import Causal, Mask, Padding
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask, read_position_bias
 from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_width
 from attnlab_kernels.operations.paged.reference import gather, walk
-from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_cache import PagedKV
 from attnlab_kernels.paged_sequences import PagedSequences
@@ -133,12 +134,20 @@ class PagedAttention(SoftmaxModule):
                 if past_key_value is not None:
                     raise ValueError("use_cache must be True with past_key_value: its tokens are in the pool")
                 query, key = self._encode(query, key, position_ids, position_embeddings, 0, None)
-                results = [
-                    self._one(
-                        query[b, :, :n], key[b, :, :n], value[b, :, :n], mask, name, output_attentions, bias
-                    )
-                    for b, n in enumerate(counts)
-                ]
+                with composing() as parts:
+                    results = [
+                        self._one(
+                            query[b, :, :n],
+                            key[b, :, :n],
+                            value[b, :, :n],
+                            mask,
+                            name,
+                            output_attentions,
+                            bias,
+                        )
+                        for b, n in enumerate(counts)
+                    ]
+                self._announce(parts, [])
                 return self._finish(results, count, None, return_dict)
             opened, cache = self._sequences(seq_id, seq_ids, past_key_value, batch)
             past = cache.lengths(self.layer_idx)
@@ -152,10 +161,12 @@ class PagedAttention(SoftmaxModule):
                     for tensor in (key, value)
                 ]
                 self.pages.append(self.layer_idx, cache.seq_ids, rows[0], rows[1])
-                results = [
-                    self._paged(query[b, :, :n], cache.seq_ids[b], mask, name, output_attentions, bias)
-                    for b, n in enumerate(counts)
-                ]
+                with composing() as parts:
+                    results = [
+                        self._paged(query[b, :, :n], cache.seq_ids[b], mask, name, output_attentions, bias)
+                        for b, n in enumerate(counts)
+                    ]
+                self._announce(parts, self.pages.table(cache.seq_ids[0]))
                 return self._finish(results, count, cache, return_dict)
             except BaseException:
                 self._undo(cache, past, opened)
@@ -228,6 +239,8 @@ class PagedAttention(SoftmaxModule):
             if position_bias is not None:
                 raise Unsupported("'walk' adds no position_bias: choose an implementation that gathers")
             output, lse = walk(query, key_pool, value_pool, table, length, mask=mask, scale=self.scale)
+            if heard():
+                announce(self._walked(query, output, lse, mask, table, length))
             aux = {"implementation": "walk", "reason": "asked for; block after block", "block_table": table}
             maps = None
             if output_attentions:
@@ -239,6 +252,23 @@ class PagedAttention(SoftmaxModule):
         result.aux["reason"] = f"blocks gathered to one piece; {result.aux['reason']}"
         result.aux["block_table"] = table
         return result
+
+    def _walked(
+        self, query: Tensor, output: Tensor, lse: Tensor, mask: Mask, table: list[int], length: int
+    ) -> AttentionCall:
+        pools = self.pages.pools(self.layer_idx)
+        key, value = (gather(pool, table, length)[None] for pool in pools)
+
+        def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return walk(query[0], *pools, table, length, mask=mask, scale=self.scale)[0][None]
+
+        told = AttendCall(query[None], key, value, mask, self.scale, None, output[None], lse[None], "walk")
+        return softmax_call(told, again)
+
+    def _announce(self, parts: list[AttentionCall], table: list[int]) -> None:
+        if parts:
+            facts = {"block_size": self.pages.block_size, "block_table": list(table)} if table else {}
+            announce(batched(parts).retold("paged" if table else "softmax", **facts))
 
     def _one(
         self,

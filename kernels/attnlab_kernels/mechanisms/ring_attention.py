@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import announce, composing, softmax_call
 from attnlab_kernels.caches import Cache, ContiguousKV
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Mask
@@ -253,7 +254,15 @@ class RingAttention(nn.Module):
         output, lse = (
             join(part, length=length, layout=self.layout, dim=2) for part in (result.output, result.lse)
         )
-        tell(AttendCall(query, key, value, mask, self.scale, bias, output, lse, "ring"))
+        told = AttendCall(query, key, value, mask, self.scale, bias, output, lse, "ring")
+        with composing():
+            tell(told)
+
+        def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with composing():
+                return self._simulate(query, key, value, given, causal).output
+
+        announce(softmax_call(told, again).retold("ring", ring_size=size, layout=self.layout))
         aux: dict[str, Any] = {
             "implementation": "ring",
             "reason": f"{size} ranks simulated in this process",

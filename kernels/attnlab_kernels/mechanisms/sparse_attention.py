@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import AttentionCall, announce, heard
 from attnlab_kernels.caches import Cache, ContiguousKV, RollingKV
-from attnlab_kernels.masks import Mask
+from attnlab_kernels.masks import Causal, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
 from attnlab_kernels.mechanisms.base import MAP_LIMIT_BYTES, SoftmaxModule, read_aliases, read_width
+from attnlab_kernels.operations.sparse.dense import dense
 from attnlab_kernels.operations.sparse.reference import Result, full_map, run
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_sequences import PagedSequences
@@ -24,6 +26,7 @@ from attnlab_kernels.patterns import (
     Pattern,
     PatternError,
     Strided,
+    pattern_to_json,
 )
 from attnlab_kernels.position_bias import PositionBias
 from attnlab_kernels.positions import Rotary
@@ -199,6 +202,8 @@ class SparseAttention(SoftmaxModule):
                 ]
             maps = torch.cat(parts, dim=2).to(query.dtype)
         heads = torch.cat([result.output for result in results], dim=2)
+        if heard():
+            self._announce((query, key, value), calls, heads, lse, mask, pattern)
         output = AttentionOutput(
             self.o_proj(heads.transpose(1, 2).flatten(2)),
             maps,
@@ -207,6 +212,46 @@ class SparseAttention(SoftmaxModule):
             {"implementation": "tiled", "reason": reason, "pattern": pattern.describe(), "heads": heads},
         )
         return output if return_dict else self._legacy(output)
+
+    def _announce(
+        self,
+        plain: tuple[Tensor, Tensor, Tensor],
+        calls: list[_Call],
+        heads: Tensor,
+        lse: Tensor,
+        mask: Mask,
+        pattern: Pattern,
+    ) -> None:
+        def given(operands: tuple[Tensor, ...]) -> list[_Call]:
+            parts = zip(calls, zip(*[iter(operands)] * 3, strict=True), strict=True)
+            return [call._replace(query=q, key=k, value=v) for call, (q, k, v) in parts]
+
+        def again(*operands: Tensor) -> Tensor:
+            return torch.cat([call.run().output for call in given(operands)], dim=2)
+
+        def reference(*operands: Tensor) -> Tensor:
+            made = [dense(c.query, c.key, c.value, c.pattern, **c.options) for c in given(operands)]
+            return torch.cat(made, dim=2)
+
+        first = calls[0] if isinstance(calls[0].pattern, Dense) else None
+        announce(
+            AttentionCall(
+                "sparse",
+                *plain,
+                heads,
+                lse,
+                mask & Causal() if pattern.causal else mask,
+                self.scale,
+                "tiled",
+                again,
+                reference,
+                tuple(tensor for call in calls for tensor in (call.query, call.key, call.value)),
+                extra={} if first is None else {"global_query": first.query, "global_key": first.key},
+                detail={"pattern": pattern_to_json(pattern)},
+                row_values=() if first is None else (first.value,),
+                unmapped="its scores have a bias" if calls[-1].options["bias"] is not None else "",
+            )
+        )
 
     def pattern(self, causal: bool | None = None) -> Pattern:
         """Who attends to whom."""

@@ -5,11 +5,13 @@ https://arxiv.org/abs/2312.07987.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.attention_call import announce, composing
 from attnlab_kernels.caches import Cache
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.expert_map import ExpertMap
@@ -156,7 +158,14 @@ class SwitchHeadAttention(SoftmaxModule):
             causal=causal,
         )
         query, key, value, mask, bias, cache, _ = step
-        result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
+        with composing() as parts:
+            result = self._attend(query, key, value, mask, bias, implementation or self.implementation)
+        for part in parts:
+            gates = {"source_gates": source, "destination_gates": destination}
+            told = part.retold("experts", experts=self.num_experts, top_k=self.top_k)
+            # a cache keeps mixed values, not who mixed them
+            known = gates if source.scores.shape[1] == key.shape[2] else {"destination_gates": destination}
+            announce(replace(told, extra={n: r.dense().transpose(1, 2) for n, r in known.items()}))
         maps = self._map(query, key, mask, bias, result.lse) if output_attentions else None
         output, chosen = projections.project_out(
             result.output, self.output_experts, destination, implementation=self.projection

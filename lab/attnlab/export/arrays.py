@@ -13,6 +13,7 @@ from attnlab.describe import run_brief
 from attnlab.views.errors import NothingRecorded, ViewError
 from attnlab.views.labels import format_bytes
 from attnlab.views.tokens import token_labels
+from attnlab.views.trace_map import map_facts
 from attnlab.views.viewport import Region, find_run, find_trace, load_map, region_of
 from attnlab_storage import results, tensors
 from attnlab_storage.database import Store
@@ -61,18 +62,20 @@ def trace_arrays(
 ) -> dict[str, np.ndarray]:
     """What a layer's maps are made of: ``query`` [H, Sq, D], ``key`` [Hkv, Sk, D], ``lse`` [H, Sq].
 
-    float32, but ``lse`` as it is stored: the natural log of the row's sum of exp(scale * q . k). The mask is in
-    ``facts``.
+    float32, but ``lse`` as it is stored: the natural log of the row's sum of exp(scale * q . k). Another kind of map
+    has other tensors (``denominator``, ``second_query`` ..). Kind, mask and what else it follows from are in ``facts``.
     """
     _, trace = find_trace(store, run_id, layer)
-    numbers = trace.heads * trace.num_queries * (trace.head_dim + 1)
-    numbers += trace.kv_heads * trace.num_keys * trace.head_dim
+    found = [info for info in tensors.tensor_info(store, run_id) if info.layer == layer]
+    found = [info for info in found if info.name != "value_norm"]
+    numbers = sum(info.heads * info.tokens * (info.head_dim or 1) for info in found)
     _check_bytes(4 * numbers, max_bytes, f"the tensors of layer {layer}")
     query_tokens, key_tokens = _tokens(store, run_id, layer)
-    heads = {"query": trace.heads, "key": trace.kv_heads, "lse": trace.heads}
     arrays = {
-        name: np.stack([tensors.read_tensor(store, run_id, name, layer, head) for head in range(count)])
-        for name, count in heads.items()
+        info.name: np.stack(
+            [tensors.read_tensor(store, run_id, info.name, layer, head) for head in range(info.heads)]
+        )
+        for info in found
     }
     return arrays | {
         "scale": np.array(trace.scale),
@@ -159,6 +162,8 @@ def _facts(store: Store, run_id: int, layer: int) -> dict[str, object]:
         **run_brief(run),
         "layer": layer,
         "layer_name": trace.name,
+        "kind": trace.kind,
+        "map": dict(map_facts(trace)),
         "scale": trace.scale,
         "mask": trace.mask,
         "stored_dtype": trace.dtype,

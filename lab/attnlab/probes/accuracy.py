@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.results import MeasurementRow
 
 from ..hook import LayerCall
-from .maps import first_element
+from ..views.trace_map import SOFTMAX_KINDS
+from .map_checks import exact_maps, mixed_values, wide
+from .maps import first_element, kind_of, trace_of
 
 ROWS = 512
 """query rows that are compared, evenly spread; a reference of more would take longer than the run"""
@@ -25,13 +28,15 @@ def attention_errors(call: LayerCall) -> list[MeasurementRow]:
     Returns:
         attention_error and lse_error, the largest absolute difference a head. The detail of attention_error
         has the error of plain PyTorch in the same dtype on the same rows: a good kernel stays within twice
-        that.
+        that. A map that is no softmax has an output only: its map in float64 times V is what it is held against.
     """
     one = first_element(call)
+    if kind_of(one) not in SOFTMAX_KINDS:
+        return _map_errors(one)
     heads = one.query.shape[1]
     group = heads // one.key.shape[1]
     rows: list[MeasurementRow] = []
-    for head in sorted({round(index * (heads - 1) / (HEADS - 1)) for index in range(HEADS)}):
+    for head in _sampled_heads(heads):
         query, key, value = (one.query[0, head], one.key[0, head // group], one.value[0, head // group])
         places, allowed = _sampled(one)
         output, lse = _reference(query.double(), key.double(), value.double(), one.scale, places, allowed)
@@ -48,6 +53,34 @@ def attention_errors(call: LayerCall) -> list[MeasurementRow]:
         )
         rows.append(MeasurementRow("lse_error", float(lse_error), "absolute", call.layer, head))
     return rows
+
+
+def _map_errors(call: LayerCall) -> list[MeasurementRow]:
+    attention = call.attention
+    assert attention is not None
+    if attention.unmapped:
+        raise Unsupported(f"record: accuracy of {call.name} needs its map: {attention.unmapped}")
+    plain = attention.reference(*attention.operands)[0]
+    heads, count = call.query.shape[1:3]
+    places = np.unique(np.linspace(0, count - 1, min(ROWS, count)).astype(np.int64))
+    maps = exact_maps(call, trace_of(call))
+    rows: list[MeasurementRow] = []
+    for head in _sampled_heads(heads):
+        exact = mixed_values(maps[head], call, head, places)
+        error, budget = (np.abs(wide(part[head])[places] - exact).max() for part in (call.output[0], plain))
+        detail = {
+            "plain_error": float(budget),
+            "rows": len(places),
+            "implementation": call.implementation,
+        }
+        rows.append(
+            MeasurementRow("attention_error", float(error), "absolute", call.layer, head, detail=detail)
+        )
+    return rows
+
+
+def _sampled_heads(heads: int) -> list[int]:
+    return sorted({round(index * (heads - 1) / (HEADS - 1)) for index in range(HEADS)})
 
 
 def _sampled(call: LayerCall) -> tuple[Tensor, Tensor]:

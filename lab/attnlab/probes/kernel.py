@@ -1,11 +1,10 @@
-"""One attention of a model, on its real Q, K and V, to be run again alone."""
+"""One attention of a model, on its real inputs, to be run again alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax.api import attend
 
 from ..hook import LayerCall
@@ -13,45 +12,45 @@ from ..hook import LayerCall
 
 @dataclass(frozen=True, eq=False)
 class KernelCall:
-    """The inputs of one attention and the implementation that computed it."""
+    """The inputs of one attention and what computes it."""
 
     layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Mask
-    scale: float
+    operands: tuple[Tensor, ...]
+    compute: Callable[..., object]
+    """takes the operands; gives the output where ``backward``"""
     implementation: str
     floor_bytes: int
     """output and log-sum-exp: what it must make whatever the kernel"""
     backward: bool
-    again: Callable[[], object] | None = None
-    """what to run instead of softmax attention of these tensors"""
 
     @classmethod
     def of(cls, call: LayerCall, backward: bool) -> "KernelCall":
-        query, key, value = (tensor.detach() for tensor in (call.query, call.key, call.value))
+        operands, compute = _task(call, backward)
+        operands = tuple(tensor.detach() for tensor in operands)
         if backward:
-            query, key, value = (tensor.clone().requires_grad_() for tensor in (query, key, value))
+            operands = tuple(tensor.clone().requires_grad_() for tensor in operands)
         floor = sum(tensor.numel() * tensor.element_size() for tensor in (call.output, call.lse))
-        again = None if backward else call.again
-        return cls(
-            call.layer, query, key, value, call.mask, call.scale, call.implementation, floor, backward, again
-        )
+        return cls(call.layer, operands, compute, call.implementation, floor, backward)
 
     def run(self) -> None:
         """Compute it once; with ``backward`` also its gradients."""
-        if self.again is not None:
-            self.again()
-            return
-        made = attend(
-            self.query,
-            self.key,
-            self.value,
-            mask=self.mask,
-            scale=self.scale,
-            implementation=self.implementation,
-        )
+        made = self.compute(*self.operands)
         if self.backward:
-            made.output.float().square().mean().backward()
-            self.query.grad = self.key.grad = self.value.grad = None
+            assert isinstance(made, Tensor)
+            made.float().square().mean().backward()
+            for operand in self.operands:
+                operand.grad = None
+
+
+def _task(call: LayerCall, backward: bool) -> tuple[tuple[Tensor, ...], Callable[..., object]]:
+    if call.attention is not None:
+        return call.attention.operands, call.attention.run
+    if call.again is not None and not backward:
+        again = call.again
+        return (), lambda: again()
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rules = {"mask": call.mask, "scale": call.scale}
+        return attend(query, key, value, implementation=call.implementation, **rules).output
+
+    return (call.query, call.key, call.value), attended

@@ -4,6 +4,7 @@ What the kernel saw is handed over while the model runs. Its own log-sum-exp is 
 of 30 have an ulp of 2e-6), so the one that is kept is made afterwards from the stored Q and K in float64.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +14,19 @@ from torch import Tensor
 
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import And, Mask, Padding
+from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.results import TraceRow
 
 from ..hook import LayerCall
+from ..views.trace_map import BY_KEY_HEAD, SOFTMAX_KINDS, map_facts
+from .map_checks import (
+    call_arrays,
+    exact_normalisers,
+    normaliser_names,
+    output_distance,
+    row_defect,
+    with_facts,
+)
 
 CHECKED_ROWS = 4
 """of each head, against the kernel's output while the model waits"""
@@ -50,20 +61,52 @@ class LayerCapture:
 
 
 def capture_call(call: LayerCall) -> LayerCapture:
-    """Return one attention's Q, K and value norms, batch element 0, with P V checked against the kernel's output."""
-    batch = call.query.shape[0]
+    """Return one attention's Q, K and value norms, batch element 0, with P V checked against the kernel's output.
+
+    Raises:
+        Unsupported: no map can be made of this call.
+    """
     one = first_element(call)
-    heads, num_queries, head_dim = one.query.shape[1:]
-    kv_heads, num_keys = one.key.shape[1:3]
+    row = trace_of(one)
+    if call.query.shape[0] > 1:
+        row = with_facts(row, batch=f"element 0 of {call.query.shape[0]}")
+    row = replace(row, output_defect=_output_defect(one, row))
+    extra = {} if one.attention is None else one.attention.extra
+    stored = {name: extra[name][0] for name in map_facts(row).get("tensors", ())}
+    norms = torch.linalg.vector_norm(one.value[0].double(), dim=-1).float()
+    arrays = tuple(
+        (name, *_array(tensor))
+        for name, tensor in (
+            ("query", one.query[0]),
+            ("key", one.key[0]),
+            ("value_norm", norms),
+            *stored.items(),
+        )
+    )
+    return LayerCapture(row, one.mask, arrays, one.lse[0].cpu().numpy())
+
+
+def trace_of(call: LayerCall) -> TraceRow:
+    """Return what is told of one call of one batch element, its checks not yet made.
+
+    Raises:
+        Unsupported: no map can be made of it.
+    """
+    heads, num_queries, head_dim = call.query.shape[1:]
+    kv_heads, num_keys = call.key.shape[1:3]
     detail: dict[str, Any] = {"implementation": call.implementation, "reason": call.reason}
-    if batch > 1:
-        detail["batch"] = f"element 0 of {batch}"
-    row = TraceRow(
+    if call.attention is not None:
+        if call.attention.unmapped:
+            raise Unsupported(f"record: maps of {call.name} cannot be made: {call.attention.unmapped}")
+        # normalisers are made anew from what is stored
+        stored = set(call.attention.extra) - set(normaliser_names(call.attention.kind))
+        detail["map"] = {**call.attention.detail, "tensors": sorted(stored)}
+    return TraceRow(
         layer=call.layer,
         name=call.name,
-        kind="softmax",
+        kind=kind_of(call),
         scale=call.scale,
-        mask=one.mask.to_json(),
+        mask=call.mask.to_json(),
         heads=heads,
         kv_heads=kv_heads,
         num_queries=num_queries,
@@ -71,15 +114,48 @@ def capture_call(call: LayerCall) -> LayerCapture:
         head_dim=head_dim,
         dtype=STORED[call.query.dtype],
         row_sum_defect=0.0,
-        output_defect=output_defect(one),
+        output_defect=0.0,
         detail=detail,
     )
-    norms = torch.linalg.vector_norm(one.value[0].double(), dim=-1).float()
-    arrays = tuple(
-        (name, *_array(tensor))
-        for name, tensor in (("query", one.query[0]), ("key", one.key[0]), ("value_norm", norms))
-    )
-    return LayerCapture(row, one.mask, arrays, one.lse[0].cpu().numpy())
+
+
+def kind_of(call: LayerCall) -> str:
+    """Return what the call's map is, see `views.trace_map`."""
+    return "softmax" if call.attention is None else call.attention.kind
+
+
+def finish(
+    capture: LayerCapture, stored: Callable[[str, int], np.ndarray], device: torch.device
+) -> tuple[TraceRow, list[Named]]:
+    """Return the finished trace and its normalisers, from the tensors as they were stored.
+
+    Args:
+        stored: gives a tensor [heads, S, D] by its name and number of heads.
+    """
+    row = capture.row
+    query, key = stored("query", row.heads), stored("key", row.kv_heads)
+    if row.kind in SOFTMAX_KINDS:
+        row, lse = refine(capture, query, key, device)
+        return row, [lse]
+    arrays = {"query": query, "key": key}
+    for name in map_facts(row)["tensors"]:
+        arrays[name] = stored(name, row.kv_heads if name in BY_KEY_HEAD else row.heads)
+    if row.kind == "difference":
+        pairs = {"lse": (query, key), "second_lse": (arrays["second_query"], arrays["second_key"])}
+        made: dict[str, np.ndarray] = {}
+        for name, pair in pairs.items():
+            queries, keys = (torch.from_numpy(part).to(device) for part in pair)
+            made[name] = exact_lse(queries, keys, capture).cpu().numpy()
+    else:
+        made = exact_normalisers(row, arrays)
+    first = next(iter(made.values()))
+    alive = np.isfinite(first)
+    gap = np.abs(first[alive] - capture.kernel_lse[alive])
+    # a denominator is a sum, not the logarithm of one
+    gap = gap / np.maximum(np.abs(first[alive]), 1e-30) if row.kind == "linear" else gap
+    sums = row_defect(row, arrays | made, _sampled(row.num_queries, CHECKED_ROWS // 2))
+    row = with_facts(replace(row, row_sum_defect=sums), lse_defect=float(gap.max(initial=0.0)))
+    return row, [(name, array, "float64") for name, array in made.items()]
 
 
 def refine(
@@ -136,7 +212,11 @@ def row_sum_defect(capture: LayerCapture, query: np.ndarray, key: np.ndarray, ls
 def first_element(call: LayerCall) -> LayerCall:
     """Return the call of batch element 0 alone, its mask included."""
     tensors = {name: getattr(call, name)[:1] for name in ("query", "key", "value", "output", "lse")}
-    return replace(call, mask=element_mask(call.mask, 0), **tensors)
+    attention = call.attention
+    if attention is not None:
+        own = {name: tensor[:1] for name, tensor in attention.extra.items()}
+        attention = replace(attention, extra=own)
+    return replace(call, mask=element_mask(call.mask, 0), attention=attention, **tensors)
 
 
 def element_mask(mask: Mask, element: int) -> Mask:
@@ -146,6 +226,12 @@ def element_mask(mask: Mask, element: int) -> Mask:
     if isinstance(mask, And):
         return And(tuple(element_mask(part, element) for part in mask.parts))
     return mask
+
+
+def _output_defect(call: LayerCall, row: TraceRow) -> float:
+    if row.kind in SOFTMAX_KINDS:
+        return output_defect(call)
+    return output_distance(row, call_arrays(call), call, _sampled(row.num_queries, CHECKED_ROWS))
 
 
 def output_defect(call: LayerCall) -> float:

@@ -16,8 +16,10 @@ from attnlab_storage.results import MeasurementRow
 
 from ..hook import LayerCall
 from ..views.statistics import COVERED, CURVE_POINTS, LOCAL_BAND, STATISTICS, TOP_KEYS
+from ..views.trace_map import SOFTMAX_KINDS
 from .head_sums import Block, HeadSums
-from .maps import BLOCK_CELLS, first_element, grouped_scores
+from .map_checks import exact_maps
+from .maps import BLOCK_CELLS, first_element, grouped_scores, kind_of, trace_of
 from .token_facts import TokenFacts
 
 CONSTANTS: dict[str, dict[str, Any]] = {
@@ -65,6 +67,14 @@ def head_statistics(call: LayerCall, tokens: TokenFacts | None = None) -> HeadSt
     for span in _spans(one.mask, shape):
         sums.add(_softmax_block(one, *span))
     return _finished(sums, call.layer)
+
+
+def statistics_of(call: LayerCall, tokens: TokenFacts | None = None) -> HeadStatistics:
+    """Return the statistics of a call whatever its map is."""
+    if kind_of(call) in SOFTMAX_KINDS:
+        return head_statistics(call, tokens)
+    one = first_element(call)
+    return map_statistics(exact_maps(one, trace_of(one)), call.layer, tokens)
 
 
 def map_statistics(maps: Sequence[AnyMap], layer: int, tokens: TokenFacts | None = None) -> HeadStatistics:

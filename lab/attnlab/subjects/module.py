@@ -8,17 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnlab_kernels.attention_call import AttentionCall, hearing
 from attnlab_kernels.mechanisms.build import build_mechanism
-from attnlab_kernels.operations.softmax.api import AttendCall, Unsupported, attend, observing
+from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.results import InputRow, MeasurementRow
 
 from ..hook import LayerCall, Listener
 from ..models import TORCH_DTYPES
 from ..outcomes import CheckFailed
 from ..spec import ExperimentSpec, ModuleSpec, RunPoint
+from .module_call import (
+    ModuleCall,
+    count_parameters,
+    make_context,
+    prompt_is_causal,
+    release,
+)
 
 CHECKED_TOKENS = 256
 RELATIVE_TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+FP8_TOLERANCE = 0.1
+"""three bits of fraction in queries, keys, values and probabilities"""
 
 
 class ModuleSubject:
@@ -26,15 +36,24 @@ class ModuleSubject:
 
     def __init__(self, spec: ExperimentSpec, point: RunPoint, device: torch.device) -> None:
         assert spec.module is not None
-        shape = {"dim": spec.module.dim, "num_heads": spec.module.num_heads, "causal": spec.module.causal}
+        dim, parameters = spec.module.dim, _parameters(spec.module, point)
+        dtype = TORCH_DTYPES[point.dtype]
+        causal = prompt_is_causal(point.mechanism, parameters, spec.module.causal)
+        shape = {"dim": dim, "num_heads": spec.module.num_heads, "causal": causal}
         torch.manual_seed(spec.seed)
-        module = build_mechanism(point.mechanism, **shape, **_parameters(spec.module, point))
-        self._module = module.to(device, TORCH_DTYPES[point.dtype]).train(point.phase == "train")
-        hidden = torch.randn(point.batch_size, point.sequence_length, spec.module.dim)
-        self._hidden = hidden.to(device, TORCH_DTYPES[point.dtype])
+        module = build_mechanism(point.mechanism, **shape, **parameters)
+        module = module.to(device, dtype).train(point.phase == "train")
+        hidden = torch.randn(point.batch_size, point.sequence_length, dim)
+        self._hidden = hidden.to(device, dtype)
+        self._call = ModuleCall(
+            point.mechanism, module, parameters, point.implementation, point.phase == "train"
+        )
+        if point.mechanism == "cross":
+            context = make_context(parameters, dim, point.batch_size, point.sequence_length)
+            self._call.context = context.to(device, dtype)
         self._phase = point.phase
         self._dtype = point.dtype
-        self._implementation = point.implementation
+        self._eight_bits = bool(parameters.get("use_fp8"))
         self._filled: Any = None
         self._cache: Any = None
         if point.phase == "decode" and point.sequence_length < 2:
@@ -46,44 +65,55 @@ class ModuleSubject:
         self.identity = {
             "name": point.model,
             "architecture": type(module).__name__,
-            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "parameters": count_parameters(module),
             "dtype": point.dtype,
             "source": "random weights",
             "seed": spec.seed,
+            "causal": causal,
         }
 
     def input_row(self) -> InputRow:
         names = [str(position) for position in range(self.tokens)]
+        context = self._call.context
+        keys = names if context is None else [f"context {place}" for place in range(context.shape[1])]
         queries = names[-1:] if self._phase == "decode" else names
         detail = {"batch_size": self._hidden.shape[0], "synthetic": "normal hidden states"}
-        return InputRow(None, queries, names, detail)
+        return InputRow(None, queries, keys, detail)
 
     def trace_detail(self, call: LayerCall) -> dict[str, Any]:
         return {}
 
     def check(self) -> list[MeasurementRow]:
-        """Compare the attention inside the module with the eager reference on the same Q, K and V of a prefix."""
+        """Compare the attention inside the module with its operation's plain reference on the same inputs.
+
+        Without a grid or a context to keep, on a prefix of one batch element.
+        """
         hidden = self._hidden[:1, :CHECKED_TOKENS]
-        calls: list[AttendCall] = []
-        with torch.no_grad(), observing(calls.append):
-            self._run(hidden, self._implementation)
+        whole = {"cross", "neighborhood", "efficient"}
+        if self._call.mechanism in whole:
+            hidden = self._hidden
+        calls: list[AttentionCall] = []
         squares = norm = 0.0
         with torch.no_grad():
+            with hearing(calls.append):
+                self._call.run(hidden)
+            self._call.close()
             for call in calls:
-                kept = {"mask": call.mask, "scale": call.scale, "bias": call.bias}
-                theirs = attend(call.q, call.k, call.v, implementation="eager", **kept).output.double()
+                theirs = call.reference(*call.operands).double()
                 squares += float((call.output.double() - theirs).square().sum())
                 norm += float(theirs.square().sum())
         error = math.sqrt(squares / max(norm, 1e-60))
-        allowed = RELATIVE_TOLERANCE[self._dtype]
+        allowed = FP8_TOLERANCE if self._eight_bits else RELATIVE_TOLERANCE[self._dtype]
         detail = {
-            "against": "the eager reference on the same Q, K and V",
+            "against": f"the plain reference of {self._call.mechanism} on the same inputs",
             "tokens": hidden.shape[1],
             "tolerance": allowed,
         }
+        if not calls:
+            raise CheckFailed(f"{self._call.mechanism} told of no attention, so nothing can be checked")
         if not error <= allowed:
             raise CheckFailed(
-                f"the module's attention is {error:.3g} (relative) off the eager reference on {hidden.shape[1]} "
+                f"the module's attention is {error:.3g} (relative) off its plain reference on {hidden.shape[1]} "
                 f"tokens, {allowed:.3g} is allowed; nothing was stored"
             )
         return [MeasurementRow("check_error", error, "relative", detail=detail)]
@@ -91,58 +121,49 @@ class ModuleSubject:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         if self._phase == "decode":
-            before = self._hidden[:, :-1]
-            filled = self._module(
-                before, use_cache=True, return_dict=True, implementation=self._implementation
-            )
-            self._filled = filled.cache
-        yield
-        self._filled = self._cache = None
+            self._filled = self._call.fill(self._hidden[:, :-1])
+        try:
+            yield
+        finally:
+            release(self._cache)
+            release(self._filled)
+            self._filled = self._cache = None
+            self._call.close()
 
     def prepare(self) -> None:
         # a step adds its token to the cache, so each one gets a copy
         if self._filled is not None:
+            release(self._cache)
             self._cache = self._filled.clone()
 
     def step(self, listener: Listener | None = None) -> Tensor:
         told = _Listening(listener)
-        with observing(told) if listener is not None else contextlib.nullcontext():
+        with hearing(told) if listener is not None else contextlib.nullcontext():
             if self._phase == "decode":
-                output = self._run(
-                    self._hidden[:, -1:], self._implementation, past_key_value=self._cache, use_cache=True
-                )
+                output = self._call.decode(self._hidden[:, -1:], self._cache).output
             else:
-                output = self._run(self._hidden, self._implementation)
+                output = self._call.run(self._hidden).output
         if self._phase == "train":
             output.float().square().mean().backward()
-            self._module.zero_grad(set_to_none=True)
+            self._call.module.zero_grad(set_to_none=True)
         return output[0]
 
     def loss(self, hidden: Tensor) -> Iterable[MeasurementRow]:
         return ()
 
-    def _run(self, hidden: Tensor, implementation: str, **keywords: Any) -> Tensor:
-        return self._module(hidden, return_dict=True, implementation=implementation, **keywords).output
-
 
 class _Listening:
-    """Turns what attend tells its observers into the calls that probes hear of."""
+    """Turns what a mechanism announces into the calls that probes hear of."""
 
     def __init__(self, listener: Listener | None) -> None:
         self._listener = listener
         self._calls = 0
 
-    def __call__(self, call: AttendCall) -> None:
+    def __call__(self, call: AttentionCall) -> None:
         assert self._listener is not None
         layer, self._calls = self._calls, self._calls + 1
-        tensors = [tensor.detach() for tensor in (call.q, call.k, call.v, call.output, call.lse)]
-        query, key, value, output, lse = tensors
         name = "attention" if layer == 0 else f"attention#{layer + 1}"
-        self._listener(
-            LayerCall(
-                layer, name, query, key, value, call.mask, call.scale, output, lse, call.implementation, ""
-            )
-        )
+        self._listener(LayerCall.told(layer, name, call))
 
 
 def _parameters(module: ModuleSpec, point: RunPoint) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from attnlab.views.errors import ViewError
+from attnlab.views.trace_map import AttentionMap
 from attnlab.views.viewport import Region, Viewport, check_size, head_map, load_map, recorded, region_of
-from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_storage.database import Store
 
 REDUCTIONS = ("signed_max", "mean")
@@ -53,8 +53,8 @@ def difference(
 
 
 def difference_pixels(
-    a: SoftmaxMap,
-    b: SoftmaxMap,
+    a: AttentionMap,
+    b: AttentionMap,
     rows: tuple[int, int],
     cols: tuple[int, int],
     height: int,
@@ -166,7 +166,7 @@ def sample_rows(total: int, most: int) -> list[tuple[int, int]]:
     return [(int(start), int(start) + size) for start in starts]
 
 
-def _distances(a: SoftmaxMap, b: SoftmaxMap, max_rows: int) -> tuple[float, float]:
+def _distances(a: AttentionMap, b: AttentionMap, max_rows: int) -> tuple[float, float]:
     spans = sample_rows(a.shape[0], max_rows)
     count = sum(stop - start for start, stop in spans)
     variation = divergence = 0.0
@@ -178,12 +178,12 @@ def _distances(a: SoftmaxMap, b: SoftmaxMap, max_rows: int) -> tuple[float, floa
 
 
 def _row_blocks(
-    a: SoftmaxMap, b: SoftmaxMap, spans: list[tuple[int, int]]
+    a: AttentionMap, b: AttentionMap, spans: list[tuple[int, int]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of both maps in float64, over the keys that either mask allows there."""
     size = {"num_queries": a.shape[0], "num_keys": a.shape[1]}
     for start, stop in spans:
-        ranges = [m.mask.key_range(start, stop, **size, batch=m.batch) for m in (a, b)]
+        ranges = [m.mask.key_range(start, stop, **size) for m in (a, b)]
         ranges = [(lo, hi) for lo, hi in ranges if lo < hi]
         if ranges:
             keys = slice(min(lo for lo, _ in ranges), max(hi for _, hi in ranges))

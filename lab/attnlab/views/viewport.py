@@ -18,8 +18,9 @@ from attnlab.views.labels import OUTCOME_WORDS
 from attnlab.views.memory import ArrayMemory
 from attnlab.views.overview import Layout, Pixels, is_wide, pyramid_pixels
 from attnlab.views.pyramids import Pyramids
-from attnlab_kernels.effective_map import SoftmaxMap
-from attnlab_kernels.masks import mask_from_json
+from attnlab.views.trace_map import BY_KEY_HEAD, AttentionMap, make_map
+from attnlab_kernels.neighborhood import NeighborhoodMap
+from attnlab_kernels.sparse_map import SparseMap
 from attnlab_storage import results, tensors
 from attnlab_storage.database import Store
 from attnlab_storage.results import RunRow, TraceRow
@@ -156,7 +157,7 @@ def cell(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -
     return float(full_map.tile(slice(row, row + 1), slice(col, col + 1))[0, 0])
 
 
-def load_map(store: Store, run_id: int, layer: int, head: int) -> SoftmaxMap:
+def load_map(store: Store, run_id: int, layer: int, head: int) -> AttentionMap:
     """The map of one head (zero-based), from memory when it was looked at lately.
 
     Raises ViewError naming the layers or heads that there are.
@@ -164,27 +165,29 @@ def load_map(store: Store, run_id: int, layer: int, head: int) -> SoftmaxMap:
     return head_map(store, *find_trace(store, run_id, layer), head)
 
 
-def head_map(store: Store, run: RunRow, trace: TraceRow, head: int) -> SoftmaxMap:
+def head_map(store: Store, run: RunRow, trace: TraceRow, head: int) -> AttentionMap:
     """`load_map` for one of many heads of a layer that was found before."""
-    layer = trace.layer
-    if not 0 <= head < trace.heads:
-        raise ViewError(f"head must be in 0..{trace.heads - 1} for layer {layer} of run {run.id}; got {head}")
-    kv_head = head // (trace.heads // trace.kv_heads)
-    query = _tensor(store, run, "query", layer, head)
-    key = _tensor(store, run, "key", layer, kv_head)
-    lse = _tensor(store, run, "lse", layer, head)
-    return SoftmaxMap(query, key, lse, trace.scale, mask_from_json(trace.mask))
+    _check_head(run, trace, head)
+    return make_map(trace, head, lambda name, at: _tensor(store, run, name, trace.layer, at))
+
+
+def head_tensor(store: Store, run_id: int, name: str, layer: int, head: int) -> np.ndarray:
+    """A stored tensor of a layer as query head ``head`` reads it; TensorError names the ones that there are."""
+    run, trace = find_trace(store, run_id, layer)
+    _check_head(run, trace, head)
+    at = head * trace.kv_heads // trace.heads if name in BY_KEY_HEAD else head
+    return _tensor(store, run, name, layer, at)
 
 
 def allowed_pixels(
-    full_map: SoftmaxMap, rows: tuple[int, int], cols: tuple[int, int], height: int, width: int
+    full_map: AttentionMap, rows: tuple[int, int], cols: tuple[int, int], height: int, width: int
 ) -> np.ndarray:
-    """bool [height, width]: whether the mask allows any cell under the pixel, cut as `viewport` does."""
-    size = {"num_queries": full_map.shape[0], "num_keys": full_map.shape[1], "batch": full_map.batch}
-    if (height, width) == (rows[1] - rows[0], cols[1] - cols[0]):
-        return full_map.mask.allowed(np.arange(*rows), np.arange(*cols), **size)
+    """bool [height, width]: whether any cell under the pixel may have a weight, cut as `viewport` does."""
+    size = {"num_queries": full_map.shape[0], "num_keys": full_map.shape[1]}
     row_edges = rows[0] + np.arange(height + 1) * (rows[1] - rows[0]) // height
     col_edges = cols[0] + np.arange(width + 1) * (cols[1] - cols[0]) // width
+    if isinstance(full_map, SparseMap | NeighborhoodMap):
+        return full_map.seen(row_edges, col_edges)
     ranges = [full_map.mask.key_range(int(a), int(b), **size) for a, b in pairwise(row_edges)]
     first, last = (np.array(side)[:, None] for side in zip(*ranges, strict=True))
     return (col_edges[:-1] < last) & (col_edges[1:] > first)
@@ -228,6 +231,12 @@ def check_size(height: int, width: int) -> None:
     for name, value in (("height", height), ("width", width)):
         if not 1 <= value <= MAX_PIXELS:
             raise ViewError(f"{name} must be in 1..{MAX_PIXELS} pixels; got {value}")
+
+
+def _check_head(run: RunRow, trace: TraceRow, head: int) -> None:
+    if not 0 <= head < trace.heads:
+        rule = f"head must be in 0..{trace.heads - 1} for layer {trace.layer} of run {run.id}"
+        raise ViewError(f"{rule}; got {head}")
 
 
 def _span(name: str, part: Region, size: int) -> tuple[int, int]:

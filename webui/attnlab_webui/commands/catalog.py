@@ -24,7 +24,7 @@ from attnlab_webui.commands.console import (
     short_bytes,
 )
 from attnlab_webui.form_fields import range_words
-from attnlab_webui.mechanism_facts import STAGE_WORDS, mechanism_document, stage
+from attnlab_webui.mechanism_facts import mechanism_document
 from attnlab_webui.system_facts import model_facts
 
 SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
@@ -39,7 +39,7 @@ def mechanisms(
     name: Annotated[str | None, typer.Argument(help="A mechanism's name, for everything about it.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """The catalog: what each attention mechanism is, and where it can be used."""
+    """The catalog: what each attention mechanism is."""
     if name is not None and name not in MECHANISMS:
         refuse(f"NAME must be a mechanism of the catalog, got {name!r}; choices: {', '.join(MECHANISMS)}")
     if json:
@@ -47,11 +47,8 @@ def mechanisms(
         documents = [mechanism_document(mechanism) for mechanism in chosen]
         print_document(documents if name is None else documents[0])
     elif name is None:
-        rows = [
-            (item.id, STAGE_WORDS[stage(item)], item.swap, item.year, item.title)
-            for item in MECHANISMS.values()
-        ]
-        print_table(("name", "can be used", "swap", "year", "title"), rows, empty="the catalog is empty")
+        rows = [(item.id, item.swap, item.year, item.title) for item in MECHANISMS.values()]
+        print_table(("name", "swap", "year", "title"), rows, empty="the catalog is empty")
     else:
         typer.echo(mechanism_words(MECHANISMS[name]))
 
@@ -59,7 +56,7 @@ def mechanisms(
 def mechanism_words(mechanism: Mechanism) -> str:
     """The record as text for a terminal."""
     lines = [
-        f"{mechanism.title} ({mechanism.id}), {mechanism.year}" + f": {STAGE_WORDS[stage(mechanism)]}",
+        f"{mechanism.title} ({mechanism.id}), {mechanism.year}",
         mechanism.summary,
         "",
         mechanism.formula,

@@ -14,7 +14,6 @@ from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter, validate_p
 from attnlab_storage.database import Store
 from attnlab_webui import pieces
 from attnlab_webui.form_fields import parameter_default, range_words
-from attnlab_webui.mechanism_facts import STAGE_WORDS, stage
 from attnlab_webui.pieces import escape
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -23,11 +22,6 @@ SWAP_WORDS = {
     "exact": "exact swap",
     "approximate": "approximate swap",
     "not_applicable": "needs training",
-}
-STAGE_TONES = {"experiment": "at-tag-good", "module": "", "described": ""}
-UNUSABLE = {
-    "module": "A PyTorch module to import; experiments cannot run it yet.",
-    "described": "This one is described here, and not built yet.",
 }
 
 
@@ -89,8 +83,7 @@ def catalog(shape: Shape) -> str:
     rows = "".join(row(mechanism, sizes[name], largest, shape) for name, mechanism in MECHANISMS.items())
     head = (
         '<div class="at-mech-head"><span>Mechanism</span><span>Complexity</span>'
-        f"<span>Cache, {escape(shape_words(shape))}</span><span>Swap into trained weights</span>"
-        "<span>Can be used</span></div>"
+        f"<span>Cache, {escape(shape_words(shape))}</span><span>Swap into trained weights</span></div>"
     )
     return f'<div class="at-mech-list">{head}{rows}</div>'
 
@@ -100,8 +93,6 @@ def shape_words(shape: Shape) -> str:
 
 
 def row(mechanism: Mechanism, size: int, largest: int, shape: Shape | None = None) -> str:
-    where = stage(mechanism)
-    usable = f'<span class="at-tag {STAGE_TONES[where]}">{STAGE_WORDS[where]}</span>'
     complexity = escape(mechanism.complexity)
     year = f'<span class="at-muted"> {mechanism.year}</span>'
     return (
@@ -109,7 +100,7 @@ def row(mechanism: Mechanism, size: int, largest: int, shape: Shape | None = Non
         f"<span><b>{escape(mechanism.title)}</b>{year}</span>"
         f'<span class="at-mono at-clip" title="{complexity}">{complexity}</span>'
         f"<span>{bar(size, largest)}</span>"
-        f"<span>{escape(SWAP_WORDS[mechanism.swap])}</span><span>{usable}</span>"
+        f"<span>{escape(SWAP_WORDS[mechanism.swap])}</span>"
         f"</summary>{detail(mechanism, shape or Shape())}</details>"
     )
 
@@ -126,8 +117,6 @@ def detail(mechanism: Mechanism, shape: Shape) -> str:
     use = (
         f'<a class="at-button at-primary" href="/?{escape(urlencode({"mechanism": mechanism.id}))}">'
         "Use in an experiment</a>"
-        if mechanism.built
-        else f'<span class="at-muted">{UNUSABLE[stage(mechanism)]}</span>'
     )
     return (
         f'<div class="at-mech-body"><div>{picture(mechanism)}<p>{escape(mechanism.summary)}</p>'
