@@ -13,10 +13,20 @@ from attnlab.views.colormaps import COLORMAPS, colormap
 from attnlab.views.difference import difference
 from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
+from attnlab.views.overlays import part_names
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import thumbnails
 from attnlab.views.tokens import stream_axes, token_labels
-from attnlab.views.viewport import allowed_pixels, cell, load_map, overview_progress, recorded, viewport
+from attnlab.views.trace_map import is_signed, map_facts
+from attnlab.views.viewport import (
+    allowed_pixels,
+    cell,
+    head_overlays,
+    load_map,
+    overview_progress,
+    recorded,
+    viewport,
+)
 from attnlab_kernels.masks import mask_from_json
 from attnlab_storage import results
 from attnlab_storage.database import Store
@@ -35,7 +45,7 @@ def colormaps() -> dict[str, Any]:
 
 
 @router.get("/runs/{run_id}/map")
-def map_facts(run_id: int, store: StoreDep) -> dict[str, Any]:
+def recorded_maps(run_id: int, store: StoreDep) -> dict[str, Any]:
     """What maps a run holds: its layers with heads, sizes, masks and self-checks."""
     find_run(store, run_id)
     run, traces = recorded(store, run_id)
@@ -56,6 +66,10 @@ def map_facts(run_id: int, store: StoreDep) -> dict[str, Any]:
                 "queries": trace.num_queries,
                 "keys": trace.num_keys,
                 "mask": mask_from_json(trace.mask).describe(),
+                "kind": trace.kind,
+                "signed": is_signed(trace),
+                "columns": map_facts(trace).get("columns"),
+                "parts": part_names(trace),
                 "row_sum_defect": trace.row_sum_defect,
                 "output_defect": trace.output_defect,
             }
@@ -67,6 +81,13 @@ def map_facts(run_id: int, store: StoreDep) -> dict[str, Any]:
 def stamp(run: Any) -> str:
     """Changes whenever what a run holds may have changed; browsers keep tiles under it."""
     return f"{run.created_at:.0f}.{run.attempt}.{run.finished_at or 0:.0f}"
+
+
+@router.get("/runs/{run_id}/overlays")
+def run_overlays(run_id: int, layer: int, head: int, store: StoreDep, v: str | None = None) -> dict[str, Any]:
+    """What the mechanism adds to a head's map: lines, strips and notes to draw over it."""
+    find_run(store, run_id)
+    return {"run": run_id, "overlays": head_overlays(store, run_id, layer, head)}
 
 
 @router.get("/runs/{run_id}/tokens")
@@ -95,6 +116,7 @@ def run_viewport(
     height: Pixels = 512,
     width: Pixels = 512,
     reduce: str = "max",
+    part: str | None = None,
     v: str | None = None,
 ) -> Response:
     """Any region of a map as float32 [height, width], row by row; NaN where no pair is allowed.
@@ -102,17 +124,19 @@ def run_viewport(
     202 with {"building": share} while the overview that a wide region comes from is being built: ask again.
     """
     region = span("rows", rows), span("cols", cols)
-    ready = overview_progress(store, run_id, layer, head, *region)
+    ready = 1.0 if part else overview_progress(store, run_id, layer, head, *region)
     if ready < 1:
         return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
-    view = viewport(store, run_id, layer, head, *region, height, width, reduce)
+    view = viewport(store, run_id, layer, head, *region, height, width, reduce, part)
     return _octets(*heatmap.encode(view, [load_map(store, run_id, layer, head)]), v)
 
 
 @router.get("/runs/{run_id}/cell")
-def run_cell(run_id: int, layer: int, head: int, row: int, col: int, store: StoreDep) -> dict[str, Any]:
+def run_cell(
+    run_id: int, layer: int, head: int, row: int, col: int, store: StoreDep, part: str | None = None
+) -> dict[str, Any]:
     """The exact weight that query `row` gives to key `col`."""
-    value = cell(store, run_id, layer, head, row, col)
+    value = cell(store, run_id, layer, head, row, col, part)
     return {"row": row, "col": col, "value": value, "masked": _masked(store, run_id, layer, head, row, col)}
 
 

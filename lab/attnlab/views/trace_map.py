@@ -63,6 +63,11 @@ def map_facts(trace: TraceRow) -> Mapping[str, Any]:
     return (trace.detail or {}).get("map", {})
 
 
+def is_signed(trace: TraceRow) -> bool:
+    """Whether weights may be below 0."""
+    return trace.kind == "difference" or map_facts(trace).get("features") == "identity"
+
+
 def make_map(trace: TraceRow, head: int, read: Read) -> AttentionMap:
     """The map of one head from what ``read`` gives; ViewError for a kind that this version does not know."""
 

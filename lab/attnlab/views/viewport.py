@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from attnlab.views.errors import NotFound, NothingRecorded, ViewError
 from attnlab.views.labels import OUTCOME_WORDS
 from attnlab.views.memory import ArrayMemory
+from attnlab.views.overlays import make_part, overlays
 from attnlab.views.overview import Layout, Pixels, is_wide, pyramid_pixels
 from attnlab.views.pyramids import Pyramids
 from attnlab.views.trace_map import BY_KEY_HEAD, AttentionMap, make_map
+from attnlab_kernels.difference_map import DifferenceMap
+from attnlab_kernels.linear_map import LinearMap
 from attnlab_kernels.neighborhood import NeighborhoodMap
 from attnlab_kernels.sparse_map import SparseMap
 from attnlab_storage import results, tensors
@@ -89,6 +92,7 @@ def viewport(
     height: int = 512,
     width: int = 512,
     reduce: str = "max",
+    part: str | None = None,
 ) -> Viewport:
     """The region ``rows`` x ``cols`` (None: all) reduced to at most ``height`` x ``width`` pixels.
 
@@ -97,15 +101,15 @@ def viewport(
     `overview_progress` says how far that is.
 
     Raises ViewError for a layer, head, region, size or reduction that the map does not have, NothingRecorded
-    where the run holds no maps.
+    where the run holds no maps. ``part`` shows one of ``overlays.part_names`` in place of the weights.
     """
     check_size(height, width)
     if reduce not in REDUCTIONS:
         raise ViewError(f"reduce must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
-    run, trace = find_trace(store, run_id, layer)
-    full_map = head_map(store, run, trace, head)
+    run, _ = find_trace(store, run_id, layer)
+    full_map = _shown(store, run_id, layer, head, part)
     region = region_of(full_map.shape, rows, cols)
-    if is_wide(full_map.shape, full_map.mask, *region):
+    if part is None and has_pyramid(full_map) and is_wide(full_map.shape, full_map.mask, *region):
         pyramid = PYRAMIDS.get(store, run, layer, head, full_map)
         layout = Layout(full_map.shape, full_map.mask)
         return _of_blocks(
@@ -121,9 +125,15 @@ def overview_progress(
     """1.0 where `viewport` can answer for this region at once; else how far its pyramid is, which this call starts."""
     run, trace = find_trace(store, run_id, layer)
     full_map = head_map(store, run, trace, head)
-    if not is_wide(full_map.shape, full_map.mask, *region_of(full_map.shape, rows, cols)):
+    region = region_of(full_map.shape, rows, cols)
+    if not has_pyramid(full_map) or not is_wide(full_map.shape, full_map.mask, *region):
         return 1.0
     return PYRAMIDS.progress(store, run, layer, head, full_map)
+
+
+def has_pyramid(full_map: AttentionMap) -> bool:
+    """Whether one may be built: its blocks keep the largest weight, which of signed weights is not the one to show."""
+    return not isinstance(full_map, DifferenceMap | LinearMap)
 
 
 def _of_blocks(pixels: Pixels, shape: tuple[int, int], reduce: str) -> Viewport:
@@ -148,9 +158,11 @@ def linked_viewports(
     return Linked(views, max(view.maximum for view in views))
 
 
-def cell(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> float:
+def cell(
+    store: Store, run_id: int, layer: int, head: int, row: int, col: int, part: str | None = None
+) -> float:
     """The exact weight (float64 arithmetic) that query ``row`` gives to key ``col``."""
-    full_map = load_map(store, run_id, layer, head)
+    full_map = _shown(store, run_id, layer, head, part)
     for name, value, size in (("row", row, full_map.shape[0]), ("col", col, full_map.shape[1])):
         if not 0 <= value < size:
             raise ViewError(f"{name} must be in 0..{size - 1}; got {value}")
@@ -169,6 +181,20 @@ def head_map(store: Store, run: RunRow, trace: TraceRow, head: int) -> Attention
     """`load_map` for one of many heads of a layer that was found before."""
     _check_head(run, trace, head)
     return make_map(trace, head, lambda name, at: _tensor(store, run, name, trace.layer, at))
+
+
+def head_overlays(store: Store, run_id: int, layer: int, head: int) -> list[dict[str, Any]]:
+    """What the mechanism adds to the map of one head, as JSON, see `overlays`."""
+    run, trace = find_trace(store, run_id, layer)
+    _check_head(run, trace, head)
+    return overlays(trace, head, lambda name, at: _tensor(store, run, name, layer, at))
+
+
+def load_part(store: Store, run_id: int, layer: int, head: int, part: str) -> AttentionMap:
+    """Another map of the same head, one of ``part_names``; ViewError names them."""
+    run, trace = find_trace(store, run_id, layer)
+    _check_head(run, trace, head)
+    return make_part(trace, head, lambda name, at: _tensor(store, run, name, layer, at), part)
 
 
 def head_tensor(store: Store, run_id: int, name: str, layer: int, head: int) -> np.ndarray:
@@ -231,6 +257,12 @@ def check_size(height: int, width: int) -> None:
     for name, value in (("height", height), ("width", width)):
         if not 1 <= value <= MAX_PIXELS:
             raise ViewError(f"{name} must be in 1..{MAX_PIXELS} pixels; got {value}")
+
+
+def _shown(store: Store, run_id: int, layer: int, head: int, part: str | None) -> AttentionMap:
+    if part is None:
+        return load_map(store, run_id, layer, head)
+    return load_part(store, run_id, layer, head, part)
 
 
 def _check_head(run: RunRow, trace: TraceRow, head: int) -> None:

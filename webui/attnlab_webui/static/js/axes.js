@@ -23,7 +23,7 @@ export function drawAxes(context, plot, window, labels, ink) {
   context.fillStyle = ink.muted;
   context.textAlign = "left";
   context.textBaseline = "top";
-  context.fillText(axisWord("key (to)", labels.keyTitle) + " →", plot.x, 3);
+  context.fillText(axisWord(`${labels.columns ?? "key"} (to)`, labels.keyTitle) + " →", plot.x, 3);
   context.translate(3, plot.y);
   context.rotate(-Math.PI / 2);
   context.textAlign = "right";

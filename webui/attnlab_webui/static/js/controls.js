@@ -26,6 +26,7 @@ export class Controls {
       '<section class="at-readout" data-part="readout" aria-live="polite"></section>' +
       '<section class="at-scales"><div data-part="bar"></div><div data-part="difference" hidden></div>' +
       '<div class="at-legend"><span class="at-swatch"></span>masked: no such pair</div></section>' +
+      '<section class="at-overlays" data-part="overlays" hidden></section>' +
       '<section class="at-mini-box" data-part="minimap"></section>' +
       '<section data-part="stats" hidden></section><section data-part="options"></section>' +
       '<section class="at-exports" data-part="exports"></section></aside></div>' +
@@ -129,16 +130,20 @@ export class Controls {
     hatchSwatch(this.root);
   }
 
+  hideScale(signed, hidden) {
+    (signed ? this.differenceBar : this.bar).root.hidden = hidden;
+  }
+
   showScale(scale, table, signed) {
     const { norm, clip, reduce } = this.view.state.values;
     const pooled = this.view.panels.some((panel) => panel.tile && !panel.tile.exact);
-    const words = signed ? differenceWords(this.view.pair()) : norm === "row" ? "share of the row's maximum" : "weight";
+    const words = signed ? signedWords(this.view) : norm === "row" ? "share of the row's maximum" : "weight";
     const how = pooled ? `, ${signed && reduce === "max" ? "largest" : reduce} of the cells in a pixel` : "";
     const bar = signed ? this.differenceBar : this.bar;
     bar.root.hidden = false;
     bar.show(scale, table, words + how, clip < 100);
+    if (!signed || !this.view.panels.some((panel) => !panel.source.signed)) this.minimap?.draw();
     if (signed) return;
-    this.minimap?.draw();
     this.stats.colour(table);
   }
 
@@ -155,7 +160,7 @@ export class Controls {
       tokenLine(axisWord("key (to)", keyTitle), keys?.[cell.col], cell.col),
     );
     this.view.panels.forEach((panel, i) => {
-      const name = panel.source.signed ? "difference" : this.view.panels.length > 1 ? `#${panel.source.facts.run}` : "weight";
+      const name = panel.source.key.startsWith("difference") ? "difference" : this.view.panels.length > 1 ? `#${panel.source.facts.run}` : "weight";
       place.append(valueLine(name, values[i], panel, cell));
     });
     if (held) place.append(line("at-hint", "held · Esc lets go"));
@@ -202,7 +207,9 @@ function largest(values) {
   return top;
 }
 
-function differenceWords([a, b]) {
+function signedWords(view) {
+  if (view.sources.length === 1) return view.first.part ? `${view.first.part} part of the score` : "signed weight";
+  const [a, b] = view.pair();
   return `#${a.facts.run} − #${b.facts.run}`;
 }
 

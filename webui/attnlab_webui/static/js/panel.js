@@ -306,6 +306,7 @@ export class Panel {
     const context = this.over.getContext("2d");
     context.setTransform(this.dpr, 0, 0, this.dpr, 0, 0);
     context.clearRect(0, 0, this.size.w, this.size.h);
+    this.shared.over(context, this, ink);
     const cell = this.shared.cross();
     if (cell) drawCrosshair(context, this.plot, this.camera.window, this.source.labels(), cell, ink);
     if (!this.box) return;

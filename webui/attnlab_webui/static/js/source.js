@@ -8,7 +8,6 @@ export class MapSource {
     this.facts = facts;
     this.tokens = tokens;
     this.state = state;
-    this.signed = false;
     this.key = `run ${facts.run}`;
   }
 
@@ -16,9 +15,21 @@ export class MapSource {
     return this.facts.layers.find((entry) => entry.layer === this.state.get("layer"));
   }
 
+  // A part is another map of the same head: one of the two of a difference, or one part of a latent score.
+  get part() {
+    const part = this.state.get("part");
+    return this.layer && part in this.layer.parts ? part : null;
+  }
+
+  get signed() {
+    const scores = this.part === "content" || this.part === "position";
+    return scores || Boolean(this.layer?.signed && !this.part);
+  }
+
   title() {
     const role = this.role() ? ` ${this.role()}` : "";
-    return `L${this.state.get("layer")}H${this.state.get("head")}${role} · ${this.facts.label}`;
+    const part = this.part ? ` · ${this.part}` : "";
+    return `L${this.state.get("layer")}H${this.state.get("head")}${role}${part} · ${this.facts.label}`;
   }
 
   // "encoder", "self" or "cross", where the model has more than one of them.
@@ -37,20 +48,23 @@ export class MapSource {
     const streams = this.tokens?.streams ?? {};
     const query = streams[this.layer?.query_stream];
     const key = streams[this.layer?.key_stream];
+    // slots and cells are no tokens of the input
+    const columns = this.layer?.columns ? { slots: "slot", reduced: "cell" }[this.layer.kind] : "key";
     return {
       query: query?.labels ?? this.tokens?.query ?? null,
-      key: key?.labels ?? this.tokens?.key ?? null,
+      key: this.layer?.columns ? null : (key?.labels ?? this.tokens?.key ?? null),
       queryTitle: query?.title ?? "",
       keyTitle: key?.title ?? "",
+      columns,
     };
   }
 
   path(fields) {
-    return `/runs/${this.facts.run}/viewport?${query({ ...fields, v: this.facts.stamp })}`;
+    return `/runs/${this.facts.run}/viewport?${query({ ...fields, part: this.part ?? undefined, v: this.facts.stamp })}`;
   }
 
   cellPath(fields) {
-    return `/runs/${this.facts.run}/cell?${fields}`;
+    return `/runs/${this.facts.run}/cell?${fields}${this.part ? `&part=${this.part}` : ""}`;
   }
 }
 

@@ -5,9 +5,10 @@ const POOLING = ["max", "mean"];
 const NORMS = ["none", "row"];
 const CLIPS = [100, 99.9, 99, 95];
 const COLOURS = ["auto", "paper", "viridis", "magma"];
+const PARTS = ["whole", "first", "second", "content", "position"];
 const STATISTICS = /^[a-z_]{1,40}$/;
 
-export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS };
+export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS };
 
 export const DEFAULTS = {
   layer: 0,
@@ -20,6 +21,7 @@ export const DEFAULTS = {
   clip: 100,
   colours: "auto",
   statistic: null,
+  part: "whole",
 };
 
 const own = Object.keys(DEFAULTS);

@@ -4,6 +4,7 @@ import { Camera } from "./camera.js";
 import { isDark, loadTables, makeScale, tableName, topOf } from "./colour.js";
 import { Controls } from "./controls.js";
 import { Panel } from "./panel.js";
+import { Overlays } from "./overlay.js";
 import { getJson, getTile, query, TileCache } from "./request.js";
 import { DifferenceSource, MapSource } from "./source.js";
 import { State } from "./state.js";
@@ -42,6 +43,7 @@ export class View {
     this.sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
     this.settleSelection();
     this.controls = new Controls(this.root, this);
+    this.overlays = new Overlays(this.controls.part("overlays"), this);
     this.makePanels();
     this.openCamera();
     this.state.listen((changed) => this.onState(changed));
@@ -68,6 +70,7 @@ export class View {
       actions: this.actions,
       cross: () => this.held ?? this.hovered,
       onTile: () => this.recolour(),
+      over: (context, panel, ink) => this.overlays.draw(context, panel, ink),
     };
     const sources = [...this.sources];
     if (this.config.mode === "compare" && sources.length > 1) sources.push(new DifferenceSource(...this.pair(), this.state));
@@ -95,6 +98,7 @@ export class View {
     for (const panel of this.panels) panel.restart();
     this.controls.showSelection();
     this.loadThumbs();
+    this.overlays.load();
     this.readCross();
   }
 
@@ -103,7 +107,7 @@ export class View {
       this.settleSelection();
       this.openCamera();
       this.restart();
-    } else if (changed.includes("reduce")) this.restart();
+    } else if (changed.includes("reduce") || changed.includes("part")) this.restart();
     else if (changed.some((name) => ["scale", "norm", "clip", "colours"].includes(name))) this.recolour();
     this.controls.show(changed);
   }
@@ -163,6 +167,7 @@ export class View {
     for (const signed of [false, true]) {
       const panels = this.panels.filter((panel) => panel.source.signed === signed);
       const tiles = panels.flatMap((panel) => [panel.base, panel.tile]).filter(Boolean);
+      this.controls.hideScale(signed, !panels.length);
       if (!tiles.length) continue;
       const { scale: kind, norm, clip } = this.state.values;
       const whole = norm === "row" && !signed;

@@ -1,0 +1,159 @@
+// What a mechanism adds to its map: lines and strips over the canvas, each with a tick, and the names of its colours.
+
+import { ApiError, getJson, query } from "./request.js";
+
+const COLOURS = ["#4e9bd4", "#e08a3c", "#5fae6b", "#c96a9b", "#9a86d6", "#b5a33f", "#4fb3ac", "#d0685a"];
+const STRIP = 7;
+const MOST_NAMES = 12;
+
+export class Overlays {
+  constructor(place, view) {
+    this.place = place;
+    this.view = view;
+    this.found = [];
+    this.shown = new Set();
+    this.known = new Set();
+  }
+
+  async load() {
+    const { layer, head } = this.view.state.values;
+    const { run, stamp } = this.view.first.facts;
+    this.wanted?.abort();
+    this.wanted = new AbortController();
+    try {
+      const path = `/runs/${run}/overlays?${query({ layer, head, v: stamp })}`;
+      this.found = (await getJson(path, this.wanted.signal)).overlays;
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof ApiError)) throw error;
+      this.found = [];
+    }
+    for (const { name } of this.found) {
+      if (!this.known.has(name)) this.shown.add(name);
+      this.known.add(name);
+    }
+    this.list();
+    this.redraw();
+  }
+
+  list() {
+    this.place.replaceChildren();
+    const parts = Object.entries(this.view.first.layer?.parts ?? {});
+    this.place.hidden = !this.found.length && !parts.length;
+    if (this.place.hidden) return;
+    const heading = document.createElement("div");
+    heading.className = "at-label";
+    heading.textContent = "over the map";
+    this.place.append(heading);
+    if (parts.length) this.place.append(this.choice(parts));
+    for (const overlay of this.found) this.place.append(overlay.kind === "note" ? note(overlay) : this.tick(overlay));
+  }
+
+  // Which map of this head is drawn: the weights, or what they are made of.
+  choice(parts) {
+    const label = document.createElement("label");
+    label.className = "at-overlay";
+    const words = document.createElement("span");
+    words.textContent = "show";
+    const select = document.createElement("select");
+    select.name = "part";
+    for (const [name, help] of [["whole", "the weights"], ...parts]) select.append(new Option(help, name));
+    const chosen = this.view.state.get("part");
+    select.value = [...select.options].some((option) => option.value === chosen) ? chosen : "whole";
+    select.addEventListener("change", () => this.view.state.set({ part: select.value }));
+    label.append(words, select);
+    return label;
+  }
+
+  tick(overlay) {
+    const label = document.createElement("label");
+    label.className = "at-overlay";
+    label.title = overlay.help;
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.checked = this.shown.has(overlay.name);
+    box.addEventListener("change", () => {
+      if (box.checked) this.shown.add(overlay.name);
+      else this.shown.delete(overlay.name);
+      this.redraw();
+    });
+    const words = document.createElement("span");
+    words.textContent = overlay.name;
+    label.append(box, words);
+    if (overlay.kind === "strip") label.append(legend(overlay));
+    return label;
+  }
+
+  redraw() {
+    for (const panel of this.view.panels) if (panel.plot) panel.drawOver();
+  }
+
+  draw(context, panel, ink) {
+    if (panel.source !== this.view.first) return;
+    const { plot, camera } = panel;
+    context.save();
+    context.beginPath();
+    context.rect(plot.x, plot.y, plot.w, plot.h);
+    context.clip();
+    const taken = { rows: 0, cols: 0 };
+    for (const overlay of this.found) {
+      if (!this.shown.has(overlay.name)) continue;
+      if (overlay.kind === "lines") drawLines(context, plot, camera.window, overlay.lines, ink);
+      if (overlay.kind === "strip") drawStrip(context, plot, camera.window, overlay, STRIP * taken[overlay.side]++);
+    }
+    context.restore();
+  }
+}
+
+function drawLines(context, plot, { r0, r1, c0, c1 }, lines, ink) {
+  const x = (col) => plot.x + ((col - c0) * plot.w) / (c1 - c0);
+  const y = (row) => plot.y + ((row - r0) * plot.h) / (r1 - r0);
+  context.beginPath();
+  for (const line of lines) line.forEach(([row, col], i) => context[i ? "lineTo" : "moveTo"](x(col), y(row)));
+  // a dark line under a bright one is seen on any colour
+  for (const [colour, width] of [[ink.empty, 3], [ink.accent, 1.25]]) {
+    context.strokeStyle = colour;
+    context.lineWidth = width;
+    context.stroke();
+  }
+}
+
+// One run of equal tokens is one rectangle, so the cost follows what changes and not the number of tokens.
+function drawStrip(context, plot, { r0, r1, c0, c1 }, { side, values }, inset) {
+  const [from, to, start, length] = side === "cols" ? [c0, c1, plot.x, plot.w] : [r0, r1, plot.y, plot.h];
+  const unit = length / (to - from);
+  const last = Math.min(values.length, Math.ceil(to));
+  let at = Math.max(0, Math.floor(from));
+  while (at < last) {
+    let end = at + 1;
+    while (end < last && values[end] === values[at]) end++;
+    if (values[at] >= 0) {
+      context.fillStyle = COLOURS[values[at] % COLOURS.length];
+      const [place, size] = [start + (at - from) * unit, Math.max(0.5, (end - at) * unit)];
+      if (side === "cols") context.fillRect(place, plot.y + inset, size, STRIP - 1);
+      else context.fillRect(plot.x + inset, place, STRIP - 1, size);
+    }
+    at = end;
+  }
+}
+
+function legend({ names }) {
+  const list = document.createElement("span");
+  list.className = "at-overlay-names";
+  names.slice(0, MOST_NAMES).forEach((name, i) => {
+    const swatch = document.createElement("i");
+    swatch.style.background = COLOURS[i % COLOURS.length];
+    const entry = document.createElement("span");
+    entry.append(swatch, name);
+    list.append(entry);
+  });
+  if (names.length > MOST_NAMES) list.append(`and ${names.length - MOST_NAMES} more, the colours in turn`);
+  return list;
+}
+
+function note({ help }) {
+  const words = document.createElement("p");
+  words.className = "at-hint";
+  words.textContent = help;
+  return words;
+}
