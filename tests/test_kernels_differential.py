@@ -175,7 +175,7 @@ def test_the_guides_call_works_and_the_cache_has_the_catalogs_bytes():
     names: dict[str, Any] = {}
     exec(record.snippet, names)
     assert names["output"].shape == (1, 64, 512)
-    _, _, cache = names["attn"](names["x"], use_cache=True)
+    _, _, cache = names["attn"](hidden(3, width=512), use_cache=True)
     shape = {"heads": 4, "kv_heads": 4, "head_dim": 64, "tokens": 3, "layers": 1, "bytes_per_element": 4}
     assert cache.nbytes() == 2 * record.cache_bytes(**shape)
 

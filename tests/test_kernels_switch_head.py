@@ -195,7 +195,7 @@ def test_the_guides_call_works_and_the_cache_has_the_catalogs_bytes():
     assert names["output"].shape == (1, 64, 512)
     assert names["aux_loss"].shape == ()
     cache = ContiguousKV()
-    names["attn"](names["x"], past_key_value=cache)
+    names["attn"](hidden(3, width=512), past_key_value=cache)
     shape = {"heads": 2, "kv_heads": 2, "head_dim": 256, "tokens": 3, "layers": 1, "bytes_per_element": 4}
     assert cache.nbytes() == 2 * record.cache_bytes(**shape)
 
