@@ -23,7 +23,7 @@ from .probes.timing import kernels_that_ran, latency
 from .probes.token_facts import token_facts
 from .recorder import Recorder, core_is_free
 from .spec import RunPoint, parse_spec
-from .subjects import Subject
+from .subjects import Caching, Subject
 from .subjects.forward import ForwardSubject
 from .subjects.model import ModelSubject
 
@@ -212,9 +212,17 @@ class Procedure:
         floor = middle.floor_bytes
         whole = peak_memory("peak_memory", subject.step, self._device, floor=floor, prepare=subject.prepare)
         kernel = peak_memory("attention_peak_memory", middle.run, self._device, floor=floor)
-        self._recorder.measurements([whole, with_detail(kernel, {"layer": middle.layer})])
+        self._recorder.measurements(
+            [whole, with_detail(kernel, {"layer": middle.layer}), *self._cache(subject)]
+        )
         self._found.values["peak_memory_bytes"] = int(whole.value)
         self._recorder.log(f"peak memory {whole.value / 1e6:.1f} MB, attention {kernel.value / 1e6:.1f} MB")
+
+    def _cache(self, subject: Subject) -> list[MeasurementRow]:
+        """Bytes of the cache that a decoding step starts from, where the subject keeps one that can be weighed."""
+        if self._point.phase != "decode" or not isinstance(subject, Caching):
+            return []
+        return [MeasurementRow("cache_bytes", float(subject.cache_bytes()), "bytes")]
 
     def _wanted(self, subject: Subject) -> list[int]:
         layers = self._spec.layers

@@ -5,6 +5,7 @@ Nothing is returned but the outcome. Whatever the run learns goes into the store
 
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -59,7 +60,9 @@ def execute(store: Store, claim: Claim, *, device: str | None = None) -> str:
     return outcome
 
 
-def run_here(store: Store, spec: ExperimentSpec, *, created_by: str | None = None) -> int:
+def run_here(
+    store: Store, spec: ExperimentSpec, *, created_by: str | None = None, tags: Sequence[str] = ()
+) -> int:
     """Run an experiment in this process, one run after another; returns its id.
 
     Outcomes are in the store. A run that another process takes meanwhile is left to it.
@@ -72,6 +75,7 @@ def run_here(store: Store, spec: ExperimentSpec, *, created_by: str | None = Non
         spec_hash=spec.hash(),
         points=points,
         created_by=created_by,
+        tags=tags,
         delay_seconds=RUN_HERE_DELAY * len(points),
     )
     owner = f"here-{threading.get_ident()}-{time.time_ns()}"

@@ -6,7 +6,17 @@ exit code 0 is good, 1 says that a run ended badly or a check failed, 2 that the
 
 import typer
 
-from attnlab_webui.commands import advise, catalog, doctor, heads, listing, services, submit, transfer
+from attnlab_webui.commands import (
+    advise,
+    catalog,
+    doctor,
+    heads,
+    listing,
+    presets,
+    services,
+    submit,
+    transfer,
+)
 from attnlab_webui.commands.console import CommandGroup
 
 app = typer.Typer(
@@ -41,6 +51,8 @@ app.command("import", rich_help_panel=RESULTS)(transfer.import_)
 
 app.command("mechanisms", rich_help_panel=FACTS)(catalog.mechanisms)
 app.command("advise", rich_help_panel=FACTS)(advise.advise_command)
+app.command("presets", rich_help_panel=FACTS)(presets.presets)
+app.add_typer(presets.preset, name="preset", rich_help_panel=EXPERIMENTS)
 app.command("kernels", rich_help_panel=FACTS)(catalog.kernels)
 app.add_typer(catalog.models, name="models", rich_help_panel=FACTS)
 

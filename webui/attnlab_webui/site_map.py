@@ -19,5 +19,6 @@ PAGES = (
     Page("compare", "Compare", "compare"),
     Page("mechanisms", "Mechanisms", "mechanisms"),
     Page("advise", "Advise", "advise"),
+    Page("claims", "Claims", "claims"),
     Page("system", "System", "system"),
 )

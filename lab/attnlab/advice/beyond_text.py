@@ -40,7 +40,7 @@ LOCAL = Leaf(
     trial=_vision(
         "What does a k × k neighbourhood cost against full attention over the same pixels?",
         "multi_head",
-        {"neighborhood": {"kernel_size": 7}},
+        {"neighborhood": {"kernel_size": 7, "dims": 2}},
         lengths=(196, 1024),
     ),
 )
@@ -91,7 +91,7 @@ HIERARCHICAL = Leaf(
         "What does each stage of a pyramid (32 × 32, 16 × 16, 8 × 8) cost with a window and without?",
         "multi_head",
         {"sliding_window": {"window_size": 49}},
-        {"neighborhood": {"kernel_size": 7}},
+        {"neighborhood": {"kernel_size": 7, "dims": 2}},
         lengths=(64, 256, 1024),
     ),
 )
@@ -112,7 +112,7 @@ CLASSIFICATION = Leaf(
         "Does anything beat full attention at the length of a ViT?",
         "multi_head",
         "flash",
-        {"neighborhood": {"kernel_size": 7}},
+        {"neighborhood": {"kernel_size": 7, "dims": 2}},
         lengths=(196,),
     ),
 )
@@ -175,8 +175,8 @@ HIGH_RESOLUTION = Leaf(
     trial=_vision(
         "Does the cost of neighbourhoods grow with the pixels, and full attention's with their square?",
         "multi_head",
-        {"neighborhood": {"kernel_size": 7}},
-        {"neighborhood": {"kernel_size": 7, "dilation": 2}},
+        {"neighborhood": {"kernel_size": 7, "dims": 2}},
+        {"neighborhood": {"kernel_size": 7, "dims": 2, "dilation": 2}},
         lengths=(256, 1024, 2304),
     ),
 )
@@ -196,7 +196,7 @@ VIDEO = Leaf(
     trial=_vision(
         "What do 8 frames of 196 patches cost jointly (1568 tokens), and divided (8 tokens, then 196)?",
         "multi_head",
-        {"neighborhood": {"kernel_size": 7}},
+        "flash",
         lengths=(8, 196, 1568),
     ),
 )

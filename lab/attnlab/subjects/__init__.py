@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from attnlab_storage.results import InputRow, MeasurementRow
 
 from ..hook import LayerCall
 
-__all__ = ["Listener", "Subject"]
+__all__ = ["Caching", "Listener", "Subject"]
 
 Listener = Callable[[LayerCall], None]
 
@@ -59,4 +59,13 @@ class Subject(Protocol):
 
     def loss(self, hidden: Tensor) -> Iterable[MeasurementRow]:
         """Measure what the swap costs in the subject's own terms, from what a step returned."""
+        ...
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """A subject whose decoding cache can be weighed."""
+
+    def cache_bytes(self) -> int:
+        """Bytes that the cache holds before a decoding step, the whole batch together."""
         ...

@@ -56,6 +56,7 @@ class ModuleSubject:
         self._eight_bits = bool(parameters.get("use_fp8"))
         self._filled: Any = None
         self._cache: Any = None
+        self._held = 0
         if point.phase == "decode" and point.sequence_length < 2:
             raise Unsupported("phase: decode needs at least 2 tokens, one to cache and one to decode")
         self.device = device
@@ -122,6 +123,8 @@ class ModuleSubject:
     def ready(self) -> Iterator[None]:
         if self._phase == "decode":
             self._filled = self._call.fill(self._hidden[:, :-1])
+            # before any step: copies of a paged cache share its pool, and would be counted in
+            self._held = int(self._filled.nbytes())
         try:
             yield
         finally:
@@ -129,6 +132,9 @@ class ModuleSubject:
             release(self._filled)
             self._filled = self._cache = None
             self._call.close()
+
+    def cache_bytes(self) -> int:
+        return self._held
 
     def prepare(self) -> None:
         # a step adds its token to the cache, so each one gets a copy

@@ -1,0 +1,79 @@
+"""What the Claims page says, as escaped HTML: the presets, the verdict of each claim, the experiments."""
+
+from __future__ import annotations
+
+from urllib.parse import urlencode
+
+from attnlab.presets import PRESETS, Claim, Preset, Verdict
+from attnlab.presets.outcome import PresetState
+from attnlab.presets.verdict import KIND_WORDS
+from attnlab_webui import pieces
+from attnlab_webui.pieces import Raw, escape
+
+TONES = {
+    "holds": "at-succeeded",
+    "does_not_hold": "at-failed",
+    "not_measurable": "at-unsupported",
+    "not_run": "",
+}
+
+
+def preset_choices() -> list[tuple[str, str]]:
+    """Titles and names, claims first."""
+    ordered = sorted(PRESETS.values(), key=lambda preset: preset.kind != "claims")
+    return [(preset.title if preset.claims else f"Stack: {preset.title}", preset.name) for preset in ordered]
+
+
+def head(preset: Preset, state: PresetState) -> str:
+    """What the preset is about, how its claims stand, and its experiments."""
+    kinds = [verdict.kind for verdict in state.verdicts.values()]
+    chips = "".join(
+        f'<span class="at-chip {TONES[kind]}">{kinds.count(kind)} {escape(words)}</span> '
+        for kind, words in KIND_WORDS.items()
+        if kind in kinds
+    )
+    wrong = f"<p><b>Not so:</b> {escape(preset.correction)}</p>" if preset.correction else ""
+    links = "".join(
+        f'<a class="at-button" href="/experiment?{urlencode({"id": one})}">experiment {one}</a> '
+        for one in state.experiments
+    )
+    return (
+        f'<div class="at-claims-head"><h1>{escape(preset.title)}</h1><p>{escape(preset.about)}</p>{wrong}'
+        f"<p>{chips}</p><p>{links or no_runs(preset)}</p></div>"
+    )
+
+
+def no_runs(preset: Preset) -> str:
+    """What to do where it was never run."""
+    return (
+        f'<span class="at-muted">Not run yet: press Run, or attnlab preset run {escape(preset.name)}</span>'
+    )
+
+
+def claims_table(preset: Preset, state: PresetState) -> str:
+    """A row a claim: what is said, of what, how it is measured, and the verdict with its reason."""
+    if not preset.claims:
+        names = [(grid.name, ", ".join(map(_entry, grid.mechanisms)), grid.phase) for grid in preset.grids]
+        return pieces.table(("experiment", "mechanisms", "phase"), names, label="experiments")
+    homes = {document["id"]: document["experiment"] for document in state.documents}
+    rows = [_row(claim, state.verdicts[claim.id], homes) for claim in preset.claims]
+    columns = ("claim", "said of", "verdict", "why", "runs")
+    return pieces.table(columns, rows, label="claims", css="at-claims")
+
+
+def _row(claim: Claim, verdict: Verdict, homes: dict[int, int]) -> tuple[object, ...]:
+    chip = Raw(f'<span class="at-chip {TONES[verdict.kind]}">{escape(KIND_WORDS[verdict.kind])}</span>')
+    said = Raw(f'<span title="{escape(claim.source)}">{escape(claim.says)}</span>')
+    why = Raw(f'<span title="{escape(claim.how)}">{escape(verdict.reason)}</span>')
+    runs = " ".join(
+        f'<a href="/experiment?{escape(urlencode({"id": homes[run], "run": run}))}">{run}</a>'
+        for run in verdict.runs
+    )
+    return said, claim.device or "any device", chip, why, Raw(runs or "—")
+
+
+def _entry(entry: str | dict[str, dict[str, object]]) -> str:
+    if isinstance(entry, str):
+        return entry
+    ((name, parameters),) = entry.items()
+    return f"{name}({', '.join(f'{key}={value}' for key, value in parameters.items())})"
