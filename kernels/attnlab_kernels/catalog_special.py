@@ -63,7 +63,7 @@ SPECIAL_RECORDS = (
         ),
         operation="ring",
         swap="exact",
-        swap_note="same numbers, spread over ranks",
+        swap_note="same numbers, from ranks that are simulated in one process",
         snippet=(
             "import torch\n"
             "from attnlab_kernels import RingAttention\n\n"
@@ -144,7 +144,7 @@ SPECIAL_RECORDS = (
         ),
         operation="neighborhood",
         swap="approximate",
-        swap_note="pairs outside the neighbourhood are cut off; only for models that are not causal",
+        swap_note="tokens outside the neighbourhood are cut off, causal where the model is; the loss is measured",
         snippet=(
             "import torch\n"
             "from attnlab_kernels import NeighborhoodAttention2D\n\n"

@@ -89,8 +89,11 @@ STANDARD_RECORDS = (
             ),
         ),
         operation="softmax",
-        swap="not_applicable",
-        swap_note="needs a second sequence that a self-attending model was not trained on",
+        swap="exact",
+        swap_note=(
+            "in the cross-attention of an encoder-decoder; not applicable to a model that reads one sequence, whose "
+            "weights were trained on no second one"
+        ),
         snippet=(
             "import torch\n"
             "from attnlab_kernels import CrossAttention\n\n"

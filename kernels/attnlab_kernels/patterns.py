@@ -351,6 +351,46 @@ class BigBird(Pattern):
         return np.sort(chosen, axis=1)
 
 
+PATTERNS = ("local", "strided", "fixed", "local_global", "longformer", "bigbird")
+
+
+def build_pattern(
+    name: str,
+    causal: bool,
+    *,
+    local_window: int = 256,
+    global_tokens: int = 1,
+    num_random: int = 3,
+    stride: int = 64,
+    summary_tokens: int = 1,
+    block_size: int = 64,
+    sliding_blocks: int = 3,
+    seed: int = 0,
+    layer: int = 0,
+) -> Pattern:
+    """The pattern of that name, see ``SparseAttention`` for the numbers; each pattern reads its own.
+
+    Raises:
+        PatternError: an unknown name, or a number that does not fit.
+    """
+    match name:
+        case "local":
+            return Local(causal, local_window)
+        case "strided":
+            return Strided(causal, stride)
+        case "fixed":
+            return Fixed(causal, stride, summary_tokens)
+        case "local_global":
+            return LocalGlobal(causal, local_window, global_tokens)
+        case "longformer":
+            return Longformer(causal, local_window, global_tokens)
+        case "bigbird":
+            _at_least("block_size", block_size, 1)
+            blocks = -(-global_tokens // block_size)
+            return BigBird(causal, block_size, num_random, blocks, sliding_blocks, seed, layer)
+    raise PatternError(f"sparsity_pattern must be one of {', '.join(PATTERNS)}; got {name!r}")
+
+
 def counter_hash(*parts: int | NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
     """64 well mixed bits of these numbers in this order (splitmix64); arrays broadcast."""
     state = np.zeros(1, np.uint64)

@@ -177,6 +177,7 @@ class Hook:
                     made.reason,
                     made.again,
                     call.cross,
+                    made.attention,
                 )
             )
         return made.output

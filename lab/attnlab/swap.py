@@ -12,8 +12,10 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 
 from .swaps.eight_bit import FlashAttention3Swap
 from .swaps.latent import LatentSwap
-from .swaps.served import RANKS, ChunkedPrefillSwap, MemoryEfficientSwap, PagedSwap, RingSwap
+from .swaps.linear import LinearSwap, SeparableSwap
+from .swaps.served import ChunkedPrefillSwap, MemoryEfficientSwap, PagedSwap, RingSwap
 from .swaps.softmax import Attended, CrossSwap, ModelCall, Shape, Swap
+from .swaps.sparse import NeighborhoodSwap, SparseSwap
 
 __all__ = ["Attended", "ModelCall", "Shape", "Swap", "plan_swap"]
 
@@ -30,7 +32,7 @@ def plan_swap(mechanism: str, parameters: Given, implementation: str) -> Swap:
         Unsupported: the mechanism cannot go into trained weights, or the implementation contradicts it.
     """
     known = MECHANISMS[mechanism]
-    if mechanism not in _PLANS:
+    if known.swap == "not_applicable" or mechanism not in _PLANS:
         raise Unsupported(f"{mechanism}: cannot be put into trained weights: {known.swap_note}")
     return _PLANS[mechanism](implementation, known.validate(parameters))
 
@@ -56,7 +58,38 @@ def _flash(implementation: str, given: Given) -> Swap:
 def _efficient(implementation: str, given: Given) -> Swap:
     if given["variant"] == "memory_efficient":
         return MemoryEfficientSwap("efficient", implementation, chunk_size=given["chunk_size"])
+    if given["variant"] == "linear":
+        return SeparableSwap("efficient", implementation)
     raise Unsupported("efficient: spatial_reduction needs a trained convolution over a grid of tokens")
+
+
+def _linear(implementation: str, given: Given) -> Swap:
+    if given["variant"] != "kernel":
+        raise Unsupported("linear: linformer mixes keys by projections that need training")
+    if given["feature_map"] == "identity":
+        raise Unsupported("linear: identity features divide by nothing, so their rows sum to anything")
+    numbers = {name: given[name] for name in ("feature_map", "num_features", "eps")}
+    return LinearSwap("linear", implementation, **numbers)
+
+
+def _sparse(implementation: str, given: Given) -> Swap:
+    numbers = {name: given[name] for name in given if name not in ("sparsity_pattern", "num_kv_heads")}
+    return SparseSwap(
+        "sparse",
+        implementation,
+        num_kv_heads=given["num_kv_heads"],
+        pattern=given["sparsity_pattern"],
+        numbers=numbers,
+    )
+
+
+def _neighborhood(implementation: str, given: Given) -> Swap:
+    if given["dims"] != 1 or given["relative_position_bias"]:
+        raise Unsupported(
+            "neighborhood: a model's tokens lie on one axis here, and its weights have no bias for places in a window"
+        )
+    sizes = {name: given[name] for name in ("kernel_size", "dilation", "stride")}
+    return NeighborhoodSwap("neighborhood", implementation, **sizes)
 
 
 def _flash_attention_3(implementation: str, given: Given) -> Swap:
@@ -69,7 +102,7 @@ def _flash_attention_3(implementation: str, given: Given) -> Swap:
 
 
 def _latent(implementation: str, given: Given) -> Swap:
-    return LatentSwap("multi_head_latent", implementation, rank=given["kv_lora_rank"])
+    return LatentSwap("multi_head_latent", implementation, rank=given["kv_lora_rank"], form=given["form"])
 
 
 def _paged(implementation: str, given: Given) -> Swap:
@@ -78,16 +111,13 @@ def _paged(implementation: str, given: Given) -> Swap:
 
 
 def _ring(implementation: str, given: Given) -> Swap:
-    return RingSwap(
-        "ring",
-        implementation,
-        ring_size=given["ring_size"] or RANKS,
-        layout=given.get("layout", "contiguous"),
-    )
+    sizes = {name: given[name] for name in ("num_kv_heads", "ring_size", "layout", "block_size")}
+    return RingSwap("ring", implementation, **sizes)
 
 
 def _chunked_prefill(implementation: str, given: Given) -> Swap:
-    return ChunkedPrefillSwap("chunked_prefill", implementation, chunk_size=given["chunk_size"])
+    sizes = {name: given[name] for name in ("num_kv_heads", "chunk_size")}
+    return ChunkedPrefillSwap("chunked_prefill", implementation, **sizes)
 
 
 _PLANS: dict[str, Callable[[str, Given], Swap]] = {
@@ -97,6 +127,9 @@ _PLANS: dict[str, Callable[[str, Given], Swap]] = {
     "flash": _flash,
     "sliding_window": _plain("sliding_window"),
     "grouped_query": _plain("grouped_query"),
+    "linear": _linear,
+    "sparse": _sparse,
+    "neighborhood": _neighborhood,
     "efficient": _efficient,
     "flash_attention_3": _flash_attention_3,
     "multi_head_latent": _latent,

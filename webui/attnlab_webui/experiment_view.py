@@ -220,6 +220,12 @@ ACCURACY_WORDS = {
 }
 
 
+SWAP_WORDS = {
+    "exact": "exact: the model's own function, computed another way",
+    "approximate": "approximate: not what the weights were trained for, so the loss is below",
+}
+
+
 def _accuracy(document: Mapping[str, Any]) -> str:
     rows: list[tuple[str, object]] = []
     for name, value in document["accuracy"].items():
@@ -231,8 +237,8 @@ def _accuracy(document: Mapping[str, Any]) -> str:
                     Raw(f'<span class="at-number">{number}</span>'),
                 )
             )
-    if document["swap"]["kind"]:
-        rows.insert(0, ("swap", document["swap"]["kind"].replace("_", " ")))
+    if document["swap"]["kind"] in SWAP_WORDS:
+        rows.insert(0, ("swap", SWAP_WORDS[document["swap"]["kind"]]))
     return _section("Accuracy", pieces.facts(rows)) if rows else ""
 
 

@@ -16,23 +16,11 @@ from attnlab_kernels.operations.sparse.dense import dense
 from attnlab_kernels.operations.sparse.reference import Result, full_map, run
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_sequences import PagedSequences
-from attnlab_kernels.patterns import (
-    BigBird,
-    Dense,
-    Fixed,
-    Local,
-    LocalGlobal,
-    Longformer,
-    Pattern,
-    PatternError,
-    Strided,
-    pattern_to_json,
-)
+from attnlab_kernels.patterns import Dense, Pattern, PatternError, build_pattern, pattern_to_json
 from attnlab_kernels.position_bias import PositionBias
 from attnlab_kernels.positions import Rotary
 from attnlab_kernels.sparse_map import SparseMap
 
-SPARSITY_PATTERNS = ("local", "strided", "fixed", "local_global", "longformer", "bigbird")
 Tables = tuple[Tensor, Tensor]
 
 
@@ -104,10 +92,6 @@ class SparseAttention(SoftmaxModule):
         **widths: int,
     ) -> None:
         _chosen(implementation)
-        if sparsity_pattern not in SPARSITY_PATTERNS:
-            raise PatternError(
-                f"sparsity_pattern must be one of {', '.join(SPARSITY_PATTERNS)}; got {sparsity_pattern!r}"
-            )
         super().__init__(
             dim=read_width("dim", dim, widths),
             num_heads=num_heads,
@@ -256,24 +240,15 @@ class SparseAttention(SoftmaxModule):
     def pattern(self, causal: bool | None = None) -> Pattern:
         """Who attends to whom."""
         causal = self.causal if causal is None else causal
-        match self.sparsity_pattern:
-            case "local":
-                return Local(causal, self.local_window)
-            case "strided":
-                return Strided(causal, self.stride)
-            case "fixed":
-                return Fixed(causal, self.stride, self.summary_tokens)
-            case "local_global":
-                return LocalGlobal(causal, self.local_window, self.global_tokens)
-            case "longformer":
-                return Longformer(causal, self.local_window, self.global_tokens)
-        if self.block_size < 1:
-            raise PatternError(f"block_size must be at least 1; got {self.block_size}")
-        return BigBird(
+        return build_pattern(
+            self.sparsity_pattern,
             causal,
-            self.block_size,
-            self.num_random,
-            global_blocks=-(-self.global_tokens // self.block_size),
+            local_window=self.local_window,
+            global_tokens=self.global_tokens,
+            num_random=self.num_random,
+            stride=self.stride,
+            summary_tokens=self.summary_tokens,
+            block_size=self.block_size,
             sliding_blocks=self.sliding_blocks,
             seed=self.seed,
             layer=self.layer_idx,

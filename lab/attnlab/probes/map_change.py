@@ -7,11 +7,11 @@ for rows that share no key. It is the largest difference in probability that the
 import numpy as np
 from numpy.typing import NDArray
 
-from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_storage.results import MeasurementRow
 
 from ..hook import LayerCall
-from .maps import first_element
+from .map_checks import call_arrays, map_of
+from .maps import first_element, trace_of
 
 ROWS = 16
 CELLS = 1 << 24
@@ -62,20 +62,11 @@ class MapSample:
         fitting = max(2, CELLS // (self._layers * heads * keys))
         self.rows = min(ROWS, fitting, queries)
         places = np.unique(np.linspace(0, queries - 1, self.rows).astype(np.int64))
-        maps = (drawn_map(one, head) for head in range(heads))
+        row, arrays = trace_of(one), call_arrays(one)
+        maps = (map_of(row, arrays, head) for head in range(heads))
         return np.stack(
             [
                 np.concatenate([drawn.tile(slice(row, row + 1), slice(0, keys)) for row in places.tolist()])
                 for drawn in maps
             ]
         )
-
-
-def drawn_map(call: LayerCall, head: int) -> SoftmaxMap:
-    """Return the map of one head of batch element 0, ready to be read region by region."""
-    group = call.query.shape[1] // call.key.shape[1]
-    query, key, lse = (
-        tensor.detach().float().cpu().numpy()
-        for tensor in (call.query[0, head], call.key[0, head // group], call.lse[0, head])
-    )
-    return SoftmaxMap(query, key, lse, call.scale, call.mask)

@@ -96,10 +96,9 @@ def output_distance(row: TraceRow, arrays: Arrays, call: LayerCall, rows: np.nda
 
 def call_arrays(call: LayerCall) -> dict[str, np.ndarray]:
     """What the mechanism itself told, batch element 0, its own normaliser included."""
-    attention = call.attention
-    assert attention is not None
-    named = {"query": call.query, "key": call.key, normaliser_names(attention.kind)[0]: call.lse}
-    return {name: wide(tensor[0]) for name, tensor in {**named, **attention.extra}.items()}
+    kind, extra = ("softmax", {}) if call.attention is None else (call.attention.kind, call.attention.extra)
+    named = {"query": call.query, "key": call.key, normaliser_names(kind)[0]: call.lse}
+    return {name: wide(tensor[0]) for name, tensor in {**named, **extra}.items()}
 
 
 def exact_maps(call: LayerCall, row: TraceRow) -> list[AttentionMap]:

@@ -29,6 +29,7 @@ class LatentSwap(Swap):
     """
 
     rank: int = 512
+    form: str = "auto"
     _bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def attend(self, call: ModelCall) -> Attended:
@@ -78,6 +79,8 @@ class LatentSwap(Swap):
         return AttentionOutput(made.output, lse=made.lse, aux=made.aux | {"reason": reason})
 
     def _form(self, call: ModelCall, rank: int, size: int) -> Form:
+        if self.form != "auto":
+            return "naive" if self.form == "naive" else "absorbed"
         queries, keys = call.query.shape[2], call.key.shape[2]
         if queries == keys > 1:
             return "naive"

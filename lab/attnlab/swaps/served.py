@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ from .softmax import (
     element_mask,
     only_auto,
     softmax_attended,
+    softmax_reference,
 )
-
-RANKS = 4
-"""of a ring inside a model, where no process group says how many"""
 
 
 @dataclass(eq=False)
@@ -45,15 +43,17 @@ class PagedSwap(Swap):
 
     def attend(self, call: ModelCall) -> Attended:
         call.plain("paged")
-        key, value = self.keys_and_values(call.key, call.value)
+        call = self.pooled(call)
+        key, value = call.key, call.value
         if key.shape != value.shape:
             raise Unsupported(
                 f"paged: keys and values must be of one size; {call.name} has {key.shape[3]} and {value.shape[3]}"
             )
-        changed = replace(call, key=key, value=value)
-        return softmax_attended(
-            changed, key, value, call.mask, self._run(changed), again=lambda: self._run(changed)
-        )
+        made = self._run(call)
+        attended = softmax_attended(call, key, value, call.mask, made, again=lambda: self._run(call))
+        table = self._pages[call.name].table(0)
+        reference = softmax_reference(call, key, value)
+        return attended.told("paged", reference, block_size=self.block_size, block_table=table)
 
     def _run(self, call: ModelCall) -> AttentionOutput:
         try:
@@ -114,17 +114,22 @@ class PagedSwap(Swap):
 class RingSwap(Swap):
     """Shards of the tokens on simulated ranks; keys and values go round, parts merge by log-sum-exp."""
 
-    ring_size: int = RANKS
+    ring_size: int = 4
     layout: str = "contiguous"
+    block_size: int | None = None
+    """keys of a rank that meet its guests at a time; None: all"""
 
     def attend(self, call: ModelCall) -> Attended:
         call.plain("ring")
         only_auto("ring", self.implementation, "ring")
         causal = causal_band(call, "ring")
+        call = self.pooled(call)
         made = self._run(call, causal)
-        return softmax_attended(
+        attended = softmax_attended(
             call, call.key, call.value, call.mask, made, again=lambda: self._run(call, causal)
         )
+        reference = softmax_reference(call, call.key, call.value)
+        return attended.told("ring", reference, ring_size=self.ring_size, layout=self.layout)
 
     def _run(self, call: ModelCall, causal: bool) -> AttentionOutput:
         length, tokens = call.query.shape[2], call.key.shape[2]
@@ -143,7 +148,15 @@ class RingSwap(Swap):
         places = torch.where(places < 0, places, places + behind)
         ring = Ring(self.ring_size)
         ran = ring_attend(
-            queries, keys, values, positions, places, ring=ring, scale=call.scale, causal=causal
+            queries,
+            keys,
+            values,
+            positions,
+            places,
+            ring=ring,
+            scale=call.scale,
+            causal=causal,
+            block_size=self.block_size,
         )
         output, lse = (join(part, length=length, layout=self.layout, dim=2) for part in (ran.output, ran.lse))
         met = sum(not tile.skipped for tile in ran.tiles)
@@ -163,8 +176,14 @@ class ChunkedPrefillSwap(Swap):
                 f"chunked_prefill: a chunk cannot attend to chunks that have not come yet; {call.name} is not causal"
             )
         call.plain("chunked_prefill")
+        call = self.pooled(call)
         made = self._run(call)
-        return softmax_attended(call, call.key, call.value, call.mask, made, again=lambda: self._run(call))
+        attended = softmax_attended(
+            call, call.key, call.value, call.mask, made, again=lambda: self._run(call)
+        )
+        count = call.query.shape[2]
+        chunks = [[start, min(start + self.chunk_size, count)] for start in range(0, count, self.chunk_size)]
+        return attended.told("chunked", softmax_reference(call, call.key, call.value), chunks=chunks)
 
     def _run(self, call: ModelCall) -> AttentionOutput:
         count, past = call.query.shape[2], call.key.shape[2] - call.query.shape[2]

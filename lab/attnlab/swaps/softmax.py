@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attnlab_kernels.attention_call import AttentionCall
 from attnlab_kernels.masks import Mask, Window, mask_from_band
 from attnlab_kernels.operations.softmax.api import IMPLEMENTATIONS, Unsupported, attend, supports
 from attnlab_kernels.output import AttentionOutput
@@ -89,8 +90,29 @@ class Attended:
     reason: str
     again: Callable[[], object] | None = None
     """computes the attention once more, alone; None: softmax attention of these tensors"""
-    fields: dict[str, Any] = field(default_factory=dict)
-    """more of the call's description, where the map is not a softmax under a mask"""
+    attention: AttentionCall | None = None
+    """what the map is, where more is to be told of it than a softmax under a mask"""
+
+    def told(self, kind: str, reference: Callable[..., Tensor], **detail: Any) -> Attended:
+        """Return the same with a map of another kind, see ``views.trace_map``."""
+        assert self.again is not None
+        again = self.again
+        call = AttentionCall(
+            kind,
+            self.query,
+            self.key,
+            self.value,
+            self.output,
+            self.lse,
+            self.mask,
+            self.scale,
+            self.implementation,
+            run=lambda: output_of(again()),
+            reference=reference,
+            operands=(),
+            detail=detail,
+        )
+        return replace(self, attention=call)
 
 
 @dataclass(eq=False)
@@ -154,6 +176,11 @@ class Swap:
             )
         return _pooled(key, self.num_kv_heads), _pooled(value, self.num_kv_heads)
 
+    def pooled(self, call: ModelCall) -> ModelCall:
+        """Return the call with its keys and values averaged to ``num_kv_heads``."""
+        key, value = self.keys_and_values(call.key, call.value)
+        return replace(call, key=key, value=value)
+
     def chosen(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str:
         """Return the implementation to ask for: flash on auto takes the first fused one that runs the call.
 
@@ -200,6 +227,21 @@ def softmax_attended(
     name, reason = str(made.aux["implementation"]), str(made.aux.get("reason", ""))
     query = call.query if query is None else query
     return Attended(query, key, value, mask, call.scale, made.output, made.lse, name, reason, again)
+
+
+def output_of(made: Any) -> Tensor:
+    """The tensor in what a swap computed."""
+    return made if isinstance(made, Tensor) else made.output
+
+
+def softmax_reference(call: ModelCall, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+    """Plain softmax attention of a call's queries to these keys and values, to be asked for without operands."""
+
+    def compute() -> Tensor:
+        rules = {"mask": call.mask, "scale": call.scale, **call.extras}
+        return attend(call.query, key, value, implementation="eager", **rules).output
+
+    return compute
 
 
 def causal_band(call: ModelCall, mechanism: str) -> bool:
