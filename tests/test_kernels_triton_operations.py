@@ -80,7 +80,7 @@ def test_a_typical_form_of_every_kernel_fits_a_hopper_card():
         where = f"{case['kernel']} {case['form']}: {facts}"
         assert facts["stack_bytes"] <= case["spill_bound"], where
         assert facts["local_bytes"] == 0, where
-        assert 0 < facts["shared_bytes"] <= BLOCK_SHARED[90], where
+        assert facts["shared_bytes"] <= BLOCK_SHARED[90], where
         assert facts["blocks_per_core"] >= 1, where
         if case["tensor_cores"]:
             assert set(facts["matrix_count"]) & MATRIX_INSTRUCTIONS[90], where
@@ -107,10 +107,10 @@ def test_an_argument_that_a_kernel_lacks_is_named():
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     case = StaticCase(
-        kernel="softmax forward",
+        kernel="linear state",
         form="wrong",
-        module="attnlab_kernels.operations.softmax.triton_kernel",
-        function="forward_kernel",
+        module="attnlab_kernels.operations.linear.triton_kernel",
+        function="state_kernel",
         dtype="bf16",
         constants={"BLOCK": 16},
         num_warps=4,
