@@ -76,13 +76,15 @@ def measure(store: Store, options: argparse.Namespace) -> None:
         loaded.logits(model.base_model(ids[:, :8], use_cache=False).last_hidden_state)
         base = resident("VmRSS")
         plain()
-        runs: dict[str, list[Took]] = {"plain": [], "captured": []}
+        runs: dict[str, list[Took]] = {"plain": [], "captured": [], "settled": []}
         for _ in range(options.repeats):
             runs["plain"].append(took(plain, base))
             claim = claim_one(store, spec)
             subject = ModelSubject(loaded, spec, RunPoint(**claim.point))
+            recorder = Recorder(store, claim)
             with subject.ready():
-                runs["captured"].append(took(partial(capture_all, Recorder(store, claim), subject), base))
+                runs["captured"].append(took(partial(capture_all, recorder, subject), base))
+            runs["settled"].append(took(recorder.settle, base))  # as a run does it, after the forward
             queue.finish(store, claim, "succeeded")
     claim = claim_one(store, spec)
     whole = took(partial(execute, store, claim), base)

@@ -131,6 +131,7 @@ class Procedure:
             subject.prepare()
             subject.step(self._listening(capture))
         took = time.perf_counter() - began
+        self._recorder.settle()
         give_back_free_heap()
         if missing := sorted(set(wanted) - {made.row.layer for made in captured}):
             last = self._found.layers - 1

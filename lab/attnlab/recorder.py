@@ -79,6 +79,10 @@ class Recorder:
         """Return what takes the captures of a forward: beside the computation, or in its own thread."""
         return (CaptureWriter if beside else DirectWriter)(self, self._write_capture, layers)
 
+    def settle(self) -> None:
+        """Let the database put away what was captured, now that nothing is computed."""
+        self._store.settle()
+
     def trace(self, row: TraceRow, *normalisers: Named) -> None:
         """Publish a finished trace: from here on its map can be looked at."""
         with recording(self._store, self._claim) as session:

@@ -78,6 +78,13 @@ class Store:
                     update(Revision).where(Revision.shard == shard).values(value=Revision.value + 1)
                 )
 
+    def settle(self) -> None:
+        """Copies SQLite's log into the file now, at a moment of one's choosing; PostgreSQL does that by itself."""
+        if self.dialect == "sqlite":
+            connection = self._engine(1).raw_connection()
+            with translated(self.label), contextlib.closing(connection):
+                connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
+
     def compact(self) -> None:
         """Gives unused space of an SQLite file back to the disk; PostgreSQL does that by itself."""
         if self.dialect == "sqlite":
@@ -235,7 +242,7 @@ def _sqlite_engine(url: URL, begin: str, *, query_only: bool = False) -> Engine:
         connection.isolation_level = None  # the begin event below says how a transaction starts
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = NORMAL")
-        # 256 MB: copying the log into the file waits for the disk, and a map should be captured without it
+        # 256 MB: copying the log into the file waits for the disk; who writes much settles it when it suits
         connection.execute("PRAGMA wal_autocheckpoint = 16384")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")
