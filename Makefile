@@ -9,12 +9,12 @@ SOURCES := lab:workers:kernels:webui:storage
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 ARGS ?=
 
-.PHONY: run test check venv models browser format gpu-test screenshots clean
+.PHONY: run test check venv oracles models browser format gpu-test screenshots clean
 
 run: venv
 	exec $(BIN)/attnlab up $(ARGS)
 
-test: venv models browser
+test: oracles models browser
 	$(BIN)/python -m pytest $(ARGS)
 
 check: venv

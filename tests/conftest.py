@@ -47,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def apart(monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the packages to compare with, importable in this test."""
     if not ORACLES.is_dir():
-        pytest.skip("the packages of .venv/oracles are not installed; make venv installs them")
+        pytest.skip("the packages of .venv/oracles are not installed; make oracles installs them")
     monkeypatch.syspath_prepend(str(ORACLES))
     return ORACLES
 
