@@ -131,3 +131,13 @@ def test_a_bad_parameter_names_argument_rule_value_and_choices(mechanism, given,
 
 def test_every_class_of_the_catalog_can_be_imported():
     assert [record.id for record in MECHANISMS.values() if not has_module(record)] == []
+
+
+def test_a_parameter_depends_on_values_that_another_parameter_of_the_mechanism_can_take():
+    for record in MECHANISMS.values():
+        known = {parameter.name: parameter for parameter in record.parameters}
+        for parameter in record.parameters:
+            if parameter.used_with:
+                other, values = parameter.used_with
+                assert other != parameter.name
+                assert [known[other].check(record.id, value) for value in values] == list(values)

@@ -5,6 +5,7 @@ import pytest
 
 from attnlab.views import colormaps, labels, tokens
 from attnlab.views.errors import ViewError
+from attnlab_kernels import catalog
 from attnlab_storage import queue, results
 
 
@@ -46,7 +47,7 @@ def test_a_run_label_is_unique_and_says_what_ran():
     document = {
         "id": 7,
         "mechanism": "sliding_window",
-        "parameters": {"window_size": 256, "num_kv_heads": None},
+        "parameters": {"window_size": 64, "num_kv_heads": None},
         "implementation": "auto",
         "chosen": "banded",
         "kernels": ["aten::bmm", "aten::exp"],
@@ -55,13 +56,50 @@ def test_a_run_label_is_unique_and_says_what_ran():
         "batch_size": 2,
         "phase": "decode",
     }
-    assert labels.run_label(document) == "#7 sliding_window(window_size=256) banded"
-    assert labels.map_label(document, 5, 2) == "#7 sliding_window(window_size=256) · L5H2 · m"
+    assert labels.run_label(document) == "#7 sliding_window(window_size=64) banded"
+    assert labels.map_label(document, 5, 2) == "#7 sliding_window(window_size=64) · L5H2 · m"
     assert (
         labels.series_label(document)
-        == "sliding_window(window_size=256) · auto · float32 · batch 2 · decode · m"
+        == "sliding_window(window_size=64) · auto · float32 · batch 2 · decode · m"
     )
     assert labels.run_label(document | {"chosen": None, "parameters": {}}) == "#7 sliding_window auto"
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "parameters", "label"),
+    [
+        ("sliding_window", {"window_size": 256}, "sliding_window"),
+        ("sparse", {"stride": 7, "seed": 3, "local_window": 8}, "sparse(local_window=8)"),
+        (
+            "sparse",
+            {"sparsity_pattern": "bigbird", "stride": 7, "seed": 3},
+            "sparse(sparsity_pattern=bigbird, seed=3)",
+        ),
+        ("linear", {"num_features": 32}, "linear"),
+        (
+            "linear",
+            {"variant": "linformer", "feature_map": "softmax_kernel", "num_features": 32},
+            "linear(variant=linformer)",
+        ),
+        ("differential", {"lambda_schedule": True, "lambda_init": 0.5}, "differential(lambda_schedule=True)"),
+        ("neighborhood", {"grid_height": 4}, "neighborhood"),
+        ("neighborhood", {"grid_height": 4, "dims": 2}, "neighborhood(dims=2, grid_height=4)"),
+    ],
+)
+@pytest.mark.parametrize("filled_in", [False, True])
+def test_a_label_names_only_what_differs_from_the_default_and_has_an_effect(
+    mechanism, parameters, label, filled_in
+):
+    whole = catalog.validate_parameters(mechanism, parameters) if filled_in else parameters
+    assert labels.mechanism_label({"mechanism": mechanism, "parameters": whole}) == label
+
+
+def test_a_run_of_another_version_keeps_all_that_it_says():
+    unknown = {"mechanism": "hyper", "parameters": {"order": 2, "bias": None}}
+    assert labels.mechanism_label(unknown) == "hyper(order=2)"
+    assert (
+        labels.mechanism_label({"mechanism": "linear", "parameters": {"decay": 0.5}}) == "linear(decay=0.5)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ class Parameter:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     help: str = ""
+    used_with: tuple[str, tuple[str | int | bool, ...]] | None = None
+    """another parameter and its values under which this one has an effect; None: always"""
 
     def check(self, mechanism: str, value: Any) -> int | float | str | bool | None:
         """The value in its own type, or CatalogError."""
@@ -119,6 +121,16 @@ class Mechanism:
             name: parameter.check(self.id, parameters.get(name, parameter.default))
             for name, parameter in known.items()
         }
+
+    def in_use(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``parameters``, all of them given, that have an effect under the chosen variant."""
+        rules = {parameter.name: parameter.used_with for parameter in self.parameters}
+
+        def is_used(name: str) -> bool:
+            rule = rules.get(name)
+            return rule is None or (parameters[rule[0]] in rule[1] and is_used(rule[0]))
+
+        return {name: value for name, value in parameters.items() if is_used(name)}
 
 
 def every_head(shape: CacheShape, parameters: Mapping[str, Any]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from attnlab_kernels.catalog_efficient import GRID_HEIGHT
 from attnlab_kernels.catalog_record import Mechanism, Parameter, every_head, key_heads, nothing, pairs, shard
 from attnlab_kernels.catalog_standard import KEY_HEADS
@@ -87,15 +89,28 @@ SPECIAL_RECORDS = (
         not_for="weights trained with plain attention",
         parameters=(
             Parameter(
-                "lambda_init", "float", 0.8, minimum=0, maximum=1, help="λ_init, constant over the layers"
+                "lambda_init",
+                "float",
+                0.8,
+                minimum=0,
+                maximum=1,
+                help="λ_init, constant over the layers",
+                used_with=("lambda_schedule", (False,)),
             ),
             Parameter(
                 "lambda_schedule",
                 "bool",
                 False,
                 help="λ_init of the paper's layer instead: 0.8 - 0.6 e^(-0.3 l)",
+                used_with=("variant", ("v1",)),
             ),
-            Parameter("lambda_learnable", "bool", True, help="learn λ, or keep it at λ_init"),
+            Parameter(
+                "lambda_learnable",
+                "bool",
+                True,
+                help="learn λ, or keep it at λ_init",
+                used_with=("variant", ("v1",)),
+            ),
             Parameter(
                 "variant", "choice", "v1", choices=("v1", "v2"), help="v2: λ from each token, and no norm"
             ),
@@ -105,6 +120,7 @@ SPECIAL_RECORDS = (
                 "paper",
                 choices=("paper", "halves"),
                 help="rows of one head in the projections (v1): neighbours, or halves as in DiffLlama",
+                used_with=("variant", ("v1",)),
             ),
             KEY_HEADS,
         ),
@@ -140,7 +156,7 @@ SPECIAL_RECORDS = (
             Parameter(
                 "relative_position_bias", "bool", False, help="learn a bias for each place in the window"
             ),
-            GRID_HEIGHT,
+            replace(GRID_HEIGHT, used_with=("dims", (2,))),
         ),
         operation="neighborhood",
         swap="approximate",

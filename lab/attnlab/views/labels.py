@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attnlab_kernels.catalog import MECHANISMS
+
 OUTCOME_WORDS = {
     "succeeded": "succeeded",
     "failed": "failed",
@@ -18,15 +20,23 @@ OUTCOME_WORDS = {
 
 
 def run_label(document: Mapping[str, Any]) -> str:
-    """``#3 sliding_window(window_size=256) flex``: unique by its id, short enough for an axis."""
+    """``#3 sliding_window(window_size=64) flex``: unique by its id, short enough for an axis."""
     return f"#{document['id']} {mechanism_label(document)} {ran_as(document)}"
 
 
 def mechanism_label(document: Mapping[str, Any]) -> str:
-    """``sliding_window(window_size=256)``, or the bare name of a mechanism without parameters."""
-    parameters = document.get("parameters") or {}
-    inside = ", ".join(f"{name}={value}" for name, value in parameters.items() if value is not None)
-    return f"{document['mechanism']}({inside})" if inside else str(document["mechanism"])
+    """``sliding_window(window_size=64)``: what differs from the catalog's defaults and has an effect.
+
+    Of a mechanism or a parameter that this version's catalog lacks, all that the run says.
+    """
+    name, given = str(document["mechanism"]), dict(document.get("parameters") or {})
+    if name in MECHANISMS:
+        record = MECHANISMS[name]
+        defaults = record.validate({})
+        used = record.in_use(defaults | given)
+        given = {key: value for key, value in used.items() if key not in defaults or value != defaults[key]}
+    inside = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+    return f"{name}({inside})" if inside else name
 
 
 def ran_as(document: Mapping[str, Any]) -> str:
