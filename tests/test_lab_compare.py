@@ -68,6 +68,14 @@ def test_what_makes_numbers_incomparable_is_said(made, change, says):
     assert [note for note in notes if says in note] == notes
 
 
+def test_another_module_on_the_same_machine_is_no_other_machine(made):
+    document = compare.compare_runs(made.store, made.run_ids[:2]).documents[0]
+    ours, theirs = (
+        document | {"environment": {"device": "cpu", "model": {"architecture": name}}} for name in "ab"
+    )
+    assert compare.validity_notes([ours, theirs], [(("a",), ("a",))] * 2) == []
+
+
 def test_different_inputs_are_said_and_a_longer_cut_of_the_same_text_is_told_apart(made):
     document = compare.compare_runs(made.store, made.run_ids[:2]).documents[0]
     longer = document | {"sequence_length": 78}

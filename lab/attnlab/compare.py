@@ -55,6 +55,8 @@ _RATIOS = (
 )
 # what may differ between two environments without making their numbers incomparable
 _HARMLESS = ("created", "time", "started", "pid", "hostname")
+# what was run, which is compared, and not on what
+_SUBJECT = "model."
 
 
 class CompareError(ValueError):
@@ -183,7 +185,9 @@ def _environment_notes(documents: Sequence[Mapping[str, Any]]) -> list[str]:
     names = [
         name
         for name, values in _columns(machines)
-        if any(value != values[0] for value in values) and not any(word in name for word in _HARMLESS)
+        if any(value != values[0] for value in values)
+        and not name.startswith(_SUBJECT)
+        and not any(word in name for word in _HARMLESS)
     ]
     if not names:
         return []
