@@ -10,7 +10,7 @@ from attnlab.export.arrays import map_arrays, trace_arrays
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
 from attnlab.views.difference import map_distance
-from attnlab.views.trace_map import map_facts
+from attnlab.views.trace_map import is_signed, map_facts
 from attnlab.views.viewport import allowed_pixels, load_map, viewport
 from attnlab_kernels.attention_call import AttentionCall, hearing
 from attnlab_kernels.catalog import MECHANISMS
@@ -140,7 +140,7 @@ def test_pooled_pixels_and_exports_follow_from_the_map(
     )
     apart = map_distance(sqlite_store, run.id, run.id)
     assert apart.total_variation.max() == 0
-    assert np.isfinite(apart.jensen_shannon).all()
+    assert np.isnan(apart.jensen_shannon).all() == is_signed(trace) == ("distribution" in apart.note)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "train"])

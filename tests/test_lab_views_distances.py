@@ -1,5 +1,6 @@
 """Distances between maps against scipy and the definitions; tokens aligned where inputs differ."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,14 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import spearmanr
 
+from attnlab.run import run_here
+from attnlab.spec import parse_spec
 from attnlab.views.alignment import align_tokens
+from attnlab.views.difference import map_distance
 from attnlab.views.distances import head_distances, row_distances, run_distances
 from attnlab.views.errors import ViewError
+from attnlab.views.viewport import load_map
+from attnlab_storage import results
 from attnlab_storage.database import Store
 
 RNG = np.random.default_rng(3)
@@ -95,6 +101,53 @@ def test_runs_of_another_length_are_aligned_by_their_tokens(
     wanted = row_distances(p[:, places[0]], q[:, places[1]], lost, np.zeros(60))
     for name in ("total_variation", "jensen_shannon"):
         assert grid.measures[name][0, 1] == pytest.approx(wanted[name].mean(), abs=1e-5)
+
+
+@pytest.fixture
+def signed(sqlite_store: Store) -> tuple[Store, list[int]]:
+    """Two runs of differential attention whose weights are of both signs, with different λ."""
+    spec = {
+        "name": "signed",
+        "module": {"dim": 24, "num_heads": 2},
+        "vary": {
+            "mechanism": [{"differential": {"lambda_init": value}} for value in (0.9, 0.6)],
+            "sequence_length": [19],
+        },
+        "record": ["maps"],
+        "repeats": 1,
+    }
+    experiment = run_here(sqlite_store, parse_spec(spec))
+    return sqlite_store, [run.id for run in results.runs_of(sqlite_store, experiment_id=experiment)]
+
+
+def test_signed_maps_have_a_total_variation_and_no_divergence(signed: tuple[Store, list[int]]) -> None:
+    store, (a, b) = signed
+    whole = slice(None), slice(None)
+    maps = [[load_map(store, run, 0, head).tile(*whole).astype(float) for head in (0, 1)] for run in (a, b)]
+    assert all((one < 0).any() and (one > 0).any() for run in maps for one in run)
+    grid, distance = run_distances(store, a, b), map_distance(store, a, b)
+    for head in (0, 1):
+        wanted = 0.5 * np.abs(maps[0][head] - maps[1][head]).sum(1).mean()
+        assert wanted > 0.01
+        assert grid.measures["total_variation"][0, head] == pytest.approx(wanted, abs=1e-9)
+        assert distance.total_variation[0, head] == pytest.approx(wanted, abs=1e-9)
+    wanted = 0.5 * np.abs(maps[0][0] - maps[0][1]).sum(1).mean()
+    assert head_distances(store, a, 0).measures["total_variation"][0, 1] == pytest.approx(wanted, abs=1e-9)
+    for found in (grid, distance):
+        assert "no Jensen-Shannon divergence where weights may be negative" in found.note
+        assert "NaN" not in json.dumps(found.to_json())
+    assert np.isnan(grid.measures["jensen_shannon"]).all()
+    assert np.isnan(distance.jensen_shannon).all()
+    with pytest.raises(ViewError, match=r"that these maps have, got 'jensen_shannon': .* no distribution"):
+        grid.most_changed("jensen_shannon")
+
+
+def test_a_key_of_negative_weight_alone_counts() -> None:
+    p, q = np.array([[1.5, -0.5]]), np.array([[1.5, -0.25]])
+    found = row_distances(p, q)
+    assert found["total_variation"] == pytest.approx(0.125)
+    assert found["spearman"] == pytest.approx(1)
+    assert np.isnan(found["jensen_shannon"]).all()
 
 
 @pytest.mark.parametrize(

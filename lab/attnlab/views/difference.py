@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from attnlab.views.errors import ViewError
-from attnlab.views.trace_map import AttentionMap
+from attnlab.views.trace_map import AttentionMap, is_signed
 from attnlab.views.viewport import Region, Viewport, check_size, head_map, load_map, recorded, region_of
 from attnlab_storage.database import Store
 
 REDUCTIONS = ("signed_max", "mean")
 BLOCK_CELLS = 2**20
+NO_DIVERGENCE = "no Jensen-Shannon divergence where weights may be negative: they are no distribution"
 SAMPLE_BLOCK = 8  # neighbouring rows read at once when rows are sampled
 
 
@@ -82,10 +83,12 @@ class MapDistance:
 
     Attributes:
         layers: the layers that both runs recorded.
-        total_variation: float64 [layers, heads], half the sum of |p - q|: 0 equal, 1 disjoint.
-        jensen_shannon: float64 [layers, heads], in bits: 0 equal, 1 disjoint (Lin 1991).
+        total_variation: float64 [layers, heads], half the sum of |p - q|: 0 equal, 1 disjoint (of signed
+            weights it may be larger).
+        jensen_shannon: float64 [layers, heads], in bits: 0 equal, 1 disjoint (Lin 1991); NaN in layers where
+            weights of a run may be negative, which are no distribution.
         rows_used, rows_total: query rows the means are over, and query rows there are.
-        note: the sampling in words.
+        note: the sampling in words, and what has no Jensen-Shannon divergence.
     """
 
     layers: list[int]
@@ -103,7 +106,9 @@ class MapDistance:
         return {
             "layers": self.layers,
             "total_variation": self.total_variation.tolist(),
-            "jensen_shannon": self.jensen_shannon.tolist(),
+            "jensen_shannon": [
+                [None if np.isnan(x) else x for x in row] for row in self.jensen_shannon.tolist()
+            ],
             "rows_used": self.rows_used,
             "rows_total": self.rows_total,
             "sampled": self.sampled,
@@ -136,12 +141,14 @@ def map_distance(
             raise ViewError(f"maps are compared head by head; {text}")
         _same_shape(run_a, run_b, (one.num_queries, one.num_keys), (other.num_queries, other.num_keys))
     total = max(traces_a[layer].num_queries for layer in wanted)
+    signed = [layer for layer in wanted if is_signed(traces_a[layer]) or is_signed(traces_b[layer])]
     pairs = [
         [
             _distances(
                 head_map(store, row_a, traces_a[layer], head),
                 head_map(store, row_b, traces_b[layer], head),
                 max_rows,
+                signed=layer in signed,
             )
             for head in range(traces_a[layer].heads)
         ]
@@ -152,6 +159,8 @@ def map_distance(
     note = f"mean over all {total} query rows"
     if used < total:
         note = f"mean over {used} of {total} query rows: evenly spaced blocks of {SAMPLE_BLOCK}"
+    if signed:
+        note = f"{note}; {NO_DIVERGENCE}"
     return MapDistance(wanted, table[..., 0], table[..., 1], used, total, note)
 
 
@@ -166,15 +175,17 @@ def sample_rows(total: int, most: int) -> list[tuple[int, int]]:
     return [(int(start), int(start) + size) for start in starts]
 
 
-def _distances(a: AttentionMap, b: AttentionMap, max_rows: int) -> tuple[float, float]:
+def _distances(a: AttentionMap, b: AttentionMap, max_rows: int, *, signed: bool) -> tuple[float, float]:
     spans = sample_rows(a.shape[0], max_rows)
     count = sum(stop - start for start, stop in spans)
     variation = divergence = 0.0
     for p, q in _row_blocks(a, b, spans):
         variation += 0.5 * float(np.abs(p - q).sum())
+        if signed:
+            continue
         middle = _plogp(0.5 * (p + q))
         divergence += middle - 0.5 * (_plogp(p) + _plogp(q))
-    return variation / count, max(0.0, divergence / count)
+    return variation / count, np.nan if signed else max(0.0, divergence / count)
 
 
 def _row_blocks(

@@ -1,7 +1,8 @@
 """How far two maps are apart, head by head: the grid that leads to the heads that changed most.
 
 Of each row: total variation, half the sum of |p - q|; the Jensen-Shannon divergence in bits (Lin 1991; of attention
-heads Clark et al. 2019, arXiv 1906.04341); Spearman's rank correlation of the weights (Spearman 1904). Means over rows.
+heads Clark et al. 2019, arXiv 1906.04341), which signed weights do not have; Spearman's rank correlation of the
+weights (Spearman 1904). Means over rows.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attnlab.views.alignment import Alignment, run_alignment
-from attnlab.views.difference import sample_rows
+from attnlab.views.difference import NO_DIVERGENCE, sample_rows
 from attnlab.views.errors import ViewError
 from attnlab.views.overview import PooledRegion
+from attnlab.views.trace_map import is_signed
 from attnlab.views.viewport import find_trace, head_map, recorded
 from attnlab_storage.database import Store
 from attnlab_storage.results import RunRow, TraceRow
@@ -41,10 +43,11 @@ class DistanceGrid:
         rows, cols: what the grid's rows and columns stand for, as (layer, head) of the first and second map:
             of two runs a row is a layer and a column a head; of one run's heads both are heads.
         pairs: int64 [rows, cols, 4]: layer and head of the first map, layer and head of the second.
-        measures: float64 [rows, cols] by name of `MEASURES`; NaN where the second map has no such head.
+        measures: float64 [rows, cols] by name of `MEASURES`; NaN where the second map has no such head, and the
+            Jensen-Shannon divergence where weights of either map may be negative.
         rows_used, rows_total: query rows the means are over, and query rows that both maps have.
         matched: share of the tokens that both inputs have, in order; 1 where they are equal.
-        note: the sampling and the alignment in words.
+        note: the sampling and the alignment in words, and what has no Jensen-Shannon divergence.
     """
 
     pairs: np.ndarray
@@ -55,11 +58,16 @@ class DistanceGrid:
     note: str
 
     def most_changed(self, measure: str = "total_variation", count: int = 10) -> list[Changed]:
-        """The pairs furthest apart by a measure (of Spearman's correlation: those correlated least)."""
+        """The pairs furthest apart by a measure (of Spearman's correlation: those correlated least).
+
+        Raises ViewError for an unknown measure, and for one that these maps do not have.
+        """
         if measure not in MEASURES:
             raise ViewError(f"measure must be one of {', '.join(MEASURES)}; got {measure!r}")
         values = self.measures[measure].ravel()
         order = np.argsort(values if measure == "spearman" else -values, kind="stable")
+        if np.isnan(values).all():
+            raise ViewError(f"measure must be one that these maps have, got {measure!r}: {self.note}")
         flat = self.pairs.reshape(-1, 4)
         known = [place for place in order.tolist() if not np.isnan(values[place])]
         return [Changed._make((*flat[place].tolist(), float(values[place]))) for place in known[:count]]
@@ -117,13 +125,16 @@ def row_distances(
     """`MEASURES` of each row of two arrays [rows, keys] in float64.
 
     Args:
-        only_p, only_q: [rows] weight on keys that the other has not.
+        only_p, only_q: [rows] size of the weights on keys that the other has not.
+
+    The Jensen-Shannon divergence of a row with a negative weight is NaN.
     """
+    signed = (p < 0).any(1) | (q < 0).any(1)
     middle = _plogp(0.5 * (p + q)).sum(1) + _plogp(0.5 * only_p) + _plogp(0.5 * only_q)
     parts = _plogp(p).sum(1) + _plogp(only_p) + _plogp(q).sum(1) + _plogp(only_q)
     return {
         "total_variation": 0.5 * (np.abs(p - q).sum(1) + only_p + only_q),
-        "jensen_shannon": np.maximum(0.0, middle - 0.5 * parts),
+        "jensen_shannon": np.where(signed, np.nan, np.maximum(0.0, middle - 0.5 * parts)),
         "spearman": np.array([_spearman(*rows) for rows in zip(p, q, strict=True)]),
     }
 
@@ -141,6 +152,7 @@ def _grid(
     tables = {name: np.full(pairs.shape[:2], np.nan) for name in MEASURES}
     found_a, found_b = (dict(_by_layer(store, run_id)) for run_id in (run_a, run_b))
     used = total = 0
+    any_signed = False
     for place in np.ndindex(pairs.shape[:2]):
         layer, head, layer_b, head_b = pairs[place].tolist()
         sides = (found_a[layer], found_b[layer_b])
@@ -149,13 +161,18 @@ def _grid(
         a, b = head_map(store, *sides[0], head), head_map(store, *sides[1], head_b)
         rows = _matched_rows(a, b, alignment)
         spans = sample_rows(len(rows), max_rows)
+        signed = is_signed(sides[0][1]) or is_signed(sides[1][1])
+        any_signed = any_signed or signed
         used, total = sum(stop - start for start, stop in spans), len(rows)
         found = [row_distances(*parts) for parts in _row_pairs(a, b, rows, spans, alignment)]
         for name, table in tables.items():
+            if signed and name == "jensen_shannon":
+                continue
             values = np.concatenate([one[name] for one in found])
             table[place] = np.nanmean(values) if not np.isnan(values).all() else np.nan
     matched = 1.0 if alignment is None else alignment[1].share
-    return DistanceGrid(pairs, tables, used, total, matched, _note(used, total, matched))
+    note = _note(used, total, matched) + (f"; {NO_DIVERGENCE}" if any_signed else "")
+    return DistanceGrid(pairs, tables, used, total, matched, note)
 
 
 def _by_layer(store: Store, run_id: int) -> Iterator[tuple[int, tuple[RunRow, TraceRow]]]:
@@ -200,12 +217,13 @@ def _row_pairs(
             both.append(np.concatenate(tiles).astype(np.float64))
         p, q = both
         if alignment is None:
-            seen = (p > 0).any(0) | (q > 0).any(0)
+            seen = (p != 0).any(0) | (q != 0).any(0)
             yield p[:, seen], q[:, seen], np.zeros(len(p)), np.zeros(len(p))
         else:
             keys = alignment[1]
             shared_p, shared_q = p[:, keys.a], q[:, keys.b]
-            yield shared_p, shared_q, p.sum(1) - shared_p.sum(1), q.sum(1) - shared_q.sum(1)
+            lost_p, lost_q = np.delete(p, keys.a, axis=1), np.delete(q, keys.b, axis=1)
+            yield shared_p, shared_q, np.abs(lost_p).sum(1), np.abs(lost_q).sum(1)
 
 
 def _plogp(p: np.ndarray | float) -> Any:
@@ -215,7 +233,7 @@ def _plogp(p: np.ndarray | float) -> Any:
 
 def _spearman(p: np.ndarray, q: np.ndarray) -> float:
     """Pearson's correlation of the ranks over the keys that either row attends to; NaN where a row is constant."""
-    seen = (p > 0) | (q > 0)
+    seen = (p != 0) | (q != 0)
     x, y = _ranks(p[seen]), _ranks(q[seen])
     x, y = x - x.mean() if len(x) else x, y - y.mean() if len(y) else y
     size = np.sqrt((x @ x) * (y @ y))

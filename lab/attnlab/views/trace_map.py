@@ -23,8 +23,6 @@ from attnlab_storage.results import TraceRow
 
 SOFTMAX_KINDS = frozenset({"softmax", "latent", "experts", "paged", "ring", "chunked", "slots", "reduced"})
 """maps of queries and keys under a mask; a slot or a cell of ``slots`` and ``reduced`` stands where a key does"""
-SIGNED_KINDS = frozenset({"difference", "linear"})
-"""weights may be negative, or rows sum to something else than 1"""
 BY_KEY_HEAD = frozenset({"key", "second_key", "global_key"})
 """tensors that have a head for each key head; the others have one for each query head"""
 
