@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter, validate_parameters
 from attnlab_kernels.effective_map import SoftmaxMap
-from attnlab_kernels.masks import And, Causal, Full, Mask, MaskError, Padding, Window, mask_from_json
+from attnlab_kernels.masks import (
+    And,
+    Causal,
+    Documents,
+    Full,
+    Mask,
+    MaskError,
+    Padding,
+    Window,
+    mask_from_json,
+)
 
 if TYPE_CHECKING:
     from attnlab_kernels.difference_map import DifferenceMap
@@ -132,6 +142,7 @@ __all__ = [
     "DiffAttn",
     "DifferenceMap",
     "DifferentialAttention",
+    "Documents",
     "EfficientAttention",
     "ExpertMap",
     "FAVORPlusAttention",

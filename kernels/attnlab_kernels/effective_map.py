@@ -163,7 +163,7 @@ class SoftmaxMap:
             scores = scaled @ self.key[c0:c1].astype(dtype, copy=False).T
             scores = self._modified(scores, rows, np.arange(c0, c1))
             scores -= np.where(np.isneginf(lse), 0, lse).astype(dtype)[:, None]
-        first, last = self.mask.band().row_limits(
+        first, last = self.mask.form().row_limits(
             rows, num_queries=num_queries, num_keys=num_keys, batch=self.batch
         )
         # every row of the block may see these keys, so only the keys around them need a mask

@@ -7,14 +7,18 @@ A row that may attend to nothing is dead: zero output, log-sum-exp of minus infi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-MASK_KINDS = ("full", "causal", "window", "padding", "and")
+T = TypeVar("T")
+S = TypeVar("S")
+
+MASK_KINDS = ("full", "causal", "window", "padding", "documents", "and")
 
 
 class MaskError(ValueError):
@@ -26,23 +30,38 @@ class Band:
     """Normal form of every mask here: keys ``p - left <= j <= p + right`` in one key range a batch element.
 
     ``None`` means unbounded on that side; ``ranges`` is ``None`` where every key exists, else one
-    ``(start, stop)`` for each batch element (a single one serves the whole batch).
+    ``(start, stop)`` for each batch element (a single one serves the whole batch). ``documents``: likewise the
+    lengths of the documents that cut the keys, each a run that only its own queries see.
     """
 
     left: int | None = None
     right: int | None = None
     ranges: tuple[tuple[int, int], ...] | None = None
+    documents: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences that are described one by one; 1 where all are alike."""
+        return max(len(self.ranges or ((0, 0),)), len(self.documents or ((),)))
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether every query sees every key."""
+        return (self.left, self.right, self.ranges, self.documents) == (None,) * 4
 
     def key_interval(self, num_keys: int, batch: int = 0) -> tuple[int, int]:
         """Keys ``[start, stop)`` that exist for this batch element."""
         if self.ranges is None:
             return 0, num_keys
-        if len(self.ranges) > 1 and not 0 <= batch < len(self.ranges):
-            raise MaskError(
-                f"batch must be one of 0..{len(self.ranges) - 1}, the padding mask's sequences; got {batch}"
-            )
-        start, stop = self.ranges[batch if len(self.ranges) > 1 else 0]
+        start, stop = _of_element(self.ranges, batch)
         return min(start, num_keys), min(stop, num_keys)
+
+    def document_spans(self, num_keys: int, batch: int = 0) -> list[tuple[int, int]]:
+        """Keys ``[start, stop)`` of each document that has any; one span of all keys where there are none."""
+        if self.documents is None:
+            return [(0, num_keys)]
+        inner = np.cumsum(_of_element(self.documents, batch)[:-1]).tolist()
+        return list(pairwise([0, *(edge for edge in inner if edge < num_keys), num_keys]))
 
     def row_limits(
         self, rows: NDArray[np.integer[Any]], *, num_queries: int, num_keys: int, batch: int = 0
@@ -58,16 +77,29 @@ class Band:
             if self.right is None
             else np.minimum(position + self.right + 1, stop)
         )
-        return first, last
+        if self.documents is None:
+            return first, last
+        spans = np.array(self.document_spans(num_keys, batch), np.int64)
+        # a query before the first key belongs to no document
+        own = spans[np.searchsorted(spans[:, 0], np.maximum(position, 0), side="right") - 1]
+        first = np.maximum(first, own[:, 0])
+        return first, np.where(position < 0, first, np.minimum(last, own[:, 1]))
 
 
 @dataclass(frozen=True)
 class Mask:
     """Base of the algebra. Combine with ``&``; ``allowed`` is a dense tile, ``key_range`` what to visit."""
 
-    def band(self) -> Band:
+    def form(self) -> Band:
         """This mask in normal form."""
         raise NotImplementedError
+
+    def band(self) -> Band:
+        """The normal form for those who read one band and its padding; MaskError for a mask with documents."""
+        band = self.form()
+        if band.documents is not None:
+            raise MaskError(f"mask must be one band of keys here; got document ids: {self.describe()}")
+        return band
 
     def describe(self) -> str:
         """A few words for a page or a table."""
@@ -79,7 +111,7 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         """Keys that both masks allow, simplified to the fewest parts."""
-        return mask_from_band(And((self, other)).band())
+        return mask_from_band(And((self, other)).form())
 
     def allowed(
         self,
@@ -91,7 +123,7 @@ class Mask:
         batch: int = 0,
     ) -> NDArray[np.bool_]:
         """Dense tile ``[rows, cols]``, True where query ``rows[i]`` may attend to key ``cols[j]``."""
-        first, last = self.band().row_limits(rows, num_queries=num_queries, num_keys=num_keys, batch=batch)
+        first, last = self.form().row_limits(rows, num_queries=num_queries, num_keys=num_keys, batch=batch)
         keys = np.asarray(cols, np.int64)[None, :]
         return (keys >= first[:, None]) & (keys < last[:, None])
 
@@ -99,21 +131,27 @@ class Mask:
         self, start: int, stop: int, *, num_queries: int, num_keys: int, batch: int = 0
     ) -> tuple[int, int]:
         """Smallest ``[lo, hi)`` holding every key allowed to rows ``start..stop``; ``lo == hi`` if none."""
-        edges = np.array([start, stop - 1])
-        first, last = self.band().row_limits(edges, num_queries=num_queries, num_keys=num_keys, batch=batch)
-        lo, hi = int(first[0]), int(last[1])
-        return (lo, hi) if start < stop and lo < hi else (0, 0)
+        if start >= stop:
+            return 0, 0
+        band = self.form()
+        # limits rise with the rows; only documents can leave a dead row at an edge and a live one inside
+        rows = np.array([start, stop - 1]) if band.documents is None else np.arange(start, stop)
+        first, last = band.row_limits(rows, num_queries=num_queries, num_keys=num_keys, batch=batch)
+        if band.documents is not None:
+            first, last = first[first < last], last[first < last]
+        lo, hi = (int(first[0]), int(last[-1])) if len(first) else (0, 0)
+        return (lo, hi) if lo < hi else (0, 0)
 
     def count(self, num_queries: int, num_keys: int, batch: int = 0) -> int:
         """Exact number of allowed (query, key) pairs of one batch element, in O(num_queries)."""
-        first, last = self.band().row_limits(
+        first, last = self.form().row_limits(
             np.arange(num_queries), num_queries=num_queries, num_keys=num_keys, batch=batch
         )
         return int(np.maximum(last - first, 0).sum())
 
     def dead_rows(self, num_queries: int, num_keys: int, batch: int = 0) -> NDArray[np.bool_]:
         """True for the query rows that may attend to no key: bool ``[num_queries]``."""
-        first, last = self.band().row_limits(
+        first, last = self.form().row_limits(
             np.arange(num_queries), num_queries=num_queries, num_keys=num_keys, batch=batch
         )
         return first >= last
@@ -123,7 +161,7 @@ class Mask:
 class Full(Mask):
     """Every query attends to every key."""
 
-    def band(self) -> Band:
+    def form(self) -> Band:
         return Band()
 
     def describe(self) -> str:
@@ -137,7 +175,7 @@ class Full(Mask):
 class Causal(Mask):
     """Key ``j`` is allowed to the query at position ``p`` iff ``j <= p``."""
 
-    def band(self) -> Band:
+    def form(self) -> Band:
         return Band(right=0)
 
     def describe(self) -> str:
@@ -162,7 +200,7 @@ class Window(Mask):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
                 raise MaskError(f"{name} must be a whole number of keys >= 0; got {value!r}")
 
-    def band(self) -> Band:
+    def form(self) -> Band:
         return Band(int(self.left), int(self.right))
 
     def describe(self) -> str:
@@ -189,7 +227,7 @@ class Padding(Mask):
                 raise MaskError(f"ranges must satisfy 0 <= start <= stop; got ({start}, {stop})")
         object.__setattr__(self, "ranges", pairs)
 
-    def band(self) -> Band:
+    def form(self) -> Band:
         return Band(ranges=self.ranges)
 
     def describe(self) -> str:
@@ -202,18 +240,68 @@ class Padding(Mask):
 
 
 @dataclass(frozen=True)
+class Documents(Mask):
+    """Sequences packed end to end: a query attends only to keys of its own document.
+
+    Args:
+        lengths: tokens of each document in order, one list for each batch element; one list alone serves every
+            element. The last document goes on to the last key, so a token that is being decoded belongs to it; a
+            query before the first key belongs to none.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+
+    def __init__(self, lengths: Sequence[int] | Sequence[Sequence[int]]) -> None:
+        rows = [lengths] if len(lengths) and isinstance(lengths[0], int | np.integer) else lengths
+        if not len(rows) or not all(isinstance(row, Sequence | np.ndarray) and len(row) for row in rows):
+            raise MaskError(f"lengths must hold the tokens of one document or more; got {lengths!r}")
+        for value in (value for row in rows for value in row):  # pyright: ignore[reportGeneralTypeIssues]
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise MaskError(f"lengths must be whole numbers of tokens >= 1; got {value!r}")
+        object.__setattr__(self, "lengths", tuple(tuple(int(value) for value in row) for row in rows))  # pyright: ignore[reportGeneralTypeIssues]
+
+    @classmethod
+    def from_ids(cls, ids: Any) -> Documents:
+        """From the document of each token, integers ``[n]`` or ``[B, n]``; each document must be one run of tokens."""
+        rows = np.atleast_2d(np.asarray(ids))
+        if rows.ndim != 2 or not rows.size or not np.issubdtype(rows.dtype, np.integer):
+            raise MaskError(f"ids must be integers [n] or [B, n]; got {rows.dtype} {list(np.shape(ids))}")
+        lengths = []
+        for row in rows:
+            edges = [0, *(np.flatnonzero(row[1:] != row[:-1]) + 1).tolist(), len(row)]
+            if len(np.unique(row)) != len(edges) - 1:
+                raise MaskError(f"ids must name each document in one run of tokens; got {row.tolist()}")
+            lengths.append([stop - start for start, stop in pairwise(edges)])
+        return cls(lengths)
+
+    def form(self) -> Band:
+        return Band(documents=self.lengths)
+
+    def describe(self) -> str:
+        if len(self.lengths) == 1:
+            return f"{len(self.lengths[0])} documents"
+        return f"documents ({len(self.lengths)} sequences)"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "documents", "lengths": [list(row) for row in self.lengths]}
+
+
+@dataclass(frozen=True)
 class And(Mask):
     """Keys that every part allows. Written ``a & b``, which also simplifies."""
 
     parts: tuple[Mask, ...]
 
-    def band(self) -> Band:
-        left = right = ranges = None
-        for band in (part.band() for part in self.parts):
+    def form(self) -> Band:
+        left = right = ranges = documents = None
+        for band in (part.form() for part in self.parts):
             left = _smaller(left, band.left)
             right = _smaller(right, band.right)
             ranges = _common_ranges(ranges, band.ranges)
-        return Band(left, right, ranges)
+            documents = _common_documents(documents, band.documents)
+        if ranges is not None and documents is not None:
+            _paired(ranges, documents)
+        return Band(left, right, ranges, documents)
 
     def describe(self) -> str:
         return " and ".join(part.describe() for part in self.parts) or "full"
@@ -235,6 +323,8 @@ def mask_from_json(value: Mapping[str, Any]) -> Mask:
                 return Window(value["left"], value.get("right", 0))
             case "padding":
                 return Padding(tuple((start, stop) for start, stop in value["ranges"]))
+            case "documents":
+                return Documents(value["lengths"])
             case "and":
                 return And(tuple(mask_from_json(part) for part in value["parts"]))
     except (KeyError, TypeError) as error:
@@ -251,6 +341,8 @@ def mask_from_band(band: Band) -> Mask:
         parts.append(Causal())
     if band.ranges is not None:
         parts.append(Padding(band.ranges))
+    if band.documents is not None:
+        parts.append(Documents(band.documents))
     if not parts:
         return Full()
     return parts[0] if len(parts) == 1 else And(tuple(parts))
@@ -266,11 +358,36 @@ def _common_ranges(
 ) -> tuple[tuple[int, int], ...] | None:
     if first is None or second is None:
         return first if second is None else second
-    if len(first) != len(second) and 1 not in (len(first), len(second)):
-        raise MaskError(
-            f"padding masks must describe the same batch; got {len(first)} and {len(second)} sequences"
-        )
-    size = max(len(first), len(second))
-    pairs = zip(first * (size // len(first)), second * (size // len(second)), strict=True)
-    common = ((max(a[0], b[0]), min(a[1], b[1])) for a, b in pairs)
+    common = ((max(a[0], b[0]), min(a[1], b[1])) for a, b in _paired(first, second))
     return tuple((start, max(start, stop)) for start, stop in common)
+
+
+def _common_documents(
+    first: tuple[tuple[int, ...], ...] | None, second: tuple[tuple[int, ...], ...] | None
+) -> tuple[tuple[int, ...], ...] | None:
+    """Documents cut wherever either cuts."""
+    if first is None or second is None:
+        return first if second is None else second
+    edges = (
+        sorted({0, *np.cumsum(a).tolist()[:-1], *np.cumsum(b).tolist()[:-1]})
+        for a, b in _paired(first, second)
+    )
+    ends = (max(sum(a), sum(b)) for a, b in _paired(first, second))
+    return tuple(
+        tuple(stop - start for start, stop in pairwise([*inner, end]))
+        for inner, end in zip(edges, ends, strict=True)
+    )
+
+
+def _paired(first: tuple[T, ...], second: tuple[S, ...]) -> list[tuple[T, S]]:
+    """Element by element of the batch; a single one serves all."""
+    if len(first) != len(second) and 1 not in (len(first), len(second)):
+        raise MaskError(f"masks must describe the same batch; got {len(first)} and {len(second)} sequences")
+    size = max(len(first), len(second))
+    return list(zip(first * (size // len(first)), second * (size // len(second)), strict=True))
+
+
+def _of_element(values: tuple[T, ...], batch: int) -> T:
+    if len(values) > 1 and not 0 <= batch < len(values):
+        raise MaskError(f"batch must be one of 0..{len(values) - 1}, the mask's sequences; got {batch}")
+    return values[batch if len(values) > 1 else 0]

@@ -181,6 +181,11 @@ class SoftmaxModule(nn.Module):
             num_queries=num_queries,
             num_keys=key.shape[2],
         )
+        if given.form().documents is not None and len(positions) and int(positions[0]) > 0:
+            raise ValueError(
+                "attention_mask must not hold documents once a cache has dropped keys; the first key kept is "
+                f"{positions[0]}"
+            )
         steps = torch.arange(past, past + num_queries, device=key.device)
         bias = read_position_bias(position_bias, bias, queries=steps, keys=positions)
         is_causal = self.causal and context is None if causal is None else causal

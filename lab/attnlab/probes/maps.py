@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.effective_map import SoftmaxMap
-from attnlab_kernels.masks import And, Mask, Padding
+from attnlab_kernels.masks import And, Documents, Mask, Padding
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.results import TraceRow
 
@@ -220,9 +220,11 @@ def first_element(call: LayerCall) -> LayerCall:
 
 
 def element_mask(mask: Mask, element: int) -> Mask:
-    """Return the mask of one batch element: padding keeps only that element's range."""
+    """Return the mask of one batch element: padding and documents keep only that element's."""
     if isinstance(mask, Padding) and len(mask.ranges) > 1:
         return Padding((mask.ranges[element],))
+    if isinstance(mask, Documents) and len(mask.lengths) > 1:
+        return Documents((mask.lengths[element],))
     if isinstance(mask, And):
         return And(tuple(element_mask(part, element) for part in mask.parts))
     return mask

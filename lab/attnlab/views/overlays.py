@@ -103,7 +103,7 @@ def make_part(trace: TraceRow, head: int, read: Read, part: str) -> AttentionMap
 
 
 def _window(trace: TraceRow) -> list[Overlay]:
-    band = mask_from_json(trace.mask).band()
+    band = mask_from_json(trace.mask).form()
     offset = trace.num_keys - trace.num_queries
     lines: list[Line] = []
     if band.left:

@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+READ_DOCUMENTS = ("eager", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex")
+
+
 class Unsupported(ValueError):
     """The implementation that was asked for cannot run this call; the text says why."""
 
@@ -187,6 +190,25 @@ def _supports(
         return Support(False, f"only eager drops probabilities; got dropout {dropout}")
     if scale is not None and not scale > 0 and implementation.startswith("triton"):
         return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
+    return _asked(implementation, q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad)
+
+
+def _asked(
+    implementation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    bias: Tensor | None,
+    modifiers: Modifiers,
+    need_grad: bool,
+) -> Support:
+    """Its own verdict, once it is known that it can read the mask."""
+    if mask.form().documents is not None and implementation not in READ_DOCUMENTS:
+        return Support(
+            False, f"it reads no document ids; got {mask.describe()}; use {', '.join(READ_DOCUMENTS)}"
+        )
     return IMPLEMENTATIONS[implementation].supports(
         q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad
     )
@@ -210,9 +232,7 @@ def choose(
     order, source = preference.order(q.device.type, capability, mask)
     passed: list[str] = []
     for name in order:
-        support = IMPLEMENTATIONS[name].supports(
-            q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad
-        )
+        support = _asked(name, q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad)
         if support:
             skipped = f" (passed over {'; '.join(passed)})" if passed else ""
             return name, f"auto: first of {', '.join(order)} that runs this call ({source}){skipped}"
@@ -265,7 +285,7 @@ def survey(device: str = "cpu") -> list[dict[str, Any]]:
 
 def tighten(mask: Mask, num_queries: int, num_keys: int) -> Mask:
     """The same allowed pairs without limits that these lengths never reach (a window as long as the keys)."""
-    band = mask.band()
+    band = mask.form()
     if band.left is None or band.left < num_keys - 1:
         return mask
     if band.right is not None and band.right >= num_queries - 1:
@@ -292,9 +312,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None, dro
         )
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of key heads; got {heads} and {k.shape[1]}")
-    ranges = mask.band().ranges
-    if ranges is not None and len(ranges) not in (1, batch):
-        raise ValueError(f"mask must describe 1 or {batch} sequences, as q has; got {len(ranges)}")
+    described = mask.form().batch_size
+    if described not in (1, batch):
+        raise ValueError(f"mask must describe 1 or {batch} sequences, as q has; got {described}")
     if bias is not None:
         target = (batch, heads, num_queries, k.shape[2])
         sizes = zip(reversed(bias.shape), reversed(target), strict=False)

@@ -130,8 +130,7 @@ def _attend_rows(
 
 def _visited(mask: Mask, rows: slice, num_queries: int, num_keys: int, batch: int) -> tuple[int, int]:
     """Keys that some batch element's rows may attend to: ``[first, last)``."""
-    ranges = mask.band().ranges
-    count = 1 if ranges is None or len(ranges) == 1 else batch
+    count = 1 if mask.form().batch_size == 1 else batch
     limits = [
         mask.key_range(rows.start, rows.stop, num_queries=num_queries, num_keys=num_keys, batch=index)
         for index in range(count)
@@ -144,8 +143,7 @@ def _allowed(
     mask: Mask, rows: slice, columns: slice, num_queries: int, num_keys: int, query: Tensor
 ) -> Tensor:
     """Bool tile ``[1 or B, 1, rows, columns]``."""
-    ranges = mask.band().ranges
-    count = 1 if ranges is None or len(ranges) == 1 else query.shape[0]
+    count = 1 if mask.form().batch_size == 1 else query.shape[0]
     tiles = [
         lower.dense(
             mask,

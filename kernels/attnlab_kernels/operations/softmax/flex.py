@@ -85,10 +85,10 @@ def block_mask(
     mask: Mask, batch_size: int, num_queries: int, num_keys: int, device: torch.device
 ) -> torch_flex.BlockMask | None:
     """Lists of the 128 x 128 blocks that the mask touches in part and in whole; None for a full mask."""
-    band = mask.band()
-    if band.left is None and band.right is None and band.ranges is None:
+    band = mask.form()
+    if band.unbounded:
         return None
-    count = batch_size if band.ranges is not None and len(band.ranges) > 1 else 1
+    count = batch_size if band.batch_size > 1 else 1
     touched = [_touched_blocks(mask, num_queries, num_keys, index) for index in range(count)]
     partial, full = (np.stack(blocks)[:, None] for blocks in zip(*touched, strict=True))
     lists = [torch.from_numpy(part).to(device) for blocks in (partial, full) for part in _listed(blocks)]
@@ -104,7 +104,7 @@ def _touched_blocks(
     mask: Mask, num_queries: int, num_keys: int, batch: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Bool ``[query blocks, key blocks]``: touched in part, and allowed as a whole."""
-    first, last = mask.band().row_limits(
+    first, last = mask.form().row_limits(
         np.arange(num_queries), num_queries=num_queries, num_keys=num_keys, batch=batch
     )
     starts = np.arange(0, num_queries, BLOCK)
@@ -129,7 +129,7 @@ def _mask_mod(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     # limits are tensors, not numbers: another window or padding then needs no new compilation
     limits = [
-        mask.band().row_limits(
+        mask.form().row_limits(
             np.arange(num_queries), num_queries=num_queries, num_keys=num_keys, batch=index
         )
         for index in range(count)

@@ -32,16 +32,19 @@ class Block:
 
 
 def key_groups(mask: Mask, num_keys: int, batch_size: int) -> Iterator[tuple[slice, int, int]]:
-    """Runs of batch elements with the same keys: ``(batch, start, stop)``."""
-    band = mask.band()
-    if band.ranges is None or len(band.ranges) == 1:
+    """Runs of batch elements with the same keys and documents: ``(batch, start, stop)``."""
+    band = mask.form()
+    if band.batch_size == 1:
         yield slice(0, batch_size), *band.key_interval(num_keys)
         return
-    intervals = [band.key_interval(num_keys, index) for index in range(batch_size)]
+    elements = [
+        (band.key_interval(num_keys, index), band.document_spans(num_keys, index))
+        for index in range(batch_size)
+    ]
     first = 0
     for index in range(1, batch_size + 1):
-        if index == batch_size or intervals[index] != intervals[first]:
-            yield slice(first, index), *intervals[first]
+        if index == batch_size or elements[index] != elements[first]:
+            yield slice(first, index), *elements[first][0]
             first = index
 
 
@@ -52,12 +55,13 @@ def plan(
 
     A window or a bias gives ``masked`` blocks, which need a dense tile. ``merge=False`` keeps each row in one
     block (merging through log-sum-exp would lose gradients), at the price of a dense tile where Sq != Sk.
+    Each document has blocks of its own.
     """
-    band = mask.band()
+    band = mask.form()
     offset = num_keys - num_queries
     blocks: list[Block] = []
-    for batch, start, stop in key_groups(mask, num_keys, batch_size):
-        lo, hi = _live_rows(mask, num_queries, num_keys, batch.start)
+    for batch, first, last, start, stop in _parts(mask, num_queries, num_keys, batch_size):
+        lo, hi = _live_rows(mask, num_queries, num_keys, batch.start, slice(first, last))
         if lo >= hi:
             continue
         if band.left is not None or has_bias:
@@ -91,8 +95,23 @@ def _causal_blocks(
     return blocks
 
 
-def _live_rows(mask: Mask, num_queries: int, num_keys: int, batch: int) -> tuple[int, int]:
-    live = np.flatnonzero(~mask.dead_rows(num_queries, num_keys, batch))
+def _parts(
+    mask: Mask, num_queries: int, num_keys: int, batch_size: int
+) -> Iterator[tuple[slice, int, int, int, int]]:
+    """Rows and the keys they may see at most: ``(batch, first row, one past, first key, one past)``."""
+    band = mask.form()
+    offset = num_keys - num_queries
+    for batch, start, stop in key_groups(mask, num_keys, batch_size):
+        if band.documents is None:
+            yield batch, 0, num_queries, start, stop
+            continue
+        for head, tail in band.document_spans(num_keys, batch.start):
+            rows = max(0, head - offset), max(0, tail - offset)
+            yield batch, *rows, max(start, head), min(stop, tail)
+
+
+def _live_rows(mask: Mask, num_queries: int, num_keys: int, batch: int, rows: slice) -> tuple[int, int]:
+    live = np.flatnonzero(~mask.dead_rows(num_queries, num_keys, batch)[rows]) + rows.start
     return (int(live[0]), int(live[-1]) + 1) if len(live) else (0, 0)
 
 
@@ -107,7 +126,7 @@ def dense(
     batch: int = 0,
 ) -> Tensor:
     """Bool tile ``[rows, keys]`` on the device, True where attention is allowed."""
-    first, last = mask.band().row_limits(
+    first, last = mask.form().row_limits(
         np.arange(rows.start, rows.stop), num_queries=num_queries, num_keys=num_keys, batch=batch
     )
     limits = torch.from_numpy(np.stack([first, last])).to(device)
@@ -119,10 +138,10 @@ def dense_batch(
     mask: Mask, *, num_queries: int, num_keys: int, batch_size: int, device: torch.device
 ) -> Tensor | None:
     """Bool ``[1 or B, 1, Sq, Sk]``, or None where everything is allowed."""
-    band = mask.band()
-    if band.left is None and band.right is None and band.ranges is None:
+    band = mask.form()
+    if band.unbounded:
         return None
-    count = batch_size if band.ranges is not None and len(band.ranges) > 1 else 1
+    count = batch_size if band.batch_size > 1 else 1
     size = {"num_queries": num_queries, "num_keys": num_keys, "device": device}
     tiles = [
         dense(mask, slice(0, num_queries), slice(0, num_keys), batch=index, **size) for index in range(count)
@@ -132,7 +151,7 @@ def dense_batch(
 
 def hide_padding(keys: Tensor, mask: Mask) -> Tensor:
     """Keys or values ``[B, H, Sk, D]`` with zeros in padded slots (0 * NaN would be NaN)."""
-    ranges = mask.band().ranges
+    ranges = mask.form().ranges
     if ranges is None:
         return keys
     batch_size, num_keys = keys.shape[0], keys.shape[2]

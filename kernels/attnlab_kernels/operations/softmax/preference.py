@@ -58,7 +58,7 @@ def order(device: str, capability: tuple[int, int] | None, mask: Mask) -> Order:
         return CPU
     if device != "cuda" or capability is None:
         return ("sdpa_math", "eager"), f"{device}: no fused kernel is known"
-    if mask.band().left is not None:
+    if mask.form().left is not None:
         return (*WINDOWED[0], *WINDOWED_REST), WINDOWED[1]
     names, why = BLACKWELL if capability >= (10, 0) else HOPPER if capability == (9, 0) else AMPERE
     return (*names, *REST), why
