@@ -10,8 +10,12 @@ import pytest
 from PIL import Image
 
 from attnlab.export import image, panel, scene, strips
-from attnlab.views.colormaps import colorize
+from attnlab.run import run_here
+from attnlab.spec import parse_spec
+from attnlab.views.colormaps import DIVERGING, colorize
 from attnlab.views.errors import ViewError
+from attnlab.views.viewport import load_map
+from attnlab_storage import results
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -137,6 +141,57 @@ def test_compared_panels_share_one_scale_and_two_runs_get_their_difference(trace
     assert len(rasters_of(document)) == 6
     three = texts_of(image.render_comparison(traced.store, [a, b, a], 0, 2, (40, 77), (0, 9), "svg"))
     assert not any(word and "−" in word for word in three)
+
+
+def ran(store, mechanism, parameters):
+    spec = {
+        "name": mechanism,
+        "module": {"dim": 24, "num_heads": 2},
+        "vary": {"mechanism": [{mechanism: parameters}], "sequence_length": [13]},
+        "record": ["maps"],
+        "repeats": 1,
+    }
+    (run,) = results.runs_of(store, experiment_id=run_here(store, parse_spec(spec)))
+    return run.id
+
+
+@pytest.mark.parametrize("scale", ["linear", "log", "row"])
+def test_signed_weights_are_drawn_around_zero_in_the_diverging_colours(sqlite_store, scale):
+    run_id = ran(sqlite_store, "differential", {})
+    weights = load_map(sqlite_store, run_id, 0, 1).tile(slice(None), slice(None))
+    assert weights.min() < 0 < weights.max()
+    peak, allowed = np.abs(weights).max(), np.tri(13, dtype=bool)
+    document = image.render_view(sqlite_store, run_id, 0, 1, format="svg", scale=scale)
+    unit = 0.5 + weights / peak / 2
+    if scale == "log":
+        unit = 0.5 + np.sign(weights) * np.log10(1 + 1e3 * np.abs(weights) / peak) / np.log10(1001) / 2
+    cells = rasters_of(document)[0].astype(int)
+    assert np.abs(cells - colorize(unit, DIVERGING))[allowed].max() <= 4  # one step of 256 by rounding
+    assert {f"{-peak:.3g}", "0", f"{peak:+.3g}"} <= set(texts_of(document))
+    pictured = pixels_of(strips.head_strip(sqlite_store, run_id, 0, 13))
+    assert (pictured == colorize(np.array(0.5), DIVERGING)).all(-1).any()
+
+
+def test_signed_and_plain_weights_side_by_side_have_a_scale_each(sqlite_store):
+    runs = [ran(sqlite_store, "differential", {}), ran(sqlite_store, "multi_head", {})]
+    written = texts_of(image.render_comparison(sqlite_store, runs, 0, 0, format="svg"))
+    signed, plain = (load_map(sqlite_store, run, 0, 0).tile(slice(None), slice(None)) for run in runs)
+    assert {f"{-np.abs(signed).max():.3g}", f"{plain.max():.3g}"} <= set(written)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "parameters", "word"),
+    [
+        ("linear", {"variant": "linformer", "num_slots": 5}, "slot (to)"),
+        ("efficient", {"variant": "spatial_reduction", "grid_height": 13, "reduction": 1}, "cell (to)"),
+    ],
+)
+def test_columns_that_are_no_keys_are_called_what_they_are(sqlite_store, mechanism, parameters, word):
+    written = texts_of(
+        image.render_view(sqlite_store, ran(sqlite_store, mechanism, parameters), 0, 0, format="svg")
+    )
+    assert word in written
+    assert not any(text and text.startswith("key") for text in written)
 
 
 def test_a_pooled_picture_says_that_it_is_pooled(traced, monkeypatch):

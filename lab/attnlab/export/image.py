@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +15,18 @@ from attnlab.views.difference import difference
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import map_label, ran_as
 from attnlab.views.tokens import TokenLabels, token_labels
-from attnlab.views.viewport import Region, Viewport, allowed_pixels, find_run, linked_viewports, load_map
+from attnlab.views.trace_map import column_word, is_signed
+from attnlab.views.viewport import (
+    Region,
+    Viewport,
+    allowed_pixels,
+    find_run,
+    find_trace,
+    linked_viewports,
+    load_map,
+)
 from attnlab_storage.database import Store
+from attnlab_storage.results import TraceRow
 
 FORMATS = ("png", "svg")
 
@@ -37,7 +49,8 @@ def render_view(
     """One region of one map with axes, token labels where they fit, title and colour bar.
 
     Args:
-        scale: "linear" from 0 to ``maximum`` (None: the largest pixel), "log" over five decades, or "row".
+        scale: "linear" from 0 to ``maximum`` (None: the largest pixel), "log" over five decades, or "row". Signed
+            weights go from -maximum to maximum in diverging colours; they are linear where "row" is asked for.
 
     Raises ViewError for anything that cannot be shown.
     """
@@ -74,6 +87,8 @@ def render_comparison(
 ) -> bytes:
     """The same region of the same head in several runs on one shared scale; two runs also get A - B.
 
+    Runs with signed weights share a scale of their own.
+
     Raises ViewError for anything that cannot be shown, also where two runs' maps differ in size.
     """
     if format not in FORMATS:
@@ -81,9 +96,10 @@ def render_comparison(
     linked = linked_viewports(
         store, [(run_id, layer, head) for run_id in run_ids], rows, cols, PLOT_SIDE, PLOT_SIDE, reduce
     )
-    peak = linked.maximum if maximum is None else maximum
+    signed = [is_signed(find_trace(store, run_id, layer)[1]) for run_id in run_ids]
+    peaks = {kind: _peak(linked.panels, signed, kind) if maximum is None else maximum for kind in set(signed)}
     panels = [
-        _panel(store, run_id, layer, head, view, peak, colormap, scale)
+        _panel(store, run_id, layer, head, view, peaks, colormap, scale)
         for run_id, view in zip(run_ids, linked.panels, strict=True)
     ]
     if len(run_ids) == 2:
@@ -102,26 +118,27 @@ def _panel(
     layer: int,
     head: int,
     view: Viewport,
-    peak: float,
+    peaks: Mapping[bool, float],
     colormap: str,
     scale: Scale,
 ) -> Panel:
     brief = run_brief(find_run(store, run_id))
+    trace = find_trace(store, run_id, layer)[1]
+    labels, signed = token_labels(store, run_id, layer), is_signed(trace)
+    if signed and view.reduce == "max":
+        view = replace(view, reduce="signed_max")
     facts = [ran_as(brief), str(brief["dtype"]), _pixels(view)]
-    labels = token_labels(store, run_id, layer)
     return Panel(
         view.values,
         view.rows,
         view.cols,
-        peak,
+        peaks[signed],
         title=map_label(brief, layer, head),
         subtitle=" · ".join(facts),
-        row_title=labels.query_title,
-        col_title=labels.key_title,
-        row_labels=_part(labels, view.rows, "query"),
-        col_labels=_part(labels, view.cols, "key"),
+        **_axes(labels, trace, view),
         colormap=colormap,
-        scale=scale,
+        scale="linear" if signed and scale == "row" else scale,
+        signed=signed,
         allowed=_allowed(store, run_id, layer, head, view),
     )
 
@@ -145,18 +162,30 @@ def _difference_panel(
         max(-gap.minimum, gap.maximum),
         title=f"#{a} − #{b} · L{layer}H{head}",
         subtitle=f"signed difference · {_pixels(gap)}",
-        row_title=labels.query_title,
-        col_title=labels.key_title,
-        row_labels=_part(labels, gap.rows, "query"),
-        col_labels=_part(labels, gap.cols, "key"),
+        **_axes(labels, find_trace(store, a, layer)[1], gap),
         signed=True,
         allowed=_allowed(store, a, layer, head, gap) | _allowed(store, b, layer, head, gap),
     )
 
 
-def _part(labels: TokenLabels, span: tuple[int, int], side: str) -> list[str]:
-    tokens = labels.query if side == "query" else labels.key
-    return tokens[slice(*span)]
+def _peak(views: Sequence[Viewport], signed: Sequence[bool], kind: bool) -> float:
+    """The largest size of a pixel in the views that are signed, or in those that are not."""
+    return max(
+        max(view.maximum, -view.minimum) for view, is_it in zip(views, signed, strict=True) if is_it == kind
+    )
+
+
+def _axes(labels: TokenLabels, trace: TraceRow, view: Viewport) -> dict[str, Any]:
+    """Words and tokens of both axes; a slot or a cell is no token."""
+    word = column_word(trace)
+    keys = labels.key[slice(*view.cols)] if word == "key" else []
+    return {
+        "col_word": word,
+        "row_title": labels.query_title,
+        "col_title": labels.key_title if word == "key" else "",
+        "row_labels": labels.query[slice(*view.rows)],
+        "col_labels": keys,
+    }
 
 
 def _pixels(view: Viewport) -> str:

@@ -15,6 +15,7 @@ from attnlab.views.errors import ViewError
 Scale = Literal["linear", "log", "row"]
 SCALES = ("linear", "log", "row")
 LOG_DECADES = 5
+SIGNED_KNEE = 1e-3  # share of the peak below which a signed logarithmic scale is linear
 PLOT_SIDE = 512
 TOKEN_CELL = 11  # pixels a cell needs before its token is written beside it
 _LABEL_ROOM = 96
@@ -53,6 +54,7 @@ class Panel:
     peak: float
     title: str
     subtitle: str = ""
+    col_word: str = "key"
     row_title: str = ""
     """what the rows are, where they are no tokens of a text"""
     col_title: str = ""
@@ -67,13 +69,18 @@ class Panel:
 def unit_values(values: np.ndarray, peak: float, scale: Scale, *, signed: bool) -> np.ndarray:
     """Values mapped to 0..1 of the colour scale: linear, log (five decades below the peak), or by row.
 
+    Of signed values 0.5 is zero, and log is linear near it (below `SIGNED_KNEE` of the peak).
+
     Raises ViewError for an unknown scale, or one without a meaning for signed values.
     """
     if scale not in SCALES:
         raise ViewError(f"scale must be one of {', '.join(SCALES)}; got {scale!r}")
-    if signed and scale != "linear":
-        raise ViewError(f"scale of a signed difference must be linear; got {scale!r}")
+    if signed and scale == "row":
+        raise ViewError(f"scale of signed values must be linear or log; got {scale!r}")
     peak = peak if peak > 0 else 1.0
+    if signed and scale == "log":
+        size = np.log1p(np.abs(values) / (SIGNED_KNEE * peak)) / np.log1p(1 / SIGNED_KNEE)
+        return np.clip(0.5 + 0.5 * np.sign(values) * size, 0.0, 1.0)
     if signed:
         return np.clip(values / (2 * peak) + 0.5, 0.0, 1.0)
     if scale == "row":
@@ -152,7 +159,7 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> Non
     scene.add(Raster(x, y, box.plot_width, box.plot_height, pixels))
     _draw_rows(scene, panel, box, x, theme)
     _draw_cols(scene, panel, box, x, theme)
-    down, across = _axis("query (from)", panel.row_title), _axis("key (to)", panel.col_title)
+    down, across = _axis("query (from)", panel.row_title), _axis(f"{panel.col_word} (to)", panel.col_title)
     scene.add(Text(left + 14, y + box.plot_height / 2, down, 12, theme.text, "middle", 90))
     below = y + box.plot_height + (box.room_across or 24) + 12
     scene.add(Text(x + box.plot_width / 2, below, across, 12, theme.text, "middle"))

@@ -66,6 +66,11 @@ def is_signed(trace: TraceRow) -> bool:
     return trace.kind == "difference" or map_facts(trace).get("features") == "identity"
 
 
+def column_word(trace: TraceRow) -> str:
+    """What a column stands for: "key", or the "slot" or "cell" that is a mixture of keys and no token."""
+    return {"slots": "slot", "reduced": "cell"}.get(trace.kind, "key")
+
+
 def make_map(trace: TraceRow, head: int, read: Read) -> AttentionMap:
     """The map of one head from what ``read`` gives; ViewError for a kind that this version does not know."""
 

@@ -173,7 +173,7 @@ export class Controls {
     const region = { layer, head, rows: rows?.join(":"), cols: cols?.join(":") };
     const theme = document.body.classList.contains("dark") ? "dark" : "light";
     const colormap = view.table(false).name;
-    const look = { ...region, scale: norm === "row" ? "row" : scale, reduce, colormap, theme };
+    const look = { ...region, scale: norm === "row" && !view.first.signed ? "row" : scale, reduce, colormap, theme };
     const runs = view.sources.map((source) => source.facts.run);
     const base = runs.length > 1 ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
     const which = runs.length > 1 ? { runs: runs.join(",") } : {};
