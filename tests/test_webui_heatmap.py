@@ -1,11 +1,13 @@
 """Laws of the map's bytes: what is masked travels as NaN, everything else as the exact number."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from attnlab.views.viewport import allowed_pixels, viewport
+from attnlab.views.viewport import Viewport, allowed_pixels, viewport
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Padding, Window
 from attnlab_webui import heatmap
@@ -47,6 +49,17 @@ def test_the_bytes_are_the_viewport_with_nan_for_masked(traced):
     assert headers["X-Attnlab-Shape"] == "77,77"
     assert headers["X-Attnlab-Exact"] == "1"
     assert float(headers["X-Attnlab-Max"]) == view.maximum
+
+
+@pytest.mark.parametrize("mask", [Causal(), Window(3), Window(2, 4)], ids=str)
+def test_pixels_of_uneven_size_are_masked_by_the_cells_under_them(mask):
+    rows, cols = np.array([0, 8, 16, 17]), np.array([0, 8, 16, 23])
+    values = np.ones((3, 3), np.float32)
+    view = replace(Viewport.of(values, (0, 17), (0, 23), (17, 23), "max"), edges=(rows, cols))
+    body, _ = heatmap.encode(view, [blank_map(mask, (17, 23))])
+    allowed = mask.allowed(np.arange(17), np.arange(23), num_queries=17, num_keys=23)
+    wanted = [[allowed[a:b, c:d].any() for c, d in pairwise(cols)] for a, b in pairwise(rows)]
+    np.testing.assert_array_equal(np.isnan(np.frombuffer(body, "<f4").reshape(3, 3)), ~np.array(wanted))
 
 
 def test_a_difference_is_masked_only_where_neither_map_allows_a_pair(traced):

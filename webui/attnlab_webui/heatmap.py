@@ -13,7 +13,7 @@ import gradio as gr
 import numpy as np
 
 from attnlab.views.trace_map import AttentionMap
-from attnlab.views.viewport import Viewport, allowed_pixels
+from attnlab.views.viewport import Viewport, allowed_in, allowed_pixels
 from attnlab_webui import theme
 
 OCTETS = "application/octet-stream"
@@ -56,10 +56,9 @@ def encode(view: Viewport, maps: Sequence[AttentionMap]) -> tuple[bytes, dict[st
     """A viewport as bytes and headers; a pixel is NaN where none of `maps` allows a pair."""
     values = np.ascontiguousarray(view.values, "<f4")
     if maps:
-        height, width = values.shape
         allowed = np.zeros(values.shape, bool)
         for one in maps:
-            allowed |= allowed_pixels(one, view.rows, view.cols, height, width)
+            allowed |= allowed_in(view, one)
         values = np.where(allowed, values, np.float32(np.nan))
     return values.tobytes(), headers_of(values, view.rows, view.cols, view.maximum, exact=view.exact)
 

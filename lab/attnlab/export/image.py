@@ -19,7 +19,7 @@ from attnlab.views.trace_map import column_word, is_signed
 from attnlab.views.viewport import (
     Region,
     Viewport,
-    allowed_pixels,
+    allowed_in,
     find_run,
     find_trace,
     linked_viewports,
@@ -144,8 +144,7 @@ def _panel(
 
 
 def _allowed(store: Store, run_id: int, layer: int, head: int, view: Viewport) -> np.ndarray:
-    height, width = view.values.shape
-    return allowed_pixels(load_map(store, run_id, layer, head), view.rows, view.cols, height, width)
+    return allowed_in(view, load_map(store, run_id, layer, head))
 
 
 def _difference_panel(

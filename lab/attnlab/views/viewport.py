@@ -208,10 +208,21 @@ def head_tensor(store: Store, run_id: int, name: str, layer: int, head: int) -> 
 def allowed_pixels(
     full_map: AttentionMap, rows: tuple[int, int], cols: tuple[int, int], height: int, width: int
 ) -> np.ndarray:
-    """bool [height, width]: whether any cell under the pixel may have a weight, cut as `viewport` does."""
-    size = {"num_queries": full_map.shape[0], "num_keys": full_map.shape[1]}
+    """bool [height, width]: whether any cell under the pixel may have a weight; pixels of even size."""
     row_edges = rows[0] + np.arange(height + 1) * (rows[1] - rows[0]) // height
     col_edges = cols[0] + np.arange(width + 1) * (cols[1] - cols[0]) // width
+    return _allowed(full_map, row_edges, col_edges)
+
+
+def allowed_in(view: Viewport, full_map: AttentionMap) -> np.ndarray:
+    """bool [height, width]: whether any cell under a pixel of the view may have a weight in this map."""
+    if view.edges is not None:
+        return _allowed(full_map, *view.edges)
+    return allowed_pixels(full_map, view.rows, view.cols, *view.values.shape)
+
+
+def _allowed(full_map: AttentionMap, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
+    size = {"num_queries": full_map.shape[0], "num_keys": full_map.shape[1]}
     if isinstance(full_map, SparseMap | NeighborhoodMap):
         return full_map.seen(row_edges, col_edges)
     ranges = [full_map.mask.key_range(int(a), int(b), **size) for a, b in pairwise(row_edges)]
