@@ -377,6 +377,27 @@ def test_random_features_equal_performers():
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
+def test_causal_random_features_equal_performers_fast_attention():
+    """Its rule for eps: 1e-4 in each feature, under a maximum over all keys, and 1e-6 in each sum of keys."""
+    theirs = pytest.importorskip("performer_pytorch.performer_pytorch", reason="needs performer-pytorch")
+    # past its chunk of 128 tokens
+    query, key, value = (
+        hidden(131, width=16, seed=s).unflatten(-1, (2, 8)).transpose(1, 2) for s in (1, 2, 3)
+    )
+    fast = theirs.FastAttention(8, nb_features=11, causal=True)
+    rows = fast.projection_matrix
+
+    def floored(x: Tensor, *dims: int) -> Tensor:
+        top = (x * 8**-0.25 @ rows.T).amax(dim=dims, keepdim=True)
+        return favor(x, rows, stabilise="none") * torch.exp(-top) + 1e-4 * 11**-0.5
+
+    mine = (floored(query, -1), floored(key, -1, -2))
+    sums = LinearSums(torch.zeros(*key.shape[:2], 11, 8), torch.full((*key.shape[:2], 11), 1e-6))
+    for form in ("parallel", "recurrent", "chunked"):
+        got = linear_attend(*mine, value, causal=True, eps=0, past=sums, form=form).output
+        torch.testing.assert_close(got, fast(query, key, value), atol=2e-6, rtol=0)
+
+
 def linformer(**changes) -> LinformerAttention:
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"dim": 24, "num_heads": 3, "max_seq_length": 11, "num_slots": 4} | changes

@@ -340,40 +340,59 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ring_attention_pytorch import RingAttention
+from ring_attention_pytorch.tree_attn_decoding import tree_attn_decode
+from ring_attention_pytorch.zig_zag_attention import zig_zag_attn, zig_zag_pad_seq, zig_zag_shard
 from safetensors.torch import load_file, save_file
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 wait = timedelta(seconds=60)
-dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=wait)
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=4, timeout=wait)
 given = load_file(folder / "in.safetensors")
 found = {}
-for name, group, striped in (("plain", 1, False), ("striped", 1, True), ("grouped", 2, False)):
+for name, group, striped, rotary in (
+    ("plain", 1, False, False), ("striped", 1, True, False), ("grouped", 2, False, False),
+    ("rotary", 1, False, True), ("striped rotary", 1, True, True),
+):
     layer = RingAttention(
         24, dim_head=8, heads=4, num_grouped_query_heads=group, causal=True, bucket_size=4, ring_attn=True,
-        ring_seq_size=16, striped_ring_attn=striped, auto_shard_seq=True, prenorm=False, use_cuda_kernel=False,
+        ring_seq_size=8, striped_ring_attn=striped, auto_shard_seq=True, prenorm=False, use_cuda_kernel=False,
+        rotary_embed=rotary,
     )
     layer.to_qkv[1].weight.data = given[f"{name}.qkv"]
     layer.to_out.weight.data = given[f"{name}.out"]
     with torch.no_grad():
         found[name] = layer(given["x"][rank : rank + 1]).contiguous()
+with torch.no_grad():
+    padded, unpad = zig_zag_pad_seq(given["x"][:1])
+    (own, queries, keys), gather = zig_zag_shard(padded)
+    parts = [part.unflatten(-1, (4, 8)).transpose(1, 2) for part in (own @ given["zigzag.qkv"].T).chunk(3, dim=-1)]
+    heads = zig_zag_attn(*parts, attn_mask=queries[:, None] >= keys)
+    found["zigzag"] = unpad(gather(heads.transpose(1, 2).flatten(2) @ given["zigzag.out"].T)).contiguous()
+    found["tree"] = tree_attn_decode(*(given["tree." + name] for name in "qkv"))
 save_file(found, folder / f"{rank}.safetensors")
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-def test_a_ring_is_ring_attention_pytorchs_on_two_gloo_ranks(tmp_path):
+def test_a_ring_is_ring_attention_pytorchs_on_four_gloo_ranks(tmp_path):
     """31 tokens of 32 slots; forward only: the package's gradients of keys and values are wrong on a CPU."""
     from safetensors.torch import load_file, save_file
 
     if importlib.util.find_spec("ring_attention_pytorch") is None:
         pytest.skip("needs ring-attention-pytorch")
     torch.manual_seed(0)
-    x = torch.randn(2, 31, 24)
+    x = torch.randn(4, 31, 24)
     layers = {
-        "plain": RingAttention(24, 4, head_dim=8, ring_size=2, layout="contiguous"),
-        "striped": RingAttention(24, 4, head_dim=8, ring_size=2, layout="striped"),
-        "grouped": RingAttention(24, 4, head_dim=8, ring_size=2, num_kv_heads=2),
+        name: RingAttention(24, 4, head_dim=8, ring_size=4, **settings)
+        for name, settings in {
+            "plain": {},
+            "striped": {"layout": "striped"},
+            "grouped": {"num_kv_heads": 2},
+            "rotary": {"use_rotary": True},
+            "striped rotary": {"layout": "striped", "use_rotary": True},
+            "zigzag": {"layout": "zigzag"},
+        }.items()
     }
     given = {"x": x}
     for name, layer in layers.items():
@@ -384,6 +403,8 @@ def test_a_ring_is_ring_attention_pytorchs_on_two_gloo_ranks(tmp_path):
             out = out.unflatten(1, (2, 2, 8)).transpose(1, 2).flatten(1, 3)
         given[f"{name}.qkv"] = torch.cat((query, layer.k_proj.weight, layer.v_proj.weight)).detach()
         given[f"{name}.out"] = out.detach().contiguous()
+    newest, keys, values = tensors(1, 31, heads=4, kv_heads=4)
+    given |= {"tree.q": newest, "tree.k": keys, "tree.v": values}
     save_file(given, tmp_path / "in.safetensors")
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     ranks = [
@@ -393,7 +414,7 @@ def test_a_ring_is_ring_attention_pytorchs_on_two_gloo_ranks(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(4)
     ]
     try:
         for process in ranks:
@@ -402,11 +423,15 @@ def test_a_ring_is_ring_attention_pytorchs_on_two_gloo_ranks(tmp_path):
     finally:
         for process in ranks:
             process.kill()
-    for rank in range(2):
+    shards = [attend(newest, k, v) for k, v in zip(keys.chunk(4, dim=2), values.chunk(4, dim=2), strict=True)]
+    tree, _ = lower.merge([(part.output, part.lse) for part in shards if part.lse is not None])
+    for rank in range(4):
         theirs = load_file(tmp_path / f"{rank}.safetensors")
+        torch.testing.assert_close(tree, theirs["tree"], atol=1e-6, rtol=0)
         for name, layer in layers.items():
+            own = 0 if name == "zigzag" else rank
             with torch.no_grad():
-                ours = layer(x[rank : rank + 1])
+                ours = layer(x[own : own + 1])
             torch.testing.assert_close(ours, theirs[name], atol=1e-6, rtol=0)
 
 
