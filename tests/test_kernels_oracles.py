@@ -21,7 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnlab_kernels import ChunkedPrefill, DifferentialAttention, GroupedQueryAttention, RingAttention
+from attnlab_kernels import (
+    ChunkedPrefill,
+    DifferentialAttention,
+    GroupedQueryAttention,
+    RingAttention,
+    SoftmaxMap,
+)
 from attnlab_kernels.masks import Causal, Full, Mask, Window
 from attnlab_kernels.neighborhood import Neighborhood
 from attnlab_kernels.operations.latent.reference import LatentInputs, latent_attend
@@ -202,13 +208,17 @@ def test_ragged_caches_are_masked_as_in_xformers(xformers_masks):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_grouped_causal_attention_is_onnx_attention_23(causal):
+def test_grouped_attention_and_its_map_are_those_of_onnx_attention_23(causal):
     pytest.importorskip("onnx", reason="needs onnx")
     from onnx import TensorProto, helper
     from onnx.reference import ReferenceEvaluator
 
     q, k, v = tensors(9, 9)
-    node = helper.make_node("Attention", ["q", "k", "v"], ["out"], is_causal=int(causal))
+    outputs = ["out", "", "", "map"]
+    # 3: what comes out of the softmax
+    node = helper.make_node(
+        "Attention", ["q", "k", "v"], outputs, is_causal=int(causal), qk_matmul_output_mode=3
+    )
     graph = helper.make_graph(
         [node],
         "attention",
@@ -216,13 +226,18 @@ def test_grouped_causal_attention_is_onnx_attention_23(causal):
             helper.make_tensor_value_info(name, TensorProto.FLOAT, part.shape)
             for name, part in zip("qkv", (q, k, v), strict=True)
         ],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("out", "map")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
     inputs = {name: part.numpy() for name, part in zip("qkv", (q, k, v), strict=True)}
-    (want,) = ReferenceEvaluator(model).run(None, inputs)
-    got = attend(q, k, v, mask=Causal() if causal else Full()).output
-    torch.testing.assert_close(got, torch.as_tensor(want), atol=1e-6, rtol=0)
+    want, maps = ReferenceEvaluator(model).run(None, inputs)
+    mask = Causal() if causal else Full()
+    got = attend(q, k, v, mask=mask)
+    torch.testing.assert_close(got.output, torch.as_tensor(want), atol=1e-6, rtol=0)
+    assert got.lse is not None
+    for head in range(4):
+        own = SoftmaxMap(q[1, head].numpy(), k[1, head // 2].numpy(), got.lse[1, head].numpy(), 0.25, mask)
+        np.testing.assert_allclose(own.tile(slice(None), slice(None)), maps[1, head], atol=1e-6)
 
 
 IN_JAX = """
