@@ -270,3 +270,38 @@ def test_yarn_also_multiplies_the_scores_as_in_deepseek_v3():
         torch.testing.assert_close(given, expected, atol=2e-6, rtol=1e-5)
         # their angles are float32 products: 1e-5 of a turn at position 89
         torch.testing.assert_close(ours(x)[0], expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+def test_what_is_compressed_is_what_is_cached_and_decompresses_to_keys_and_values(form):
+    module, x = make(), hidden(9)
+    with torch.no_grad():
+        result = module(x, use_cache=True, output_attentions=True, return_dict=True, form=form)
+        latent, _ = result.cache
+        torch.testing.assert_close(module.compress_kv(x), latent, atol=1e-6, rtol=0)
+        key, value = module.decompress_kv(latent)
+        heads = (result.attentions @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(module.o_proj(heads), result.output, atol=1e-6, rtol=1e-5)
+        query = module.q_proj(x).unflatten(-1, (3, -1)).transpose(1, 2)[..., :5]
+        scores = query @ key.transpose(-1, -2) * module.scale
+        torch.testing.assert_close(scores, module.score_parts(x).nope, atol=1e-6, rtol=1e-5)
+
+
+def test_the_ratio_of_cache_sizes_is_that_of_two_caches():
+    module, x = make(), hidden(9)
+    cache = module(x, use_cache=True)[2]
+    whole = ContiguousKV()
+    key, value = module.decompress_kv(module.compress_kv(x))
+    whole.update(0, torch.cat((key, key.new_zeros(*key.shape[:3], 6)), dim=-1), value)
+    assert module.get_cache_size_ratio() == pytest.approx(cache.nbytes() / whole.nbytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("BlockTable", "PagedKV"), ("MultiHeadLatentAttentionV2", "MultiHeadLatentAttention, with")],
+)
+def test_a_name_from_elsewhere_is_answered_with_ours(name, instead):
+    import attnlab_kernels
+
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; use {instead}"):
+        getattr(attnlab_kernels, name)

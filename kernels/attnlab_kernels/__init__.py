@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
     from attnlab_kernels.operations.softmax.api import Unsupported, attend, observing, supports, survey
     from attnlab_kernels.output import AttentionOutput
+    from attnlab_kernels.paged_cache import PagedKV
     from attnlab_kernels.position_bias import Alibi, BucketBias, WindowBias
     from attnlab_kernels.positions import Rotary
     from attnlab_kernels.ring_map import RingMap
@@ -107,6 +108,7 @@ _LAZY = {
     "SelfAttention": "attnlab_kernels.mechanisms.self_attention",
     "MultiHeadLatentAttention": "attnlab_kernels.mechanisms.multi_head_latent",
     "PagedAttention": "attnlab_kernels.mechanisms.paged",
+    "PagedKV": "attnlab_kernels.paged_cache",
     "RingAttention": "attnlab_kernels.mechanisms.ring_attention",
     "RingMap": "attnlab_kernels.ring_map",
     "SlidingWindowAttention": "attnlab_kernels.mechanisms.sliding_window",
@@ -120,6 +122,16 @@ _LAZY = {
     "observing": "attnlab_kernels.operations.softmax.api",
     "supports": "attnlab_kernels.operations.softmax.api",
     "survey": "attnlab_kernels.operations.softmax.api",
+}
+
+# names from elsewhere whose arguments differ: an alias would fail later, and less clearly
+_KNOWN_AS = {
+    "BaseAttention": "SelfAttention, with implementation= for use_flash_attention",
+    "BlockTable": "PagedKV, with open, append, fork, free and table",
+    "CrossAttentionLayer": "CrossAttention, with arguments for a config",
+    "MultiHeadLatentAttentionV2": "MultiHeadLatentAttention, with d_latent= and one rotary key beside the latent",
+    "MultiHeadSelfAttention": "SelfAttention",
+    "PagedKVCache": "PagedKV, with append for write, pools for read, and crop",
 }
 
 __all__ = [
@@ -167,6 +179,7 @@ __all__ = [
     "NeighborhoodMap",
     "Padding",
     "PagedAttention",
+    "PagedKV",
     "Parameter",
     "RingAttention",
     "RingMap",
@@ -193,6 +206,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _KNOWN_AS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; use {_KNOWN_AS[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

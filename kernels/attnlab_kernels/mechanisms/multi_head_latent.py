@@ -199,6 +199,23 @@ class MultiHeadLatentAttention(nn.Module):
         """An empty cache of the right kind; it takes its batch from the first tokens."""
         return LatentKV()
 
+    def compress_kv(self, hidden_states: Tensor) -> Tensor:
+        """Latent ``[B, n, r]`` of ``[B, n, dim]``, after its norm, as it is cached; the rotary key is not in it."""
+        self._check_input(hidden_states, None)
+        down = self.kv_a_proj_with_mqa(hidden_states)
+        return self.kv_a_layernorm(down[..., : self.kv_lora_rank])
+
+    def decompress_kv(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """All heads' keys without position ``[B, H, m, dn]`` and values ``[B, H, m, dv]``, of latents ``[B, m, r]``."""
+        heads = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key, value = heads.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        return key, value
+
+    def get_cache_size_ratio(self) -> float:
+        """Numbers cached a token over those that the keys and values of all heads would take: below 1 saves memory."""
+        key = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return (self.kv_lora_rank + self.qk_rope_head_dim) / (self.num_heads * (key + self.v_head_dim))
+
     def _inputs(
         self, hidden_states: Tensor, tables: tuple[Tensor, Tensor], cache: Cache | None
     ) -> LatentInputs:
