@@ -1,6 +1,7 @@
 """Fixtures for every floor: a home of its own for each test, and stores on both databases."""
 
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -24,13 +25,20 @@ from attnlab_storage import queue, results, settings, tensors
 from attnlab_storage.database import Store, migrate, open_store
 
 REAL_MODELS = settings.models_folder()
-# packages to compare with that the lab itself must not find, see .ci/make_environment.sh
+# packages to compare with that the lab itself must not find, see .ci/install_oracles.sh
 ORACLES = Path(sys.prefix) / "oracles"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Gradio's queue uses an option that pandas 3 deprecates; it is not ours to change."""
     config.addinivalue_line("filterwarnings", "ignore:'future.no_silent_downcasting' is deprecated")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_heap() -> None:
+    """What is imported stays: a run collects garbage more than once, and walking all of it takes a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from .models import ModelError, shared_model
 from .probes.accuracy import attention_errors
 from .probes.kernel import KernelCall
 from .probes.maps import LayerCapture, capture_call, finish
-from .probes.memory import give_back_free_heap, peak_memory
+from .probes.memory import peak_memory, trim_heap
 from .probes.statistics import statistics_of
 from .probes.timing import kernels_that_ran, latency
 from .probes.token_facts import token_facts
@@ -68,7 +68,7 @@ class Procedure:
         with torch.enable_grad() if self._point.phase == "train" else torch.inference_mode():
             recorder.phase("checking")
             self._check(subject)
-            give_back_free_heap()
+            trim_heap()
             with subject.ready():
                 if "maps" in record:
                     self._capture(subject)
@@ -132,7 +132,7 @@ class Procedure:
             subject.step(self._listening(capture))
         took = time.perf_counter() - began
         self._recorder.settle()
-        give_back_free_heap()
+        trim_heap()
         if missing := sorted(set(wanted) - {made.row.layer for made in captured}):
             last = self._found.layers - 1
             raise ModelError(f"layers: must be from 0 to {last}, there is no attention {missing[0]}")

@@ -79,11 +79,13 @@ def _resident_peak(step: Step) -> dict[str, Any]:
 
 
 def give_back_free_heap() -> None:
-    """Free what is garbage and return it to the system.
-
-    Reused or freed within a step, it would hide what the step takes; kept, it adds up to 200 MB to the next one.
-    """
+    """Free what is garbage and return it: reused or freed within a step, it would hide what the step takes."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system; kept, one step's adds up to 200 MB to the next one's peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
