@@ -39,7 +39,11 @@ def recommendation(found: Advice) -> str:
 
 def _part(mechanism: str, role: str, instead_of: str | None) -> str:
     title = escape(MECHANISMS[mechanism].title)
-    other = "" if instead_of is None else f' <span class="at-tag">instead of {escape(instead_of)}</span>'
+    other = (
+        ""
+        if instead_of is None
+        else f' <span class="at-tag">instead of {escape(MECHANISMS[instead_of].title)}</span>'
+    )
     css = "at-part" if instead_of is None else "at-part at-part-other"
     return (
         f'<div class="{css}"><a href="/mechanisms#{escape(mechanism)}">{title}</a>{other}'
@@ -62,8 +66,8 @@ def cache_panel(found: Advice) -> str:
     largest = max(line.bytes_in_all for line in found.lines)
     rows = "".join(_cache_row(line, largest) for line in found.lines)
     note = (
-        "By the catalog's formulas, for the shape above; where it has as many KV heads as heads, grouped-query is "
-        "shown with a quarter. Window, latent and state have the catalog's default sizes."
+        "By the catalog's formulas, for the shape in the fields; where it has as many KV heads as heads, "
+        "grouped-query is shown with a quarter. Window, latent and state have the catalog's default sizes."
     )
     return f'{title}<div class="at-cache-rows">{rows}</div><p class="at-muted">{note}</p>'
 
@@ -76,7 +80,7 @@ def shape_words(shape: ModelShape) -> str:
 def _cache_row(line: CacheLine, largest: int) -> str:
     width = 100 * line.bytes_in_all / largest
     name = f"<b>{escape(line.title)}</b>" if line.recommended else escape(line.title)
-    share = "1" if line.share == 1 else f"{line.share:.1%}" if line.share >= 0.001 else f"{line.share:.1e}"
+    share = "100%" if line.share == 1 else f"{line.share:.1%}" if line.share >= 0.001 else f"{line.share:.1e}"
     return (
         f'<span title="{escape(line.formula)}">{name}</span>'
         f'<span class="at-bar" aria-hidden="true"><span style="width:{width:.2f}%"></span></span>'

@@ -39,13 +39,14 @@ def build(store: Store) -> None:
     start = default_asked(store)
     with gr.Row(elem_classes="at-new", equal_height=False):
         with gr.Column(scale=4, min_width=330, elem_classes="at-new-form at-advise-form"):
-            fields = _question_fields(start) + _shape_fields(start)
+            questions = _question_fields(start)
             known = gr.Dropdown(
                 [(item.title, name) for name, item in KNOWN_SHAPES.items()],
                 value="llama-3-8b",
                 label="Take the shape of",
                 elem_id="advise-model",
             )
+            fields = questions + _shape_fields(start)
         with gr.Column(scale=8, min_width=560):
             notice = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="advise-notice")
             main = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="advise-main")
@@ -54,14 +55,16 @@ def build(store: Store) -> None:
             queue_button = gr.Button("Queue it", variant="primary", size="sm", elem_id="advise-queue")
             result = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="advise-result")
             yaml = gr.Code(
-                language="yaml", label="As YAML", interactive=False, elem_id="advise-yaml", max_lines=24
+                language="yaml", label="As YAML", interactive=False, elem_id="advise-yaml", max_lines=48
             )
             rest = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="advise-rest")
 
     shown = [notice, main, cache, trial, queue_button, yaml, rest, *fields[1:4]]
     answer = functools.partial(on_answer, store)
     for field in fields:
-        field.input(answer, fields, shown, js=ADDRESS_JS, **LATEST)
+        # a text that is pasted tells nobody before the field is left
+        events = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
+        gr.on(events, answer, fields, shown, js=ADDRESS_JS, **LATEST)
     known.input(take_shape, known, fields[4:10], **pieces.INTERNAL).then(
         answer, fields, shown, js=ADDRESS_JS, **pieces.INTERNAL
     )
