@@ -28,7 +28,7 @@ def head(preset: Preset, state: PresetState) -> str:
     """What the preset is about, how its claims stand, and its experiments."""
     kinds = [verdict.kind for verdict in state.verdicts.values()]
     chips = "".join(
-        f'<span class="at-chip {TONES[kind]}">{kinds.count(kind)} {escape(words)}</span> '
+        f'<span class="at-chip {TONES[kind]}">{escape(words)}: {kinds.count(kind)}</span> '
         for kind, words in KIND_WORDS.items()
         if kind in kinds
     )
@@ -46,7 +46,8 @@ def head(preset: Preset, state: PresetState) -> str:
 def no_runs(preset: Preset) -> str:
     """What to do where it was never run."""
     return (
-        f'<span class="at-muted">Not run yet: press Run, or attnlab preset run {escape(preset.name)}</span>'
+        '<span class="at-muted">Not run yet: press “Run this preset”, or in a terminal '
+        f'<span class="at-mono at-select">attnlab preset run {escape(preset.name)}</span></span>'
     )
 
 

@@ -228,8 +228,7 @@ def _sample_field(label: str, samples: Mapping[str, Path], value: str, elem_id: 
 def _input_shown(kind: str, form: Form) -> bool:
     if kind == "target":
         return drafts.writes(form)
-    shown = TEXT if form.source == RANDOM else form.source
-    return kind == shown
+    return kind == form.source
 
 
 def _mechanisms(

@@ -95,10 +95,12 @@ def claim_figure(info: ClaimInfo) -> go.Figure:
             hovertemplate="measured %{x:.4g}<extra></extra>",
         )
     styled(
-        figure, title=f"{info.title}: claimed and measured", x=info.unit, y="", height=120 + 30 * len(rows)
+        figure, title=f"{info.title}: claimed and measured", x=info.unit, y="", height=130 + 30 * len(rows)
     )
-    figure.update_yaxes(tickvals=places, ticktext=rows, autorange="reversed", showgrid=False)
-    figure.update_layout(showlegend=True, legend={"y": -0.3, "font": {"color": FONT}})
+    figure.update_yaxes(tickvals=places, ticktext=rows, autorange="reversed", showgrid=False, zeroline=False)
+    # above the bars: a place below, which is a share of the height, meets the axis title on a short chart
+    legend = {"x": 0, "y": 1, "yanchor": "bottom", "font": {"color": FONT}}
+    figure.update_layout(showlegend=True, legend=legend, margin_t=64)
     figure.update_xaxes(rangemode="tozero")
     if info.unit == "tokens":
         lengths = sorted(
