@@ -65,8 +65,10 @@ def test_claim_measurement_and_verdict_stand_side_by_side(serve, browse, measure
 
 def test_the_button_queues_the_preset_and_the_page_follows_it(serve, browse, sqlite_store):
     page = browse(serve(sqlite_store) + "/claims", dark=True)
+    expect(page.locator("#claims-head h1")).to_have_text("Memory relative to multi-head")
     page.locator("#claims-preset").get_by_label("Cache sizes and speed-ups").check()
     page.wait_for_url("**/claims?preset=cache-sizes")
+    expect(page.locator("#claims-head h1")).to_have_text("Cache sizes and speed-ups")
     expect(page.locator("#claims-head")).to_contain_text("Not run yet: press “Run this preset”")
     page.get_by_role("button", name="Run this preset").click()
     expect(page.locator("#claims-result")).to_contain_text("6 runs queued")

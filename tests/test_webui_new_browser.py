@@ -94,6 +94,19 @@ def test_queue_button_queues_and_leads_to_the_experiment(page, sqlite_store):
     page.wait_for_url("**/experiment?id=1")
 
 
+def test_a_picture_for_a_model_of_text_is_refused_with_the_model_that_reads_it(page):
+    page.locator("#new-source").get_by_label("image").check()
+    expect(page.locator("#new-problems")).to_contain_text("image is for vit-digits")
+    expect(page.locator("#new-image input")).to_have_value("astronaut")
+    expect(yaml_text(page)).not_to_contain_text("max_tokens")
+    type_yaml(
+        page, "name: small\nmodel: vit-digits\nvary: {mechanism: [multi_head]}\ninput: {image: digit-3}"
+    )
+    expect(page.locator("#new-problems")).to_be_empty()
+    expect(page.locator("#new-preview img")).to_be_visible()
+    expect(page.locator("#new-queue")).to_be_enabled()
+
+
 def test_clone_prefills_the_form(serve, browse, sqlite_store, traced):
     page = browse(serve(sqlite_store) + "/?clone=1")
     expect(page.locator("#new-notice")).to_contain_text("A copy of experiment 1")

@@ -120,6 +120,8 @@ def _kind(spec: ExperimentSpec, facts: ModelFacts) -> Iterator[Problem]:
     readable = ("text", "file", "synthetic") if facts.reads == "text" else (facts.reads,)
     if given and given[0] not in readable:
         rule = f"must be {' or '.join(readable)}: that is what {spec.model} reads"
+        others = [name for name, model in BUNDLED.items() if model.facts.reads == given[0]]
+        rule += f" ({given[0]} is for {', '.join(others)})" if others and facts.reads == "text" else ""
         yield Problem("input", rule, given[0], readable)
     if spec.input.target is not None and not facts.writes:
         rule = f"is for encoder-decoder models, and {spec.model} is none"

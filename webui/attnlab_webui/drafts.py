@@ -142,11 +142,15 @@ def readable(form: Form) -> Form:
         return form if facts.writes else replace(form, target="")
     if form.source == facts.reads:
         return form
-    # the length of a picture or a sound is not chosen
-    form = replace(
-        form, source=facts.reads, sequence_lengths="", max_tokens="", repeat=False, text="", target=""
-    )
-    if facts.reads == IMAGE:
+    return with_sample(replace(form, source=facts.reads, text="", target=""), sample)
+
+
+def with_sample(form: Form, sample: str = "") -> Form:
+    """The form once a picture or a sound is its input: one to start with, and no length, which is not chosen."""
+    if form.source not in (IMAGE, AUDIO):
+        return form
+    form = replace(form, sequence_lengths="", max_tokens="", repeat=False)
+    if form.source == IMAGE:
         return replace(form, image=form.image or sample or "astronaut")
     return replace(form, audio=form.audio or sample or "dashwood")
 

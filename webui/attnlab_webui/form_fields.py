@@ -228,7 +228,8 @@ def _sample_field(label: str, samples: Mapping[str, Path], value: str, elem_id: 
 def _input_shown(kind: str, form: Form) -> bool:
     if kind == "target":
         return drafts.writes(form)
-    return kind == form.source
+    shown = TEXT if form.source == RANDOM else form.source  # random tokens are cut at a length too
+    return kind == shown
 
 
 def _mechanisms(

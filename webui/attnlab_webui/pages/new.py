@@ -106,6 +106,8 @@ def on_form(store: Store, fields: FormFields, text: str, shown: Form, *values: A
     """After an edit in the form: the YAML follows, unless it cannot be read."""
     typed = fields.read(values)
     form = drafts.readable(typed) if typed.model != shown.model else typed
+    if form.source != shown.source:
+        form = drafts.with_sample(form)
     draft = drafts.write_form(form, text, shown)
     kept = draft.document is None
     new_text = gr.skip() if draft.text == text else draft.text
