@@ -42,6 +42,5 @@ def test_no_two_triton_kernels_of_ours_share_a_name_in_a_profile():
                 names += [
                     node.name for mark in node.decorator_list if ast.unparse(mark).startswith("triton.jit")
                 ]
-    softmax = [name for name in names if name.startswith(("softmax_", "paged_"))]
-    assert len(softmax) >= 7
+    assert len(names) >= 17
     assert len(set(names)) == len(names)

@@ -110,7 +110,7 @@ def test_an_argument_that_a_kernel_lacks_is_named():
         kernel="linear state",
         form="wrong",
         module="attnlab_kernels.operations.linear.triton_kernel",
-        function="state_kernel",
+        function="linear_state_kernel",
         dtype="bf16",
         constants={"BLOCK": 16},
         num_warps=4,

@@ -63,7 +63,7 @@ def run(
     intervals = [band.key_interval(k1.shape[2], index if band.ranges else 0) for index in range(batch)]
     ranges = torch.tensor(intervals, dtype=torch.int32, device=q1.device)
     config = choose_config(padded(dim), padded(value_dim), q1.element_size())
-    kernels.forward_kernel[(-(-num_queries // config.block_m), batch * heads)](
+    kernels.difference_forward_kernel[(-(-num_queries // config.block_m), batch * heads)](
         q1, q2, k1, k2, v, weights, out, *lse, ranges,
         *q1.stride()[:3], *q2.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *v.stride()[:3], *weights.stride(),
         heads, heads // k1.shape[1], num_queries, k1.shape[2], band.left or 0, band.right or 0,

@@ -30,7 +30,7 @@ def _fold(acc, row_max, row_sum, scores, v):
 
 
 @triton.jit
-def forward_kernel(
+def difference_forward_kernel(
     q1_ptr, q2_ptr, k1_ptr, k2_ptr, v_ptr, weight_ptr, out_ptr, lse1_ptr, lse2_ptr, ranges_ptr,
     stride_q1b, stride_q1h, stride_q1m, stride_q2b, stride_q2h, stride_q2m,
     stride_k1b, stride_k1h, stride_k1n, stride_k2b, stride_k2h, stride_k2n, stride_vb, stride_vh, stride_vn,

@@ -19,7 +19,7 @@ def forward_case(dtype: str, dim: int) -> StaticCase:
         kernel="differential forward",
         form=f"{dtype} D {dim}, Dv {2 * dim}",
         module=KERNELS,
-        function="forward_kernel",
+        function="difference_forward_kernel",
         dtype=dtype,
         types={f"{name}_ptr": "*fp32" for name in wide} | {"ranges_ptr": "*i32", "qk_scale": "fp32"},
         constants={

@@ -100,7 +100,7 @@ def _multiply(x: Tensor, weight: Tensor, routing: Routing, divisor: int) -> Tens
         return out
     blocks = sort_into_blocks(routing.experts, weight.shape[1], config.block_m)
     grid = (blocks.group.numel(), -(-weight.shape[3] // config.block_n))
-    kernels.grouped_kernel[grid](
+    kernels.expert_projection_kernel[grid](
         x, matrices, gates, *blocks, out, x.stride(0), matrices.stride(0), matrices.stride(1), divisor,
         weight.shape[2], weight.shape[3],
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, LOGITS=False,

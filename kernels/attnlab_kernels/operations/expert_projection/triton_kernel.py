@@ -18,7 +18,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
-def grouped_kernel(
+def expert_projection_kernel(
     x_ptr, weight_ptr, gate_ptr, order_ptr, group_ptr, start_ptr, stop_ptr, out_ptr,
     stride_xm, stride_wg, stride_wk, divisor, width_in, width_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOGITS: tl.constexpr,

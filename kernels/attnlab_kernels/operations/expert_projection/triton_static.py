@@ -19,7 +19,7 @@ def grouped_case(dtype: str, logits: bool) -> StaticCase:
         kernel="expert projection",
         form=f"{dtype} {'sigmoid inside' if logits else 'gates given'}",
         module=KERNELS,
-        function="grouped_kernel",
+        function="expert_projection_kernel",
         dtype=dtype,
         types=places | {"gate_ptr": "*fp32", "out_ptr": "*fp32"},
         constants={

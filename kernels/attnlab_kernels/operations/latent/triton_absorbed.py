@@ -71,7 +71,7 @@ def run(
     band = mask.band()
     intervals = [band.key_interval(num_keys, index if band.ranges else 0) for index in range(batch)]
     ranges = torch.tensor(intervals, dtype=torch.int32, device=nope.device)
-    kernels.split_kernel[(blocks, batch, splits)](
+    kernels.latent_decode_kernel[(blocks, batch, splits)](
         nope.contiguous(), rope.contiguous(), latent, key_rope, parts, part_lse, ranges,
         *latent.stride()[:2], *key_rope.stride()[:2], parts.stride(0), part_lse.stride(0),
         rows, num_queries, num_keys, -(-num_keys // splits), band.left or 0, band.right or 0,
@@ -80,7 +80,7 @@ def run(
         BLOCK_DR=padded(rope.shape[-1]), HAS_LEFT=band.left is not None, HAS_RIGHT=band.right is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    kernels.merge_kernel[(batch * rows,)](
+    kernels.latent_merge_kernel[(batch * rows,)](
         parts,
         part_lse,
         out,

@@ -17,7 +17,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
-def split_kernel(
+def latent_decode_kernel(
     nope_ptr, rope_ptr, latent_ptr, key_rope_ptr, out_ptr, lse_ptr, ranges_ptr,
     stride_cb, stride_cn, stride_rb, stride_rn, stride_os, stride_ls,
     num_rows, num_queries, num_keys, split_keys, left, right, qk_scale,
@@ -84,7 +84,7 @@ def split_kernel(
 
 
 @triton.jit
-def merge_kernel(
+def latent_merge_kernel(
     parts_ptr, part_lse_ptr, out_ptr, lse_ptr, stride_os, stride_ls, splits,
     R: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip

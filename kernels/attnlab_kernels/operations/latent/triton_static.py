@@ -20,7 +20,7 @@ def split_case(dtype: str, rank: int) -> StaticCase:
         kernel="latent decode",
         form=f"{dtype} rank {rank} + 64, tile {config.block_m} x {config.block_n}",
         module=KERNELS,
-        function="split_kernel",
+        function="latent_decode_kernel",
         dtype=dtype,
         types={"out_ptr": "*fp32", "lse_ptr": "*fp32", "ranges_ptr": "*i32", "qk_scale": "fp32"},
         constants={
@@ -47,7 +47,7 @@ def merge_case(dtype: str) -> StaticCase:
         kernel="latent merge",
         form=f"{dtype} rank 512",
         module=KERNELS,
-        function="merge_kernel",
+        function="latent_merge_kernel",
         dtype=dtype,
         types={"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32"},
         constants={"R": 512, "BLOCK_R": 512},

@@ -103,7 +103,7 @@ def _states(
     last = torch.empty(batch, heads, inner, outer, **wide), torch.empty(batch, heads, inner, **wide)
     config = choose_config(inner, outer, a.element_size())
     grid = (-(-inner // config.block_e), -(-outer // config.block_f), batch * heads)
-    kernels.state_kernel[grid](
+    kernels.linear_state_kernel[grid](
         a, b, weight, states, norms, *(part.float().contiguous() for part in past), *last,
         a.shape[3], b.shape[3], length, chunks,
         E=inner, F=outer, CHUNK=chunk, BLOCK_E=config.block_e, BLOCK_F=config.block_f, REVERSE=reverse,
@@ -189,7 +189,7 @@ def _launch(
     chunks = -(-length // chunk)
     config = choose_config(inner, outer, 4 if precision == FULL else 2)
     strides = (1, states.shape[4]) if transposed else (states.shape[4], 1)
-    kernels.output_kernel[(chunks, -(-outer // config.block_f), batch * heads)](
+    kernels.linear_output_kernel[(chunks, -(-outer // config.block_f), batch * heads)](
         q, k, v, states, norms, weight, out, denominator,
         q.shape[3], k.shape[3], v.shape[3], *strides, length, chunks,
         E=inner, F=outer, CHUNK=chunk, BLOCK_E=config.block_e, BLOCK_F=config.block_f, REVERSE=reverse,

@@ -1,10 +1,9 @@
 """The Triton kernels of causal linear attention. Importing this needs triton.
 
-Two kernels do forward and backward: ``state_kernel`` runs over the chunks and keeps the sums before each of them, in
-float32; ``output_kernel`` reads weights inside a chunk and the state before it. Every gradient is a reading of the
-same kind with other tensors, so the backward is one state pass in reverse and three more readings.
-
-C chunk, E inner width (that of the two tensors whose product is a weight), F outer width (that of what is summed).
+Two kernels do forward and backward: ``linear_state_kernel`` runs over the chunks and keeps the sums before each of
+them, in float32; ``linear_output_kernel`` reads weights inside a chunk and the state before it. Every gradient is a
+reading of the same kind with other tensors, so the backward is one state pass in reverse and three more readings. C
+chunk, E inner width (that of the two tensors whose product is a weight), F outer width (that of what is summed).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
-def state_kernel(
+def linear_state_kernel(
     a_ptr,
     b_ptr,
     weight_ptr,
@@ -83,7 +82,7 @@ def state_kernel(
 
 
 @triton.jit
-def output_kernel(
+def linear_output_kernel(
     q_ptr,
     k_ptr,
     v_ptr,

@@ -27,7 +27,13 @@ def state_case(dtype: str, chunk: int, width: int) -> StaticCase:
     """The pass over the chunks."""
     names = ("weight", "state", "norm", "past_state", "past_norm", "last_state", "last_norm")
     return _case(
-        "linear state", "state_kernel", dtype, chunk, width, names, {"REVERSE": True, "HAS_WEIGHT": True}
+        "linear state",
+        "linear_state_kernel",
+        dtype,
+        chunk,
+        width,
+        names,
+        {"REVERSE": True, "HAS_WEIGHT": True},
     )
 
 
@@ -37,7 +43,7 @@ def reading_case(
     """The reading of one chunk."""
     flags = {"REVERSE": reverse, "DENOMINATOR": denominator, "WEIGHT": weight, "WIDE": dtype != "bf16"}
     names = ("state", "norm", "weight", "denominator")
-    return _case(f"linear {name}", "output_kernel", dtype, chunk, width, names, flags)
+    return _case(f"linear {name}", "linear_output_kernel", dtype, chunk, width, names, flags)
 
 
 def _case(

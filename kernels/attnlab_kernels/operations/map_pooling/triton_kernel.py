@@ -44,7 +44,7 @@ def _log_weights(
 
 
 @triton.jit
-def row_kernel(
+def map_row_kernel(
     q_ptr, k_ptr, lse_ptr, out_ptr, ranges_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_out,
     heads, group, num_queries, num_keys, left, right, sinks, qk_scale,
@@ -102,7 +102,7 @@ def row_kernel(
 
 
 @triton.jit
-def column_kernel(
+def map_column_kernel(
     q_ptr, k_ptr, lse_ptr, sum_ptr, max_ptr, ranges_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     heads, group, num_queries, num_keys, left, right, qk_scale,
@@ -146,7 +146,7 @@ def column_kernel(
 
 
 @triton.jit
-def pool_kernel(
+def map_pool_kernel(
     q_ptr, k_ptr, lse_ptr, max_ptr, mean_ptr, ranges_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     heads, group, num_queries, num_keys, cells_down, cells_across, left, right, qk_scale,

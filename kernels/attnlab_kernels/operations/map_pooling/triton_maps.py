@@ -53,11 +53,11 @@ def statistics(
     strides = (*q.stride()[:3], *k.stride()[:3])
     factor = scale * math.log2(math.e)
     launch = _tile(q, config) | flags
-    kernels.row_kernel[(-(-num_queries // config.block_m), batch * heads)](
+    kernels.map_row_kernel[(-(-num_queries // config.block_m), batch * heads)](
         q, k, lse, rows, ranges, *strides, rows.stride(0), heads, heads // k.shape[1], num_queries, num_keys,
         *numbers, sinks, factor, **launch,
     )  # fmt: skip
-    kernels.column_kernel[(-(-num_keys // config.block_n), batch * heads)](
+    kernels.map_column_kernel[(-(-num_keys // config.block_n), batch * heads)](
         q, k, lse, columns[0], columns[1], ranges, *strides, heads, heads // k.shape[1], num_queries, num_keys,
         *numbers, factor, **launch,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def pool(
     )
     ranges, numbers, flags = _mask_arguments(q, k, mask)
     patch_m, patch_n = max(cell[0], config.block_m), max(cell[1], config.block_n)
-    kernels.pool_kernel[(-(-num_queries // patch_m), batch * heads)](
+    kernels.map_pool_kernel[(-(-num_queries // patch_m), batch * heads)](
         q, k, lse.float().contiguous(), maximum, mean, ranges, *q.stride()[:3], *k.stride()[:3],
         heads, heads // k.shape[1], num_queries, num_keys, down, across, *numbers, scale * math.log2(math.e),
         CELL_M=cell[0], CELL_N=cell[1], PATCH_M=patch_m, PATCH_N=patch_n, **_tile(q, config), **flags,

@@ -15,8 +15,8 @@ def cases(capability: int) -> list[StaticCase]:
     found = []
     for dtype in ("bf16", "fp32"):
         for dim in (64, 128, 256):
-            found.append(_case("map rows", "row_kernel", dtype, dim, {}, ("out",)))
-            found.append(_case("map columns", "column_kernel", dtype, dim, {}, ("sum", "max")))
+            found.append(_case("map rows", "map_row_kernel", dtype, dim, {}, ("out",)))
+            found.append(_case("map columns", "map_column_kernel", dtype, dim, {}, ("sum", "max")))
             found += [pool_case(dtype, dim, cell) for cell in CELLS]
     return found
 
@@ -26,7 +26,9 @@ def pool_case(dtype: str, dim: int, cell: int) -> StaticCase:
     config = choose_config(dim, _size(dtype))
     sides = {"CELL_M": cell, "CELL_N": cell}
     sides |= {"PATCH_M": max(cell, config.block_m), "PATCH_N": max(cell, config.block_n)}
-    return _case("map pooling", "pool_kernel", dtype, dim, sides, ("max", "mean"), f", cells {cell} x {cell}")
+    return _case(
+        "map pooling", "map_pool_kernel", dtype, dim, sides, ("max", "mean"), f", cells {cell} x {cell}"
+    )
 
 
 def _case(

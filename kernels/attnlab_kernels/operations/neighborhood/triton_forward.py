@@ -68,7 +68,7 @@ def run(
     tiles_y = math.ceil(math.ceil(height / dilation[0]) / config.tile_y)
     tiles_x = math.ceil(math.ceil(width / dilation[1]) / config.tile_x)
     factor = dim**-0.5 if scale is None else scale
-    kernels.forward_kernel[(tiles_y * tiles_x, dilation[0] * dilation[1], batch * heads)](
+    kernels.neighborhood_forward_kernel[(tiles_y * tiles_x, dilation[0] * dilation[1], batch * heads)](
         q, k, v, out, lse, *tables, seen, heads, height, width, *dilation, tiles_x, factor * math.log2(math.e),
         D=dim, DV=value_dim, TILE_Y=config.tile_y, TILE_X=config.tile_x, BLOCK_N=config.block_n,
         BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim), HAS_VISIBLE=seen is not None,

@@ -18,7 +18,7 @@ INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
-def forward_kernel(
+def neighborhood_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_y_ptr, count_y_ptr, first_x_ptr, count_x_ptr, visible_ptr,
     heads, height, width, dilation_y, dilation_x, tiles_x, qk_scale,
     D: tl.constexpr, DV: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_N: tl.constexpr,

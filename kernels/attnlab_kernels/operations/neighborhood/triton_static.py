@@ -24,7 +24,7 @@ def forward_case(dtype: str, axes: int, dim: int) -> StaticCase:
         kernel="neighborhood forward",
         form=f"{dtype} {axes}-D, D {dim}, tile {config.tile_y} x {config.tile_x}",
         module=KERNELS,
-        function="forward_kernel",
+        function="neighborhood_forward_kernel",
         dtype=dtype,
         types={f"{name}_ptr": "*i32" for name in tables}
         | {"lse_ptr": "*fp32", "visible_ptr": "*u8", "qk_scale": "fp32"},
