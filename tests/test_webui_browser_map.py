@@ -5,6 +5,10 @@ import re
 import numpy as np
 import pytest
 
+from attnlab.run import run_here
+from attnlab.spec import parse_spec
+from attnlab_storage import results
+
 pytestmark = pytest.mark.browser
 
 READY = "() => window.__attnlab?.idle"
@@ -306,3 +310,57 @@ def test_the_layout_fits_a_small_laptop(lab):
         box = page.locator(name).first.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 1280
+
+
+def test_no_control_reaches_out_of_the_column_beside_the_map(lab):
+    page = lab(width=1280)
+    page.locator(".at-stats-top button").first.wait_for()
+    # as wide as the widest of its choices, unless it is told to be narrower
+    page.get_by_label("statistic").evaluate(
+        "e => e.append(new Option('mass on the 5 heaviest columns of a head'))"
+    )
+    ends = page.evaluate(
+        "() => [...document.querySelectorAll('.at-side select, .at-side button, .at-side a')]"
+        ".filter(e => e.offsetParent).map(e => [e.getBoundingClientRect().right, e.ariaLabel ?? e.textContent])"
+    )
+    column = page.locator(".at-side").bounding_box()
+    assert "order" in {name for _, name in ends}
+    assert [name for end, name in ends if end > column["x"] + column["width"] + 0.5] == []
+
+
+def test_strips_lie_beside_the_map_and_signed_heads_are_drawn_around_zero(sqlite_store, serve, browse):
+    spec = {
+        "name": "strips",
+        "module": {"dim": 24, "num_heads": 2},
+        "vary": {"mechanism": [{"ring": {"ring_size": 3}}, "differential"], "sequence_length": [30]},
+        "record": ["maps"],
+        "repeats": 1,
+    }
+    experiment = run_here(sqlite_store, parse_spec(spec))
+    runs = [run.id for run in results.runs_of(sqlite_store, experiment_id=experiment)]
+    address = serve(sqlite_store)
+    page = browse(f"{address}/experiment?id={experiment}&run={runs[0]}&rows=0:10&cols=0:10")
+    wait(page)
+    page.locator(".at-overlay").first.wait_for()
+    over = """([dx, dy]) => {
+      const {plot} = window.__attnlab.panels()[0], canvas = document.querySelector("canvas.at-over");
+      const scale = canvas.width / canvas.clientWidth;
+      return canvas.getContext("2d").getImageData((plot.x + dx) * scale, (plot.y + dy) * scale, 1, 1).data[3];
+    }"""
+    page.wait_for_function(f"() => ({over})([40, -4]) === 255")
+    assert [page.evaluate(over, at) for at in ([-4, 40], [40, 3], [3, 40])] == [255, 0, 0]
+    page.get_by_label("query owners").uncheck()
+    page.wait_for_function(f"() => ({over})([-4, 40]) === 0")
+
+    page.goto(f"{address}/experiment?id={experiment}&run={runs[1]}")
+    wait(page)
+    blue, red = page.evaluate(
+        """() => {
+          const canvas = document.querySelector(".at-head canvas");
+          const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+          const at = (from, to) => data.filter((_, i) => i % 4 === from && data[i] > data[i - from + to] + 60).length;
+          return [at(2, 0), at(0, 2)];
+        }"""
+    )
+    assert blue > 20
+    assert red > 20
