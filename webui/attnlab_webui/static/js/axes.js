@@ -13,12 +13,13 @@ export function plotArea(width, height) {
   };
 }
 
-export function drawAxes(context, plot, window, labels, ink) {
+// pad: pixels between the plot and the marks of each side that something else takes
+export function drawAxes(context, plot, window, labels, ink, pad = { rows: 0, cols: 0 }) {
   context.save();
   context.font = `${FONT}px ${ink.mono}`;
   context.fillStyle = ink.text;
-  drawRows(context, plot, window, labels.query, Boolean(labels.queryTitle), ink);
-  drawColumns(context, plot, window, labels.key, Boolean(labels.keyTitle), ink);
+  drawRows(context, plot, window, labels.query, Boolean(labels.queryTitle), ink, pad.rows);
+  drawColumns(context, plot, window, labels.key, Boolean(labels.keyTitle), ink, pad.cols);
   context.font = `600 ${FONT}px ${ink.sans}`;
   context.fillStyle = ink.muted;
   context.textAlign = "left";
@@ -36,28 +37,28 @@ export function axisWord(word, title) {
 }
 
 // named: positions have a meaning of their own (seconds, patches), so that a mark says it and not its number
-function drawRows(context, plot, window, tokens, named, ink) {
+function drawRows(context, plot, window, tokens, named, ink, pad) {
   const cell = plot.h / (window.r1 - window.r0);
   context.textAlign = "right";
   context.textBaseline = "middle";
   for (const at of marks(window.r0, window.r1, cell, tokens)) {
     const y = plot.y + (at + 0.5 - window.r0) * cell;
     if (y < plot.y || y > plot.y + plot.h) continue;
-    rule(context, plot.x - 4, y, plot.x - 1, y, ink);
-    context.fillText(label(context, tokens, named, at, cell, GUTTER.left - 22), plot.x - 7, y);
+    rule(context, plot.x - 4 - pad, y, plot.x - 1 - pad, y, ink);
+    context.fillText(label(context, tokens, named, at, cell, GUTTER.left - 22 - pad), plot.x - 7 - pad, y);
   }
 }
 
-function drawColumns(context, plot, window, tokens, named, ink) {
+function drawColumns(context, plot, window, tokens, named, ink, pad) {
   const cell = plot.w / (window.c1 - window.c0);
   context.textBaseline = "middle";
   for (const at of marks(window.c0, window.c1, cell, tokens)) {
     const x = plot.x + (at + 0.5 - window.c0) * cell;
     if (x < plot.x || x > plot.x + plot.w) continue;
-    rule(context, x, plot.y - 4, x, plot.y - 1, ink);
+    rule(context, x, plot.y - 4 - pad, x, plot.y - 1 - pad, ink);
     context.save();
-    context.translate(x, plot.y - 7);
-    const words = label(context, tokens, named, at, cell, GUTTER.top - 22);
+    context.translate(x, plot.y - 7 - pad);
+    const words = label(context, tokens, named, at, cell, GUTTER.top - 22 - pad);
     if (tokens && cell >= LABEL_CELL) {
       context.rotate(-Math.PI / 2);
       context.textAlign = "left";

@@ -125,8 +125,9 @@ export class Controls {
   drawThumbs() {
     if (!this.view.tables) return;
     const kind = this.view.state.get("scale");
-    const scaleOf = (tile) => makeScale({ kind, top: largest(tile.values) });
-    this.picker.drawThumbs(this.view.thumbs ?? null, scaleOf, this.view.table(false));
+    const signed = Boolean(this.view.first.layer?.signed);
+    const scaleOf = (tile) => makeScale({ kind, top: largest(tile.values), signed });
+    this.picker.drawThumbs(this.view.thumbs ?? null, scaleOf, this.view.table(signed));
     hatchSwatch(this.root);
   }
 

@@ -1,4 +1,4 @@
-// What a mechanism adds to its map: lines and strips over the canvas, each with a tick, and the names of its colours.
+// What a mechanism adds to its map: lines over it and strips beside it, each with a tick, and the names of its colours.
 
 import { ApiError, getJson, query } from "./request.js";
 
@@ -85,24 +85,45 @@ export class Overlays {
   }
 
   redraw() {
-    for (const panel of this.view.panels) if (panel.plot) panel.drawOver();
+    for (const panel of this.view.panels) if (panel.plot) panel.draw();
+  }
+
+  // Strips lie between the plot and its marks: over the plot they would hide the first tokens.
+  pad(panel) {
+    const pad = { rows: 0, cols: 0 };
+    if (panel.source !== this.view.first) return pad;
+    for (const { name, kind, side } of this.found) if (kind === "strip" && this.shown.has(name)) pad[side] += STRIP;
+    return pad;
   }
 
   draw(context, panel, ink) {
     if (panel.source !== this.view.first) return;
     const { plot, camera } = panel;
-    context.save();
-    context.beginPath();
-    context.rect(plot.x, plot.y, plot.w, plot.h);
-    context.clip();
-    const taken = { rows: 0, cols: 0 };
-    for (const overlay of this.found) {
-      if (!this.shown.has(overlay.name)) continue;
-      if (overlay.kind === "lines") drawLines(context, plot, camera.window, overlay.lines, ink);
-      if (overlay.kind === "strip") drawStrip(context, plot, camera.window, overlay, STRIP * taken[overlay.side]++);
-    }
-    context.restore();
+    const pad = this.pad(panel);
+    const shown = this.found.filter(({ name }) => this.shown.has(name));
+    within(context, [[plot.x, plot.y, plot.w, plot.h]], () => {
+      for (const { kind, lines } of shown) if (kind === "lines") drawLines(context, plot, camera.window, lines, ink);
+    });
+    const margins = [
+      [plot.x - pad.rows, plot.y, pad.rows, plot.h],
+      [plot.x, plot.y - pad.cols, plot.w, pad.cols],
+    ];
+    within(context, margins, () => {
+      const taken = { rows: 0, cols: 0 };
+      for (const overlay of shown) {
+        if (overlay.kind === "strip") drawStrip(context, plot, camera.window, overlay, STRIP * ++taken[overlay.side]);
+      }
+    });
   }
+}
+
+function within(context, boxes, draw) {
+  context.save();
+  context.beginPath();
+  for (const box of boxes) context.rect(...box);
+  context.clip();
+  draw();
+  context.restore();
 }
 
 function drawLines(context, plot, { r0, r1, c0, c1 }, lines, ink) {
@@ -119,7 +140,7 @@ function drawLines(context, plot, { r0, r1, c0, c1 }, lines, ink) {
 }
 
 // One run of equal tokens is one rectangle, so the cost follows what changes and not the number of tokens.
-function drawStrip(context, plot, { r0, r1, c0, c1 }, { side, values }, inset) {
+function drawStrip(context, plot, { r0, r1, c0, c1 }, { side, values }, out) {
   const [from, to, start, length] = side === "cols" ? [c0, c1, plot.x, plot.w] : [r0, r1, plot.y, plot.h];
   const unit = length / (to - from);
   const last = Math.min(values.length, Math.ceil(to));
@@ -130,8 +151,8 @@ function drawStrip(context, plot, { r0, r1, c0, c1 }, { side, values }, inset) {
     if (values[at] >= 0) {
       context.fillStyle = COLOURS[values[at] % COLOURS.length];
       const [place, size] = [start + (at - from) * unit, Math.max(0.5, (end - at) * unit)];
-      if (side === "cols") context.fillRect(place, plot.y + inset, size, STRIP - 1);
-      else context.fillRect(plot.x + inset, place, STRIP - 1, size);
+      if (side === "cols") context.fillRect(place, plot.y - out, size, STRIP - 1);
+      else context.fillRect(plot.x - out, place, STRIP - 1, size);
     }
     at = end;
   }

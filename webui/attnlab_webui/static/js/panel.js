@@ -222,7 +222,7 @@ export class Panel {
     context.strokeStyle = ink.frame;
     context.lineWidth = 1;
     context.strokeRect(this.plot.x - 0.5, this.plot.y - 0.5, this.plot.w + 1, this.plot.h + 1);
-    drawAxes(context, this.plot, this.camera.window, this.source.labels(), ink);
+    drawAxes(context, this.plot, this.camera.window, this.source.labels(), ink, this.shared.pad(this));
     this.drawOver(ink);
   }
 

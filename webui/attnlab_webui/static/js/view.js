@@ -71,6 +71,7 @@ export class View {
       cross: () => this.held ?? this.hovered,
       onTile: () => this.recolour(),
       over: (context, panel, ink) => this.overlays.draw(context, panel, ink),
+      pad: (panel) => this.overlays.pad(panel),
     };
     const sources = [...this.sources];
     if (this.config.mode === "compare" && sources.length > 1) sources.push(new DifferenceSource(...this.pair(), this.state));
