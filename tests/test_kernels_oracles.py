@@ -237,7 +237,7 @@ def test_grouped_attention_and_its_map_are_those_of_onnx_attention_23(causal):
     assert got.lse is not None
     for head in range(4):
         own = SoftmaxMap(q[1, head].numpy(), k[1, head // 2].numpy(), got.lse[1, head].numpy(), 0.25, mask)
-        np.testing.assert_allclose(own.tile(slice(None), slice(None)), maps[1, head], atol=1e-6)
+        np.testing.assert_allclose(own.tile(slice(None), slice(None)), np.asarray(maps)[1, head], atol=1e-6)
 
 
 IN_JAX = """

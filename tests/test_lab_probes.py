@@ -12,10 +12,10 @@ from attnlab.hook import LayerCall
 from attnlab.outcomes import CheckFailed, ending_of
 from attnlab.probes.accuracy import attention_errors, compare_hidden, compare_logits, perplexity
 from attnlab.probes.kernel import KernelCall
-from attnlab.probes.maps import capture_call, output_defect, refine
+from attnlab.probes.maps import capture_call, element_mask, output_defect, refine
 from attnlab.probes.memory import peak_memory, resident
 from attnlab.probes.timing import kernels_that_ran, latency
-from attnlab_kernels.masks import Causal, Full, Mask, Padding, Window
+from attnlab_kernels.masks import Causal, Documents, Full, Mask, Padding, Window
 from attnlab_kernels.operations.softmax.api import Unsupported, attend
 from attnlab_storage.results import MeasurementRow
 
@@ -27,6 +27,7 @@ MASKS: dict[str, Mask] = {
     "both ways": Window(3, 2),
     "padded": Causal() & Padding(((3, 13),)),
     "dead": Padding(((0, 0),)),
+    "packed": Causal() & Documents((3, 1, 9)),
 }
 
 
@@ -269,3 +270,15 @@ def test_a_long_reason_is_cut_and_its_traceback_is_not() -> None:
 def test_rows_are_what_the_store_takes() -> None:
     made: list[Any] = attention_errors(made_call(Causal()))
     assert all(isinstance(row, MeasurementRow) and type(row.value) is float for row in made)
+
+
+def test_one_element_of_a_batch_keeps_its_own_documents():
+    mask = Causal() & Documents(((5, 1, 17, 9), (3, 29))) & Padding(((0, 30), (2, 32)))
+    rows = np.arange(32)
+    for element in range(2):
+        alone = element_mask(mask, element)
+        assert alone.form().batch_size == 1
+        np.testing.assert_array_equal(
+            alone.allowed(rows, rows, num_queries=32, num_keys=32),
+            mask.allowed(rows, rows, num_queries=32, num_keys=32, batch=element),
+        )
