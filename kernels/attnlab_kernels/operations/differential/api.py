@@ -80,7 +80,7 @@ def difference_attend(
     """
     mask = Full() if mask is None else mask
     factor = query.first.shape[-1] ** -0.5 if scale is None else float(scale)
-    name, reason = _choose(implementation, query, key, value, weight, bias)
+    name, reason = _choose(implementation, query, key, value, weight, mask, bias)
     named = {"mask": mask, "scale": factor, "bias": bias}
     if name == "difference_triton":
         output, lse = triton_forward.run(query, key, value, weight, **named)
@@ -112,7 +112,13 @@ def supports(
 
 
 def _choose(
-    implementation: str, query: Pair, key: Pair, value: Tensor, weight: Tensor, bias: Tensor | None
+    implementation: str,
+    query: Pair,
+    key: Pair,
+    value: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    bias: Tensor | None,
 ) -> tuple[str, str]:
     tensors = (*query, *key, value, weight)
     need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -122,6 +128,8 @@ def _choose(
         )
         if softmax.observed():
             return "pair", "auto: two softmax calls, which somebody observes"
+        if mask.form().documents is not None:
+            return "pair", "auto: two softmax calls, which read document ids"
         if value.device.type == "cuda" and fused:
             return "difference_triton", "auto: our kernel reads the values once"
         return "pair", "auto: two softmax calls"

@@ -110,7 +110,8 @@ def _fused(
     nope = absorb(inputs)
     need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     support = triton_absorbed.supports(nope, inputs.latent, bias=bias, dropout=dropout, need_grad=need_grad)
-    if implementation == "auto" and (nope.device.type != "cuda" or observed() or not support):
+    packed = mask is not None and mask.form().documents is not None
+    if implementation == "auto" and (nope.device.type != "cuda" or observed() or packed or not support):
         return None
     if not support:
         raise Unsupported(f"implementation {NAME!r} cannot run this call: {support.reason}")
