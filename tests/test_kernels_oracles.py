@@ -230,7 +230,7 @@ def test_grouped_attention_and_its_map_are_those_of_onnx_attention_23(causal):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
     inputs = {name: part.numpy() for name, part in zip("qkv", (q, k, v), strict=True)}
-    want, maps = ReferenceEvaluator(model).run(None, inputs)
+    want, maps = (np.asarray(part) for part in ReferenceEvaluator(model).run(None, inputs))
     mask = Causal() if causal else Full()
     got = attend(q, k, v, mask=mask)
     torch.testing.assert_close(got.output, torch.as_tensor(want), atol=1e-6, rtol=0)

@@ -1,5 +1,7 @@
 """A preset's runs end with the numbers that its claims need."""
 
+from typing import Any
+
 import pytest
 
 from attnlab.describe import run_document
@@ -53,7 +55,7 @@ def test_the_cache_of_a_decoding_run_weighs_what_the_formula_says_and_its_claim_
 
 
 def test_a_prompt_has_no_cache_to_weigh(sqlite_store):
-    document = GRID.document("cpu") | {"phase": "prefill"}
+    document: dict[str, Any] = GRID.document("cpu") | {"phase": "prefill"}
     document["vary"]["mechanism"] = ["multi_head"]
     experiment = run_here(sqlite_store, parse_spec(document))
     (run,) = results.runs_of(sqlite_store, experiment_id=experiment)
