@@ -96,7 +96,7 @@ def test_mechanisms_stand_in_smollm2(sqlite_store: Store) -> None:
             "name": "smollm2",
             "model": "smollm2-135m",
             "input": {"text": BUNDLED["smollm2-135m"].sample, "max_tokens": 24},
-            "vary": {"mechanism": [SWAPS[0], {"multi_head_latent": {"kv_lora_rank": 64}}, "paged", SWAPS[6]]},
+            "vary": {"mechanism": [SWAPS[0], {"multi_head_latent": {"kv_lora_rank": 8}}, "paged", SWAPS[6]]},
             "record": ["maps", "accuracy"],
             "layers": [0, 29],
         },
