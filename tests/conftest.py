@@ -253,7 +253,7 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
         page.goto(url)
         return page
 
-    expected = list(LEAVING)
+    expected: list[str] = list(LEAVING)
     yield open_page
     for context in contexts:
         context.close()
