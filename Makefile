@@ -32,6 +32,12 @@ $(VENV)/.installed: pyproject.toml
 	PYTHON=$(PYTHON) ./.ci/make_environment.sh $(VENV)
 	touch $@
 
+oracles: $(VENV)/.oracles
+
+$(VENV)/.oracles: pyproject.toml .ci/install_oracles.sh | venv
+	./.ci/install_oracles.sh $(VENV)
+	touch $@
+
 # the bundled models: once, into ATTNLAB_MODELS or ~/.attnlab/models
 models: venv
 	$(BIN)/attnlab models fetch --all
