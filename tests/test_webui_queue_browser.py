@@ -97,3 +97,13 @@ def test_pause_stops_the_queue_and_says_so(page, sqlite_store):
     assert queue.paused(sqlite_store)
     page.get_by_role("button", name="Resume queue").click()
     expect(page.get_by_text("The queue is paused")).to_have_count(0)
+
+
+def test_a_search_that_is_typed_stays_with_the_click_that_follows(page, runs):
+    page.get_by_label("Search").press_sequentially("flash")
+    expect(row(page, runs[0])).to_have_count(0)
+    page.get_by_role("button", name=re.compile("^queued")).click()
+    page.wait_for_url("**/queue?state=queued&q=flash")
+    expect(page.get_by_role("button", name=re.compile("^queued"))).to_have_attribute("aria-pressed", "true")
+    page.wait_for_timeout(500)
+    expect(page.get_by_role("button", name=re.compile("^queued"))).to_have_attribute("aria-pressed", "true")

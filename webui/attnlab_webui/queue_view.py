@@ -82,7 +82,9 @@ def view_of(query: Mapping[str, str]) -> View:
 
 
 def filtered(view: View, *, mechanism: str, model: str, search: str) -> View:
-    """The view with other filters, on its first page."""
+    """The view with other filters, on its first page; the view itself when they are the same."""
+    if (mechanism, model, search) == (view.mechanism, view.model, view.search):
+        return view
     return replace(view, mechanism=mechanism, model=model, search=search, cursors=(), said="")
 
 

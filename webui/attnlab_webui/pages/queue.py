@@ -36,7 +36,7 @@ def build(store: Store) -> None:
 
     fields, drawn = [mechanism, model, search], [table, view, seen]
     show = functools.partial(on_filter, store)
-    changes = [mechanism.input, model.input, search.input, search.blur, search.submit]
+    changes = [mechanism.input, model.input, search.input, search.submit]
     gr.on(changes, show, [view, *fields], drawn, trigger_mode="always_last", **pieces.INTERNAL)
 
     # Gradio looks at the annotations of the function itself to pass these in
@@ -70,7 +70,9 @@ def on_filter(
     """Another filter: back to the first page, the selection stays."""
     chosen = {"mechanism": mechanism or "", "model": model or ""}
     given = {name: "" if value == ANY else value for name, value in chosen.items()}
-    return drawn_of(store, queue_view.filtered(view, **given, search=(search or "")[:200]))
+    filtered = queue_view.filtered(view, **given, search=(search or "")[:200])
+    # an answer that changes nothing must not undo a click that came while it was on its way
+    return [gr.skip()] * 3 if filtered is view else drawn_of(store, filtered)
 
 
 def on_action(store: Store, view: View, sent: Any) -> list[Any]:
