@@ -220,7 +220,7 @@ def test_a_pooled_map_asks_the_server_for_the_exact_weight(serve, browse, sqlite
         "() => /^[0-9]/.test(document.querySelector('[data-part=readout] .at-weight b')?.textContent)"
     )
     row, col = page.evaluate(
-        "() => { const c = [...window.__attnlab.views][0].hovered; return [c.row, c.col]; }"
+        "() => { const c = [...window.__attnlab.views][0].view.hovered; return [c.row, c.col]; }"
     )
     reference = made.reference(made.run_ids[0], 0, 0)
     assert float(number.inner_text()) == pytest.approx(reference[row, col], rel=1e-3)

@@ -26,6 +26,12 @@ export class Camera {
     this.tell();
   }
 
+  // Whether these ranges (null for all) are the window.
+  isAt(rows, cols) {
+    const wanted = { ...span("r", rows, this.extent.rows), ...span("c", cols, this.extent.cols) };
+    return Object.entries(wanted).every(([edge, at]) => this.window[edge] === at);
+  }
+
   get isWhole() {
     const { r0, r1, c0, c1 } = this.window;
     return r0 <= 0 && c0 <= 0 && r1 >= this.extent.rows && c1 >= this.extent.cols;

@@ -1,7 +1,8 @@
-// Entry: mounts a View into an element that gr.HTML made, and follows its value.
+// Entry: mounts the views of a run, or the maps of a comparison, into an element that gr.HTML made.
 
 import { ApiError } from "./request.js";
 import { View } from "./view.js";
+import { Workspace } from "./workspace.js";
 
 const views = new Set();
 
@@ -63,7 +64,7 @@ export function mount(element, read, watch) {
       say(root, config.message);
       return;
     }
-    view = new View(root, config);
+    view = config.mode === "compare" ? new View(root, { config }) : new Workspace(root, config);
     views.add(view);
     try {
       await view.ready;

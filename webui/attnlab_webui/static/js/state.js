@@ -6,11 +6,15 @@ const NORMS = ["none", "row"];
 const CLIPS = [100, 99.9, 99, 95];
 const COLOURS = ["auto", "paper", "viridis", "magma"];
 const PARTS = ["whole", "first", "second", "content", "position"];
-const STATISTICS = /^[a-z_]{1,40}$/;
+const WORDS = /^[a-z_]{1,40}$/;
 
 export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS };
 
+const NUMBERS = ["layer", "head"];
+const NAMES = ["view", "statistic"];
+
 export const DEFAULTS = {
+  view: "map",
   layer: 0,
   head: 0,
   rows: null, // [from, to) or null for all
@@ -29,7 +33,7 @@ const own = Object.keys(DEFAULTS);
 export function parse(search) {
   const given = new URLSearchParams(search);
   const state = { ...DEFAULTS };
-  for (const name of ["layer", "head"]) {
+  for (const name of NUMBERS) {
     const value = Number.parseInt(given.get(name), 10);
     if (Number.isInteger(value) && value >= 0) state[name] = value;
   }
@@ -38,7 +42,7 @@ export function parse(search) {
     const value = choices.find((choice) => String(choice) === given.get(name));
     if (value !== undefined) state[name] = value;
   }
-  if (STATISTICS.test(given.get("statistic") ?? "")) state.statistic = given.get("statistic");
+  for (const name of NAMES) if (WORDS.test(given.get(name) ?? "")) state[name] = given.get(name);
   return state;
 }
 
@@ -68,6 +72,8 @@ export class State {
     this.values = parse(search);
     this.listeners = new Set();
     this.writing = null;
+    this.onPop = () => this.change(parse(window.location.search));
+    window.addEventListener("popstate", this.onPop);
   }
 
   get(name) {
@@ -75,12 +81,22 @@ export class State {
   }
 
   set(patch) {
-    const changed = Object.keys(patch).filter((name) => !same(patch[name], this.values[name]));
-    if (!changed.length) return;
-    Object.assign(this.values, patch);
-    for (const listener of this.listeners) listener(changed);
+    if (!this.change(patch)) return;
     clearTimeout(this.writing);
     this.writing = setTimeout(() => this.write(), 200);
+  }
+
+  // A step that the browser's back button takes back: another view, or what was opened from one.
+  go(patch) {
+    this.write();
+    if (this.change(patch)) history.pushState(history.state, "", this.address());
+  }
+
+  change(patch) {
+    const changed = Object.keys(patch).filter((name) => !same(patch[name], this.values[name]));
+    Object.assign(this.values, patch);
+    for (const listener of [...this.listeners]) if (changed.length && this.listeners.has(listener)) listener(changed);
+    return changed.length > 0;
   }
 
   listen(listener) {
@@ -88,13 +104,18 @@ export class State {
     return () => this.listeners.delete(listener);
   }
 
+  address() {
+    return `${window.location.pathname}?${format(this.values, window.location.search)}`;
+  }
+
   write() {
-    const address = `${window.location.pathname}?${format(this.values, window.location.search)}`;
-    history.replaceState(history.state, "", address);
+    clearTimeout(this.writing);
+    history.replaceState(history.state, "", this.address());
   }
 
   stop() {
     clearTimeout(this.writing);
+    window.removeEventListener("popstate", this.onPop);
     this.listeners.clear();
   }
 }

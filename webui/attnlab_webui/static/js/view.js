@@ -6,6 +6,7 @@ import { Controls } from "./controls.js";
 import { Panel } from "./panel.js";
 import { Overlays } from "./overlay.js";
 import { getJson, getTile, query, TileCache } from "./request.js";
+import { Selection } from "./selection.js";
 import { DifferenceSource, MapSource } from "./source.js";
 import { State } from "./state.js";
 
@@ -13,12 +14,13 @@ const CELL_MS = 40;
 const DARK_DIFFERENCE = ["6cb6ff", "2f6fb5", "12161d", "b5403c", "ff8a80"];
 
 export class View {
-  // config: {mode: "single" | "compare", runs: [ids], pair: [a, b] or null}
-  constructor(root, config) {
+  // given: the RunData of one run, or {config: {mode: "compare", runs: [ids], pair: [a, b] or null}}
+  constructor(root, given) {
     this.root = root;
-    this.config = config;
-    this.state = new State();
-    this.cache = new TileCache();
+    this.config = given.config;
+    this.ownState = !given.state;
+    this.state = given.state ?? new State();
+    this.cache = given.cache ?? new TileCache();
     this.panels = [];
     this.hovered = null;
     this.held = null;
@@ -27,11 +29,11 @@ export class View {
       hover: (cell) => this.hover(cell),
       hold: (cell) => this.hold(cell),
       moveCross: (rows, cols) => this.moveCross(rows, cols),
-      step: (name, by) => this.step(name, by),
-      select: (at) => this.select(at),
+      step: (name, by) => this.selection.step(name, by),
+      select: (at) => this.selection.select(at),
       toggleScale: () => this.state.set({ scale: this.state.get("scale") === "log" ? "linear" : "log" }),
     };
-    this.ready = this.load();
+    this.ready = given.source ? this.show(given.tables, [given.source]) : this.load();
   }
 
   async load() {
@@ -39,14 +41,20 @@ export class View {
     const answers = [loadTables(), ...runs.map((run) => getJson(`/runs/${run}/map`))];
     const [tables, ...facts] = await Promise.all(answers);
     const tokens = await Promise.all(runs.map((run) => getJson(`/runs/${run}/tokens`)));
+    const sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
+    if (!this.stopped) await this.show(tables, sources);
+  }
+
+  async show(tables, sources) {
     this.tables = tables;
-    this.sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
-    this.settleSelection();
+    this.sources = sources;
+    this.selection = new Selection(this.state, this.first);
+    this.selection.settle();
     this.controls = new Controls(this.root, this);
     this.overlays = new Overlays(this.controls.part("overlays"), this);
     this.makePanels();
     this.openCamera();
-    this.state.listen((changed) => this.onState(changed));
+    this.deaf = this.state.listen((changed) => this.onState(changed));
     this.themes = new MutationObserver(() => this.recolour());
     this.themes.observe(document.body, { attributes: true, attributeFilter: ["class"] });
     this.restart();
@@ -79,20 +87,17 @@ export class View {
     this.controls.arrange(this.panels);
   }
 
-  // Layer and head of the address, or the nearest that the map has.
-  settleSelection() {
-    const layers = this.first.facts.layers;
-    const wanted = this.state.get("layer");
-    const layer = layers.some((entry) => entry.layer === wanted) ? wanted : layers[0].layer;
-    const heads = layers.find((entry) => entry.layer === layer).heads;
-    this.state.set({ layer, head: Math.min(this.state.get("head"), heads - 1) });
-  }
-
   openCamera() {
     const extents = this.sources.map((source) => source.extent()).filter(Boolean);
     const rows = Math.max(1, ...extents.map((extent) => extent.rows));
     const cols = Math.max(1, ...extents.map((extent) => extent.cols));
     this.camera.open({ rows, cols }, this.state.get("rows"), this.state.get("cols"));
+  }
+
+  // The region came from the address ("back"), not from the camera.
+  followRegion() {
+    const { rows, cols } = this.state.values;
+    if (!this.camera.isAt(rows, cols)) this.openCamera();
   }
 
   restart() {
@@ -105,30 +110,13 @@ export class View {
 
   onState(changed) {
     if (changed.includes("layer") || changed.includes("head")) {
-      this.settleSelection();
+      this.selection.settle();
       this.openCamera();
       this.restart();
     } else if (changed.includes("reduce") || changed.includes("part")) this.restart();
+    else if (changed.includes("rows") || changed.includes("cols")) this.followRegion();
     else if (changed.some((name) => ["scale", "norm", "clip", "colours"].includes(name))) this.recolour();
     this.controls.show(changed);
-  }
-
-  // ---- what is chosen
-
-  select({ layer = this.state.get("layer"), head = this.state.get("head") }) {
-    this.state.set({ layer, head });
-  }
-
-  step(name, by) {
-    const layers = this.first.facts.layers;
-    if (name === "layer") {
-      const at = layers.findIndex((entry) => entry.layer === this.state.get("layer"));
-      const next = layers[at + by];
-      if (next) this.select({ layer: next.layer });
-      return;
-    }
-    const head = this.state.get("head") + by;
-    if (head >= 0 && head < this.first.layer.heads) this.select({ head });
   }
 
   async loadThumbs() {
@@ -251,7 +239,8 @@ export class View {
     for (const panel of this.panels) panel.stop();
     this.controls?.stop();
     this.camera.stop();
-    this.state.stop();
+    this.deaf?.();
+    if (this.ownState) this.state.stop();
   }
 }
 
