@@ -176,10 +176,12 @@ def test_the_web_says_how_far_the_building_is_and_does_not_wait(
         assert {answer.status_code for answer in answers} == {202}
         assert answers[1].json() in ({"building": 0.25}, {"building": 0.0})
         assert answers[0].headers["cache-control"] == "no-store"
+        assert client.get(path.replace("viewport", "thumbnails")).status_code == 202
     finally:
         go.set()
     viewport.viewport(traced.store, traced.run_ids[0], 0, 1)
     assert client.get(path).status_code == 200
+    assert client.get(path.replace("viewport", "thumbnails")).status_code == 200
 
 
 def test_what_cannot_be_built_is_said_and_tried_again(traced, monkeypatch: pytest.MonkeyPatch) -> None:

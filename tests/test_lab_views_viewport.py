@@ -2,10 +2,12 @@
 
 import re
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from attnlab.export.arrays import trace_arrays
 from attnlab.views import thumbnails, viewport
 from attnlab.views.errors import NotFound, NothingRecorded, ViewError
 from attnlab.views.memory import ArrayMemory
@@ -136,6 +138,25 @@ def test_thumbnails_are_the_pooled_maps_of_every_head(traced):
     assert strip.maximum == strip.values.max()
     with pytest.raises(ViewError, match="height must be in"):
         thumbnails.thumbnails(traced.store, run_id, 1, 0)
+
+
+def test_a_picture_of_the_kept_size_is_made_once_and_masked_where_no_pair_is_allowed(traced, monkeypatch):
+    run_id = traced.run_ids[1]
+    first = thumbnails.thumbnail(traced.store, run_id, 1, 3)
+    reference = traced.reference(run_id, 1, 3)
+    edges = np.arange(49) * 77 // 48
+    cells = [[reference[a:b, c:d] for c, d in pairwise(edges)] for a, b in pairwise(edges)]
+    allowed = traced.arrays[run_id, 1]["allowed"]
+    for y, x in ((0, 0), (20, 18), (47, 47), (47, 44)):
+        assert first[y, x] == pytest.approx(cells[y][x].max(), abs=1e-6)
+    for y, x in ((0, 47), (47, 0)):
+        assert not allowed[edges[y] : edges[y + 1], edges[x] : edges[x + 1]].any()
+        assert np.isnan(first[y, x])
+    monkeypatch.setattr(thumbnails, "MEMORY", ArrayMemory(1 << 20))
+    monkeypatch.setattr(thumbnails, "viewport", None)  # the next process reads what this one has kept
+    np.testing.assert_array_equal(thumbnails.thumbnail(traced.store, run_id, 1, 3), first)
+    assert thumbnails.thumbnail_progress(traced.store, run_id, 1, 3) == 1.0
+    assert not any(name.startswith("thumbnail") for name in trace_arrays(traced.store, run_id, 1))
 
 
 def test_memory_keeps_to_its_budget_and_forgets_the_least_recently_used():

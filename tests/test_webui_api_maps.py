@@ -79,6 +79,10 @@ def test_thumbnails_hold_every_head(client, traced):
         top = np.nanmax(values[head * 8 : head * 8 + 8])
         assert top == pytest.approx(traced.reference(run_id, 1, head).max(), abs=EPSILON)
     assert np.isnan(values[0, 7])
+    alone = pixels(client.get(f"/api/v1/runs/{run_id}/thumbnails?layer=1&head=2&size=8"))
+    np.testing.assert_array_equal(alone, values[16:24])
+    answer = client.get(f"/api/v1/runs/{run_id}/thumbnails?layer=1&head=4")
+    assert (answer.status_code, "head must be in 0..3" in answer.json()["error"]) == (400, True)
 
 
 def test_statistics_come_by_layer_and_head(client, traced):

@@ -15,12 +15,12 @@ from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
 from attnlab.views.statistics import STATISTICS, Statistic
-from attnlab.views.thumbnails import thumbnails
+from attnlab.views.thumbnails import KEPT_SIZE, thumbnail, thumbnail_progress
 from attnlab.views.tokens import stream_axes, token_labels
 from attnlab.views.trace_map import is_signed, map_facts
 from attnlab.views.viewport import (
-    allowed_pixels,
     cell,
+    find_trace,
     head_overlays,
     load_map,
     overview_progress,
@@ -145,19 +145,25 @@ def run_thumbnails(
     run_id: int,
     layer: int,
     store: StoreDep,
-    size: ThumbPixels = 40,
+    head: int | None = None,
+    size: ThumbPixels = KEPT_SIZE,
     reduce: str = "max",
     v: str | None = None,
 ) -> Response:
-    """All heads of a layer, pooled, as float32 [heads * height, width]; NaN where no pair is allowed."""
-    small = thumbnails(store, run_id, layer, size, reduce)
-    heads, height, width = small.values.shape
-    full_map = load_map(store, run_id, layer, 0)
+    """All heads of a layer, or one, pooled, as float32 [heads * height, width]; NaN where no pair is allowed.
+
+    202 with {"building": share} while the overviews that pictures of long maps come from are being built.
+    """
+    full_map = load_map(store, run_id, layer, head or 0)
+    heads = range(find_trace(store, run_id, layer)[1].heads) if head is None else [head]
+    ready = [thumbnail_progress(store, run_id, layer, one, size, reduce) for one in heads]
+    if min(ready) < 1:
+        return JSONResponse({"building": sum(ready) / len(ready)}, 202, {"Cache-Control": "no-store"})
+    values = np.concatenate([thumbnail(store, run_id, layer, one, size, reduce) for one in heads])
     whole = (0, full_map.shape[0]), (0, full_map.shape[1])
-    allowed = allowed_pixels(full_map, *whole, height, width)
-    values = np.where(allowed[None], small.values, np.float32(np.nan)).reshape(heads * height, width)
-    headers = heatmap.headers_of(values, *whole, small.maximum, exact=(height, width) == full_map.shape)
-    return _octets(values.astype("<f4").tobytes(), headers, v)
+    exact = values.shape == (len(heads) * full_map.shape[0], full_map.shape[1])
+    top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    return _octets(values.astype("<f4").tobytes(), heatmap.headers_of(values, *whole, top, exact=exact), v)
 
 
 @router.get("/runs/{run_id}/statistics")

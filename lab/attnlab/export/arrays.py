@@ -20,6 +20,8 @@ from attnlab_storage.database import Store
 
 FORMATS = ("npz", "safetensors")
 MAX_BYTES = 2**30
+NOT_OF_THE_MAP = ("value_norm", "overview_", "thumbnail_")
+"""beginnings of the names of tensors that follow from a map, or stand beside it"""
 
 
 class ExportTooLarge(ViewError):
@@ -67,7 +69,7 @@ def trace_arrays(
     """
     _, trace = find_trace(store, run_id, layer)
     found = [info for info in tensors.tensor_info(store, run_id) if info.layer == layer]
-    found = [info for info in found if info.name != "value_norm"]
+    found = [info for info in found if not info.name.startswith(NOT_OF_THE_MAP)]
     numbers = sum(info.heads * info.tokens * (info.head_dim or 1) for info in found)
     _check_bytes(4 * numbers, max_bytes, f"the tensors of layer {layer}")
     query_tokens, key_tokens = _tokens(store, run_id, layer)

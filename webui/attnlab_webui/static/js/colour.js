@@ -3,7 +3,9 @@
 import { getJson } from "./request.js";
 
 const DECADES = 5; // how far below the largest value a logarithmic scale reaches
+const DARK_DIFFERENCE = ["6cb6ff", "2f6fb5", "12161d", "b5403c", "ff8a80"];
 let tables = null;
+let darkTable = null;
 
 // The same tables that the PNG and SVG exports use: {name: Uint8Array(768)}.
 export async function loadTables() {
@@ -26,6 +28,30 @@ export function isDark() {
 export function tableName(colours) {
   if (colours !== "auto") return colours;
   return isDark() ? "magma" : "paper";
+}
+
+// The table of a map, or of signed numbers; on a dark page zero is dark too.
+export function chooseTable(tables, colours, signed) {
+  if (!signed) {
+    const name = tableName(colours);
+    return { name, colours: tables[name] };
+  }
+  if (!isDark()) return { name: "blue_red", colours: tables.blue_red };
+  darkTable ??= ramp(DARK_DIFFERENCE);
+  return { name: "dark_difference", colours: darkTable };
+}
+
+function ramp(stops) {
+  const colours = stops.map((stop) => [0, 2, 4].map((at) => Number.parseInt(stop.slice(at, at + 2), 16)));
+  const table = new Uint8Array(768);
+  for (let i = 0; i < 256; i++) {
+    const at = (i / 255) * (stops.length - 1);
+    const from = Math.min(stops.length - 2, Math.floor(at));
+    for (let c = 0; c < 3; c++) {
+      table[i * 3 + c] = Math.round(colours[from][c] + (at - from) * (colours[from + 1][c] - colours[from][c]));
+    }
+  }
+  return table;
 }
 
 // A scale maps a weight to 0..255. `top` is the value of the last colour, `floor` that of the first.

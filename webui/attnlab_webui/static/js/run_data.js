@@ -1,6 +1,6 @@
 // What all views of one run share: its facts and tokens, the colour tables, what is chosen, tiles that were loaded.
 
-import { loadTables, tableName } from "./colour.js";
+import { chooseTable, loadTables } from "./colour.js";
 import { getJson, query, TileCache } from "./request.js";
 import { Selection } from "./selection.js";
 import { MapSource } from "./source.js";
@@ -12,6 +12,7 @@ export class RunData {
     this.state = state;
     this.run = config.runs[0];
     this.cache = new TileCache();
+    this.thumbs = new Map(); // small pictures of heads, see thumbs.js
   }
 
   async load() {
@@ -26,8 +27,7 @@ export class RunData {
     return `/runs/${this.run}/${name}?${query({ ...fields, v: this.facts.stamp })}`;
   }
 
-  table() {
-    const name = tableName(this.state.get("colours"));
-    return { name, colours: this.tables[name] };
+  table(signed) {
+    return chooseTable(this.tables, this.state.get("colours"), signed);
   }
 }

@@ -5,10 +5,11 @@ const POOLING = ["max", "mean"];
 const NORMS = ["none", "row"];
 const CLIPS = [100, 99.9, 99, 95];
 const COLOURS = ["auto", "paper", "viridis", "magma"];
+const SORTS = ["layer", "high", "low"];
 const PARTS = ["whole", "first", "second", "content", "position"];
 const WORDS = /^[a-z_]{1,40}$/;
 
-export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS };
+export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS, sort: SORTS };
 
 const NUMBERS = ["layer", "head"];
 const NAMES = ["view", "statistic"];
@@ -26,6 +27,8 @@ export const DEFAULTS = {
   colours: "auto",
   statistic: null,
   part: "whole",
+  sort: "layer",
+  where: "", // which heads the grid shows
 };
 
 const own = Object.keys(DEFAULTS);
@@ -43,6 +46,7 @@ export function parse(search) {
     if (value !== undefined) state[name] = value;
   }
   for (const name of NAMES) if (WORDS.test(given.get(name) ?? "")) state[name] = given.get(name);
+  state.where = (given.get("where") ?? "").slice(0, 200);
   return state;
 }
 

@@ -1,8 +1,9 @@
 // The map view: panels that share one camera, one crosshair and one colour scale, with their controls.
 
 import { Camera } from "./camera.js";
-import { isDark, loadTables, makeScale, tableName, topOf } from "./colour.js";
+import { chooseTable, loadTables, makeScale, topOf } from "./colour.js";
 import { Controls } from "./controls.js";
+import { onTheme } from "./dark.js";
 import { Panel } from "./panel.js";
 import { Overlays } from "./overlay.js";
 import { getJson, getTile, query, TileCache } from "./request.js";
@@ -11,7 +12,6 @@ import { DifferenceSource, MapSource } from "./source.js";
 import { State } from "./state.js";
 
 const CELL_MS = 40;
-const DARK_DIFFERENCE = ["6cb6ff", "2f6fb5", "12161d", "b5403c", "ff8a80"];
 
 export class View {
   // given: the RunData of one run, or {config: {mode: "compare", runs: [ids], pair: [a, b] or null}}
@@ -55,8 +55,7 @@ export class View {
     this.makePanels();
     this.openCamera();
     this.deaf = this.state.listen((changed) => this.onState(changed));
-    this.themes = new MutationObserver(() => this.recolour());
-    this.themes.observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    this.unwatch = onTheme(() => this.recolour());
     this.restart();
   }
 
@@ -124,7 +123,7 @@ export class View {
     const { run, stamp } = this.first.facts;
     this.thumbsWanted?.abort();
     this.thumbsWanted = new AbortController();
-    const path = `/runs/${run}/thumbnails?${query({ layer, size: 40, reduce, v: stamp })}`;
+    const path = `/runs/${run}/thumbnails?${query({ layer, reduce, v: stamp })}`;
     try {
       let thumbs = this.cache.get(path);
       if (!thumbs) {
@@ -143,13 +142,7 @@ export class View {
   // ---- colours: one scale for everything that is compared
 
   table(signed) {
-    if (!signed) {
-      const name = tableName(this.state.get("colours"));
-      return { name, colours: this.tables[name] };
-    }
-    if (!isDark()) return { name: "blue_red", colours: this.tables.blue_red };
-    this.darkTable ??= ramp(DARK_DIFFERENCE);
-    return { name: "dark_difference", colours: this.darkTable };
+    return chooseTable(this.tables, this.state.get("colours"), signed);
   }
 
   recolour() {
@@ -235,7 +228,7 @@ export class View {
     this.cellWanted?.abort();
     this.thumbsWanted?.abort();
     clearTimeout(this.cellTimer);
-    this.themes?.disconnect();
+    this.unwatch?.();
     for (const panel of this.panels) panel.stop();
     this.controls?.stop();
     this.camera.stop();
@@ -251,17 +244,4 @@ function inside(panel, { row, col }) {
 
 function same(a, b) {
   return a === b || (a !== null && b !== null && a.row === b.row && a.col === b.col);
-}
-
-function ramp(stops) {
-  const colours = stops.map((stop) => [0, 2, 4].map((at) => Number.parseInt(stop.slice(at, at + 2), 16)));
-  const table = new Uint8Array(768);
-  for (let i = 0; i < 256; i++) {
-    const at = (i / 255) * (stops.length - 1);
-    const from = Math.min(stops.length - 2, Math.floor(at));
-    for (let c = 0; c < 3; c++) {
-      table[i * 3 + c] = Math.round(colours[from][c] + (at - from) * (colours[from + 1][c] - colours[from][c]));
-    }
-  }
-  return table;
 }

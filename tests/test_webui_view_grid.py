@@ -1,0 +1,106 @@
+"""Laws of the grid: every head is there, order and filter follow the stored numbers, a click opens the map."""
+
+import re
+
+import numpy as np
+import pytest
+
+from attnlab_storage import results
+
+pytestmark = pytest.mark.browser
+
+IDLE = "() => window.__attnlab?.idle"
+
+
+@pytest.fixture
+def grid(served, browse):
+    """Opens the grid of the made-up run and waits for its pictures."""
+
+    def open_page(query: str = "", **options):
+        traced = served.traced
+        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=grid"
+        page = browse(f"{address}&{query}", **options)
+        page.wait_for_function(IDLE)
+        return page
+
+    return open_page
+
+
+@pytest.fixture
+def entropy(served) -> dict[str, float]:
+    """The stored entropy of every head by its name."""
+    rows = results.measurements(served.traced.store, served.traced.run_ids[0], "entropy")
+    return {f"L{row.layer}H{row.head}": row.value for row in rows}
+
+
+def names(page) -> list[str]:
+    tiles = page.locator(".at-tile:not(.at-faint)").all()
+    return [f"L{tile.get_attribute('data-layer')}H{tile.get_attribute('data-head')}" for tile in tiles]
+
+
+def test_every_head_has_a_picture_that_is_not_empty(grid):
+    page = grid()
+    assert names(page) == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    page.wait_for_function("() => document.querySelectorAll('.at-drawn').length === 8")
+    colours = page.evaluate(
+        "() => [...document.querySelectorAll('.at-tile canvas')].map(canvas =>"
+        " new Set(new Uint32Array(canvas.getContext('2d').getImageData(0, 0, 48, 48).data.buffer)).size)"
+    )
+    assert min(colours) > 20
+
+
+@pytest.mark.parametrize(("sort", "reverse"), [("high", True), ("low", False)])
+def test_heads_are_sorted_by_the_chosen_statistic(grid, entropy, sort, reverse):
+    page = grid()
+    page.locator("[name=sort]").select_option(sort)
+    assert names(page) == sorted(entropy, key=entropy.__getitem__, reverse=reverse)
+    page.wait_for_url(re.compile(f"sort={sort}"))
+    page.reload()
+    page.wait_for_function(IDLE)
+    assert names(page) == sorted(entropy, key=entropy.__getitem__, reverse=reverse)
+
+
+def test_the_filter_keeps_the_heads_for_which_it_holds_and_a_link_carries_it(grid, entropy):
+    middle = float(np.median(list(entropy.values())))
+    page = grid(f"where=entropy > {middle:.6f} and entropy < 1")
+    assert set(names(page)) == {name for name, value in entropy.items() if middle < value < 1}
+    assert page.locator(".at-count").inner_text() == "4 of 8 heads"
+    page.locator("[name=where]").fill("entropy > 9")
+    page.locator("[name=sort]").select_option("high")
+    page.get_by_text("No head of this run passes the filter.").wait_for()
+    page.locator("[name=where]").fill("<img src=x> > 1")
+    assert "a statistic, > or < and a number" in page.locator(".at-complaint").inner_text()
+    page.locator("[name=where]").fill("sink > 1")
+    assert page.locator(".at-complaint").inner_text() == 'no statistic "sink"; there are entropy'
+    assert len(names(page)) == 8
+
+
+def test_a_click_opens_the_map_of_that_head_and_back_returns_to_the_grid(grid):
+    page = grid("sort=high")
+    page.locator('.at-tile[data-layer="1"][data-head="2"]').click()
+    page.wait_for_function("() => window.__attnlab.panels()[0]?.title.startsWith('L1H2')")
+    assert re.search("layer=1&head=2", page.url)
+    page.go_back()
+    page.wait_for_function("() => document.querySelectorAll('.at-tile').length === 8")
+    assert "view=grid" in page.url
+    assert "sort=high" in page.url
+
+
+def test_arrow_keys_walk_over_the_heads_and_enter_opens_one(grid):
+    page = grid("layer=0&head=1")
+    page.locator('.at-tile[data-layer="0"][data-head="1"]').focus()
+    for key in ("ArrowRight", "ArrowDown", "ArrowLeft"):
+        page.keyboard.press(key)
+    page.wait_for_url(re.compile("layer=1&head=1"))
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => window.__attnlab.panels()[0]?.title.startsWith('L1H1')")
+
+
+def test_the_curve_has_a_dot_for_every_head_and_a_point_for_every_layer(grid, entropy):
+    page = grid("layer=1&head=3", dark=True)
+    assert page.locator(".at-curves circle").count() == 8
+    points = page.locator(".at-curves-mean").get_attribute("points").split()
+    heights = [float(point.split(",")[1]) for point in points]
+    means = [np.mean([entropy[f"L{layer}H{head}"] for head in range(4)]) for layer in range(2)]
+    assert (heights[0] < heights[1]) == (means[0] > means[1])  # y runs down
+    assert page.locator(".at-curves-chosen title").text_content().startswith("L1H3 ")

@@ -1,0 +1,67 @@
+// Small pictures of heads, asked for one by one as they come into sight: those seen last are wanted first.
+
+import { ApiError, getTile } from "./request.js";
+
+const AT_ONCE = 3;
+
+export class Thumbs {
+  // told(key, tile or null, share): a picture is there, or share of what it is made from
+  constructor(run, told) {
+    this.run = run;
+    this.told = told;
+    this.wanted = [];
+    this.busy = new Map();
+    this.error = null;
+  }
+
+  static key(layer, head, reduce) {
+    return `${layer}.${head}.${reduce}`;
+  }
+
+  have(key) {
+    return this.run.thumbs.get(key) ?? null;
+  }
+
+  want(key) {
+    if (this.have(key) || this.busy.has(key) || this.wanted.includes(key)) return;
+    this.wanted.push(key);
+    this.next();
+  }
+
+  forget(key) {
+    const at = this.wanted.indexOf(key);
+    if (at >= 0) this.wanted.splice(at, 1);
+  }
+
+  next() {
+    while (this.busy.size < AT_ONCE && this.wanted.length) this.load(this.wanted.shift());
+  }
+
+  async load(key) {
+    const controller = new AbortController();
+    this.busy.set(key, controller);
+    const [layer, head, reduce] = key.split(".");
+    try {
+      const path = this.run.path("thumbnails", { layer, head, reduce });
+      const tile = await getTile(path, controller.signal, (share) => this.told(key, null, share));
+      this.run.thumbs.set(key, tile);
+      this.told(key, tile, 1);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof ApiError)) throw error;
+      this.error = error.message;
+    } finally {
+      this.busy.delete(key);
+    }
+    this.next();
+  }
+
+  get idle() {
+    return this.busy.size === 0 && this.wanted.length === 0;
+  }
+
+  stop() {
+    this.wanted = [];
+    for (const controller of this.busy.values()) controller.abort();
+  }
+}
