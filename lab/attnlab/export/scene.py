@@ -1,12 +1,14 @@
-"""A picture as a list of primitives, drawn either as PNG (Pillow) or as SVG (vector text, raster cells)."""
+"""A picture as a list of primitives, drawn as PNG (Pillow) or SVG (vector text, raster cells); `pdf` draws it as PDF."""
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -102,7 +104,7 @@ def to_svg(scene: Scene) -> bytes:
 
 def text_width(text: str, size: int) -> float:
     """Width in pixels of one line of text."""
-    return _font(size).getlength(_drawable(text))
+    return _font(size).getlength(drawable(text))
 
 
 def shorten(text: str, room: float, size: int) -> str:
@@ -112,6 +114,17 @@ def shorten(text: str, room: float, size: int) -> str:
     while text and text_width(text + "…", size) > room:
         text = text[:-1]
     return text + "…" if text else ""
+
+
+def drawable(text: str) -> str:
+    """The text with characters that the font of pictures lacks in plain ones, or as ``\\u4E2D``."""
+    return "".join(_drawable_char(char) for char in text)
+
+
+def font_bytes() -> bytes:
+    """The file of the font that pictures are written in."""
+    source = _font(12).path
+    return source.getvalue() if isinstance(source, io.BytesIO) else Path(os.fsdecode(source)).read_bytes()
 
 
 def data_uri(png: bytes) -> str:
@@ -138,7 +151,7 @@ def _xml_legal(text: str) -> str:
 
 
 def _draw_text(image: Image.Image, draw: ImageDraw.ImageDraw, part: Text) -> None:
-    text, font = _drawable(part.text), _font(part.size)
+    text, font = drawable(part.text), _font(part.size)
     shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[part.anchor] * font.getlength(text)
     if not part.turn:
         draw.text((part.x - shift, part.y), text, fill=part.color, font=font, anchor="lm")
@@ -161,10 +174,6 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     built_in = ImageFont.load_default(size)
     assert isinstance(built_in, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return built_in
-
-
-def _drawable(text: str) -> str:
-    return "".join(_drawable_char(char) for char in text)
 
 
 @cache
