@@ -204,7 +204,7 @@ def test_a_pooled_picture_says_that_it_is_pooled(traced, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "pdf"}, "format must be one of png, svg; got 'pdf'"),
+        ({"format": "gif"}, "format must be one of png, svg, pdf; got 'gif'"),
         ({"colormap": "jet"}, "colormap must be one of"),
         ({"scale": "cube"}, "scale must be one of linear, log, row; got 'cube'"),
         ({"theme": "pink"}, "theme must be one of light, dark; got 'pink'"),
@@ -232,12 +232,26 @@ def test_a_title_from_a_user_is_text_in_svg():
 
 
 def test_characters_without_a_glyph_are_spelled_out_in_png():
-    assert scene._drawable("abc é") == "abc é"
-    assert scene._drawable("\U0001fae8") in ("\U0001fae8", "\\u1FAE8")
+    assert scene.drawable("abc é") == "abc é"
+    assert scene.drawable("\U0001fae8") in ("\U0001fae8", "\\u1FAE8")
     assert scene.shorten("a very long title", 40, 12).endswith("…")
     assert scene.text_width(scene.shorten("a very long title", 40, 12), 12) <= 40
 
 
-def test_a_strip_shows_every_head_of_the_layer(traced):
-    picture = pixels_of(strips.head_strip(traced.store, traced.run_ids[0], 1, 32))
-    assert picture.shape == (32 + 18 + 8 + 8, 4 * 40 + 8, 3)
+def test_a_layer_is_every_head_with_title_axes_and_scale(traced):
+    run_id = traced.run_ids[1]
+    drawn = strips.draw_heads(traced.store, run_id, 1, 77)
+    *heads, bar = (part for part in drawn.parts if isinstance(part, scene.Raster))
+    words = [part.text for part in drawn.parts if isinstance(part, scene.Text)]
+    assert {"L1H0", "L1H3", "down: query (from), 77 · across: key (to), 77"} <= set(words)
+    assert any("sliding_window(window_size=16)" in word and "layer 1" in word for word in words)
+    peak = max(traced.reference(run_id, 1, head).max() for head in range(4))
+    assert f"{peak:.2g}" in words
+    np.testing.assert_array_equal(bar.pixels[0, 0], colorize(np.array(1.0), "viridis"))
+    forbidden = ~traced.arrays[run_id, 1]["allowed"]
+    for head, cells in enumerate(heads):
+        unit = 1 + np.log10(np.maximum(traced.reference(run_id, 1, head) / peak, 1e-5)) / 5
+        steps = np.abs(cells.pixels.astype(int) - colorize(unit, "viridis"))
+        assert steps[~forbidden].max() <= 4  # one of 256 colours by rounding
+        assert (cells.pixels[forbidden] == panel.THEMES["light"].masked).all()
+    assert image.render_heads(traced.store, run_id, 1, "pdf").startswith(b"%PDF")

@@ -47,6 +47,10 @@ def paths(traced) -> list[str]:
         f"/experiments/{traced.experiment_id}/export/html",
         f"/experiments/{traced.experiment_id}/export/zip",
         f"/compare/export/png?{both}",
+        f"/compare/export/pdf?{both}",
+        f"/runs/{run}/export/safetensors",
+        f"/runs/{run}/export/pdf?layer=1",
+        f"/runs/{run}/export/parquet?layer=0&head=1&rows=0:9",
         f"/compare/export/csv?{both}",
     ]
 
@@ -140,13 +144,18 @@ def test_a_bad_upload_is_refused_and_nothing_is_stored(empty_store, monkeypatch,
     ("path", "status", "words"),
     [
         (
-            "/runs/1/export/pdf",
+            "/runs/1/export/exe",
             400,
-            "format must be one of csv, parquet, json, npz, safetensors, png, svg, got 'pdf'",
+            "format must be one of csv, parquet, json, npz, safetensors, png, svg, pdf, got 'exe'",
         ),
         ("/runs/99/export/csv", 404, "run must be the id of a run, got 99"),
-        ("/runs/1/export/npz", 400, "layer must be given for npz"),
-        ("/runs/1/export/png?layer=0", 400, "head must be given for png"),
+        ("/runs/1/export/pdf", 400, "layer must be given for pdf"),
+        (
+            "/runs/1/export/csv?layer=0",
+            400,
+            "format of a whole layer must be one of npz, safetensors, png, svg, pdf",
+        ),
+        ("/runs/1/export/json?layer=0&head=1", 400, "format of one head must be one of parquet, csv, npz"),
         ("/runs/1/export/png?layer=0&head=9", 400, "head must be in 0..3"),
         (
             "/runs/1/export/png?layer=0&head=0&scale=cubic",

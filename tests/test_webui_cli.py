@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 from sqlalchemy import text
 from typer.testing import CliRunner
 
@@ -284,11 +285,35 @@ def test_exported_map_is_the_exact_map(attnlab, recorded, tmp_path):
     assert list(arrays["key_tokens"]) == recorded.tokens[:50]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".png", ".svg"])
-def test_export_map_in_every_format(attnlab, recorded, tmp_path, suffix):
+@pytest.mark.parametrize("place", ["0:0", "0"])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".png", ".svg", ".pdf"])
+def test_export_map_in_every_format(attnlab, recorded, tmp_path, suffix, place):
     path = tmp_path / f"map{suffix}"
-    assert attnlab("export", "1", "--map", "0:0", "--out", path).exit_code == 0
+    assert attnlab("export", "1", "--map", place, "--out", path).exit_code == 0
     assert path.stat().st_size > 1000
+
+
+def test_export_map_as_a_table_holds_every_weight(attnlab, recorded, tmp_path):
+    path = tmp_path / "map.parquet"
+    region = ("--rows", "70:77", "--cols", "3:9")
+    assert attnlab("export", "2", "--map", "1:3", *region, "--out", path).exit_code == 0
+    rows = parquet.read_table(path).to_pylist()
+    expected = recorded.reference(2, 1, 3)
+    assert [(row["query"], row["key"]) for row in rows] == [
+        (q, k) for q in range(70, 77) for k in range(3, 9)
+    ]
+    assert all(abs(row["weight"] - expected[row["query"], row["key"]]) < 1e-6 for row in rows)
+    assert all(row["query_token"] == recorded.tokens[row["query"]] for row in rows)
+
+
+def test_export_of_statistics_holds_every_head(attnlab, recorded, tmp_path):
+    path = tmp_path / "statistics.npz"
+    assert attnlab("export", "1", "--format", "npz", "--out", path).exit_code == 0
+    with np.load(path, allow_pickle=False) as file:
+        assert file["entropy"].shape == (2, 4)
+    assert "is of one run's heads" in refused(
+        attnlab("export", "experiment:1", "--format", "npz", "--out", tmp_path / "no.npz")
+    )
 
 
 def test_export_html_and_zip_are_of_an_experiment(attnlab, recorded, tmp_path):
@@ -329,7 +354,9 @@ def test_import_of_no_bundle_stores_nothing(attnlab, empty_store, tmp_path):
         (("--map", "0:0", "--rows", "5:2", "--out", "m.npz"), "0 <= start < stop <= 77"),
         (("--map", "0:0", "--cols", "70:78", "--out", "m.npz"), "0 <= start < stop <= 77"),
         (("--map", "0:0", "--rows", "all", "--out", "m.npz"), "--rows must be A:B"),
-        (("--map", "0:0", "--out", "m.pdf"), "--out must end in one of .npz"),
+        (("--map", "0:0", "--out", "m.docx"), "--out must end in one of .npz"),
+        (("--map", "0", "--out", "m.parquet"), "--out must end in one of .npz"),
+        (("--map", "0", "--rows", "1:2", "--out", "m.npz"), "--map 0 is a whole layer"),
         (("--format", "docx", "--out", "m.docx"), "--format must be one of csv"),
         (("--format", "csv", "--map", "0:0", "--out", "m.csv"), "exactly one of --format and --map"),
         (("--out", "m.csv"), "exactly one of --format and --map"),

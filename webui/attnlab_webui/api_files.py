@@ -36,10 +36,13 @@ MEDIA = {
     "safetensors": "application/octet-stream",
     "png": "image/png",
     "svg": "image/svg+xml",
+    "pdf": "application/pdf",
 }
 RUN_FORMATS = (*table.FORMATS, *arrays.FORMATS, *image.FORMATS)
 EXPERIMENT_FORMATS = (*table.FORMATS, "html", "zip")
-COMPARE_FORMATS = (*table.FORMATS, "npz", *image.FORMATS)
+HEAD_FORMATS = (*table.MAP_FORMATS, *arrays.FORMATS, *image.FORMATS)
+LAYER_FORMATS = (*arrays.FORMATS, *image.FORMATS)
+COMPARE_FORMATS = RUN_FORMATS
 
 Layer = Annotated[int | None, Query(ge=0)]
 Text = Annotated[str | None, Query(max_length=40)]
@@ -59,28 +62,29 @@ def export_run(
     colormap: str = "viridis",
     theme: str = "light",
 ) -> Response:
-    """One run: measurements (csv, parquet, json), a map or a layer's Q, K and LSE (npz, safetensors), a picture.
+    """One run: its numbers, a layer or a map, as a table, as arrays or as a picture.
 
-    npz and safetensors hold the map of `layer` and `head`, or the layer's tensors when no head is given.
+    With `layer` and `head`: the exact weights of the region (parquet, csv, npz, safetensors) or its picture. With
+    `layer` alone: its Q, K and LSE (npz, safetensors) or a picture of all its heads. With neither: all measurements
+    (csv, parquet, json), or the statistics of all heads (npz, safetensors).
     """
     _check("format", form, RUN_FORMATS)
     find_run(store, run_id)
-    if form in table.FORMATS:
-        return _file(table.write_table(store, [run_id], form), f"attnlab-run-{run_id}", form)
+    name = f"attnlab-run-{run_id}"
     if layer is None:
-        raise Refused(f"layer must be given for {form}")
-    region = span("rows", rows), span("cols", cols)
-    if form in arrays.FORMATS and head is None:
-        body = arrays.write_trace(store, run_id, layer, form)
-        return _file(body, f"attnlab-run-{run_id}-L{layer}-qk-lse", form)
+        return _file(_run_numbers(store, run_id, form), name, form)
+    look = _look(scale, colormap, theme, reduce)
     if head is None:
-        raise Refused(f"head must be given for {form}")
-    name = f"attnlab-run-{run_id}-L{layer}H{head}"
-    if form in arrays.FORMATS:
-        return _file(arrays.write_map(store, run_id, layer, head, *region, form), name, form)
-    look = _look(scale, colormap, theme)
-    body = image.render_view(store, run_id, layer, head, *region, form, reduce=reduce, **look)
-    return _file(body, name, form)
+        return _file(_whole_layer(store, run_id, layer, form, look), f"{name}-L{layer}", form)
+    region = span("rows", rows), span("cols", cols)
+    if form in image.FORMATS:
+        body = image.render_view(store, run_id, layer, head, *region, form, **look)
+    elif form in arrays.FORMATS:
+        body = arrays.write_map(store, run_id, layer, head, *region, form)
+    else:
+        _check("format of one head", form, HEAD_FORMATS)
+        body = table.write_map_table(store, run_id, layer, head, *region, form)
+    return _file(body, f"{name}-L{layer}H{head}", form)
 
 
 @router.get("/compare/export/{form}")
@@ -113,8 +117,8 @@ def export_comparison(
     name = f"{name}-L{layer}H{head}"
     if form in arrays.FORMATS:
         return _file(_several_maps(store, run_ids, layer, head, *region, form), name, form)
-    look = _look(scale, colormap, theme)
-    body = image.render_comparison(store, run_ids, layer, head, *region, form, reduce=reduce, **look)
+    look = _look(scale, colormap, theme, reduce)
+    body = image.render_comparison(store, run_ids, layer, head, *region, form, **look)
     return _file(body, name, form)
 
 
@@ -155,6 +159,21 @@ async def import_bundle(request: Request, store: StoreDep) -> JSONResponse:
     return JSONResponse({"experiment": experiment_id, "runs": run_ids}, 201)
 
 
+def _run_numbers(store: Store, run_id: int, form: str) -> bytes:
+    if form in table.FORMATS:
+        return table.write_table(store, [run_id], form)
+    if form in image.FORMATS:
+        raise Refused(f"layer must be given for {form}")
+    return arrays.write_statistics(store, run_id, form)
+
+
+def _whole_layer(store: Store, run_id: int, layer: int, form: str, look: dict[str, Any]) -> bytes:
+    _check("format of a whole layer", form, LAYER_FORMATS)
+    if form in arrays.FORMATS:
+        return arrays.write_trace(store, run_id, layer, form)
+    return image.render_heads(store, run_id, layer, form, **look)
+
+
 def _several_maps(
     store: Store, run_ids: list[int], layer: int, head: int, rows: Any, cols: Any, form: str
 ) -> bytes:
@@ -168,11 +187,11 @@ def _several_maps(
     return arrays.pack(found, {"runs": run_ids, "layer": layer, "head": head}, form)
 
 
-def _look(scale: str, colormap: str, theme: str) -> dict[str, Any]:
+def _look(scale: str, colormap: str, theme: str, reduce: str) -> dict[str, Any]:
     _check("scale", scale, SCALES)
     _check("colormap", colormap, COLORMAPS)
     _check("theme", theme, tuple(THEMES))
-    return {"scale": scale, "colormap": colormap, "theme": theme}
+    return {"scale": scale, "colormap": colormap, "theme": theme, "reduce": reduce}
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A view as a picture for a paper: PNG, or SVG with vector text and axes around embedded cells."""
+"""A view as a picture for a paper: PNG, or SVG and PDF with vector text and axes around embedded cells."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from attnlab.describe import run_brief
-from attnlab.export.panel import PLOT_SIDE, Panel, Scale, draw_panels
+from attnlab.export.colourbar import Scale
+from attnlab.export.panel import PLOT_SIDE, Panel, draw_panels
+from attnlab.export.pdf import to_pdf
 from attnlab.export.scene import Scene, to_png, to_svg
+from attnlab.export.strips import draw_heads
 from attnlab.views.difference import difference
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import map_label, ran_as
@@ -28,7 +31,8 @@ from attnlab.views.viewport import (
 from attnlab_storage.database import Store
 from attnlab_storage.results import TraceRow
 
-FORMATS = ("png", "svg")
+ENCODERS = {"png": to_png, "svg": to_svg, "pdf": to_pdf}
+FORMATS = tuple(ENCODERS)
 
 
 def render_view(
@@ -91,8 +95,7 @@ def render_comparison(
 
     Raises ViewError for anything that cannot be shown, also where two runs' maps differ in size.
     """
-    if format not in FORMATS:
-        raise ViewError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+    check_format(format)
     linked = linked_viewports(
         store, [(run_id, layer, head) for run_id in run_ids], rows, cols, PLOT_SIDE, PLOT_SIDE, reduce
     )
@@ -107,9 +110,33 @@ def render_comparison(
     return encode(draw_panels(panels, theme), format)
 
 
+def render_heads(
+    store: Store,
+    run_id: int,
+    layer: int,
+    format: str = "png",
+    *,
+    colormap: str = "viridis",
+    scale: Scale = "log",
+    theme: str = "light",
+    reduce: str = "max",
+) -> bytes:
+    """All heads of a layer side by side, see `draw_heads`. Raises ViewError for anything that cannot be shown."""
+    check_format(format)
+    look = {"colormap": colormap, "theme": theme, "reduce": reduce}
+    return encode(draw_heads(store, run_id, layer, scale=scale, **look), format)
+
+
+def check_format(format: str) -> None:
+    """ViewError for a format that pictures do not have."""
+    if format not in ENCODERS:
+        raise ViewError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+
+
 def encode(scene: Scene, format: str) -> bytes:
-    """The scene as PNG or SVG bytes."""
-    return to_png(scene) if format == "png" else to_svg(scene)
+    """The scene as the bytes of a PNG, SVG or PDF file. Raises ViewError for another format."""
+    check_format(format)
+    return ENCODERS[format](scene)
 
 
 def _panel(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from attnlab.export.colourbar import BAR_ROOM, LOG_DECADES, Scale, draw_bar
 from attnlab.export.scene import Line, Raster, Scene, Text, shorten, text_width
 from attnlab.views.colormaps import COLORMAPS, DIVERGING, colorize
 from attnlab.views.errors import ViewError
 
-Scale = Literal["linear", "log", "row"]
 SCALES = ("linear", "log", "row")
-LOG_DECADES = 5
 SIGNED_KNEE = 1e-3  # share of the peak below which a signed logarithmic scale is linear
 PLOT_SIDE = 512
 TOKEN_CELL = 11  # pixels a cell needs before its token is written beside it
@@ -92,13 +90,18 @@ def unit_values(values: np.ndarray, peak: float, scale: Scale, *, signed: bool) 
     return np.clip(values / peak, 0.0, 1.0)
 
 
-def draw_panels(panels: Sequence[Panel], theme: str = "light") -> Scene:
-    """The panels side by side in one scene, each with its own axes, title and colour bar."""
+def check_look(theme: str, colormap: str) -> None:
+    """ViewError for a theme or a colour map that pictures do not have."""
     if theme not in THEMES:
         raise ViewError(f"theme must be one of {', '.join(THEMES)}; got {theme!r}")
+    if colormap not in COLORMAPS:
+        raise ViewError(f"colormap must be one of {', '.join(COLORMAPS)}; got {colormap!r}")
+
+
+def draw_panels(panels: Sequence[Panel], theme: str = "light") -> Scene:
+    """The panels side by side in one scene, each with its own axes, title and colour bar."""
     for panel in panels:
-        if panel.colormap not in COLORMAPS:
-            raise ViewError(f"colormap must be one of {', '.join(COLORMAPS)}; got {panel.colormap!r}")
+        check_look(theme, panel.colormap)
     boxes = [_Box.of(panel) for panel in panels]
     scene = Scene(sum(box.width for box in boxes), max(box.height for box in boxes), THEMES[theme].background)
     left = 0
@@ -131,7 +134,7 @@ class _Box:
 
     @property
     def width(self) -> int:
-        return max(self.left + self.plot_width + 92, 420)
+        return max(self.left + self.plot_width + BAR_ROOM + 16, 420)
 
     @property
     def height(self) -> int:
@@ -163,7 +166,9 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> Non
     scene.add(Text(left + 14, y + box.plot_height / 2, down, 12, theme.text, "middle", 90))
     below = y + box.plot_height + (box.room_across or 24) + 12
     scene.add(Text(x + box.plot_width / 2, below, across, 12, theme.text, "middle"))
-    _draw_bar(scene, panel, name, x + box.plot_width + 16, y, max(box.plot_height, 120), theme)
+    side = x + box.plot_width + 16
+    look = {"peak": panel.peak, "scale": panel.scale, "signed": panel.signed, "colormap": name}
+    draw_bar(scene, side, y, max(box.plot_height, 120), **look, color=theme.quiet)
 
 
 def _mark(title: str, labels: Sequence[str], tick: int, start: int) -> str:
@@ -204,28 +209,6 @@ def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> N
         scene.add(Line(middle, y + 1, middle, y + 4, theme.quiet))
         text = _mark(panel.col_title, panel.col_labels, tick, start)
         scene.add(Text(middle, y + 13, text, 10, theme.quiet, "middle"))
-
-
-def _draw_bar(scene: Scene, panel: Panel, name: str, x: int, y: int, height: int, theme: Theme) -> None:
-    ramp = colorize(np.linspace(1.0, 0.0, height)[:, None], name)
-    scene.add(Raster(x, y, 12, height, ramp))
-    for fraction, label in bar_labels(panel.peak, panel.scale, signed=panel.signed):
-        at = y + (1.0 - fraction) * (height - 1)
-        scene.add(Line(x + 12, at, x + 15, at, theme.quiet), Text(x + 18, at, label, 10, theme.quiet))
-
-
-def bar_labels(peak: float, scale: Scale, *, signed: bool) -> list[tuple[float, str]]:
-    """(place 0..1 on the colour bar, label) pairs, from low to high."""
-    if signed and not peak:
-        return [(0.5, "0 everywhere")]
-    if signed:
-        return [(0.0, f"{-peak:.3g}"), (0.5, "0"), (1.0, f"{peak:+.3g}")]
-    if scale == "row":
-        return [(0.0, "0"), (1.0, "row max")]
-    if scale == "log":
-        ends = range(LOG_DECADES + 1)
-        return [(i / LOG_DECADES, f"{peak * 10.0 ** (i - LOG_DECADES):.2g}") for i in ends]
-    return [(i / 4, f"{peak * i / 4:.3g}") for i in range(5)]
 
 
 def nice_ticks(start: int, stop: int, most: int = 8) -> list[int]:

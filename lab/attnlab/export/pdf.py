@@ -113,7 +113,9 @@ def _text(part: Text, height: int, font: TrueType) -> str:
     back = {"start": 0.0, "middle": 0.5, "end": 1.0}[part.anchor] * length
     drop = unit * (font.ascent + font.descent) / 2
     x, y = part.x, height - part.y
-    place = f"0 1 -1 0 {x + drop:.2f} {y - back:.2f}" if part.turn else f"1 0 0 1 {x - back:.2f} {y - drop:.2f}"
+    place = (
+        f"0 1 -1 0 {x + drop:.2f} {y - back:.2f}" if part.turn else f"1 0 0 1 {x - back:.2f} {y - drop:.2f}"
+    )
     code = "".join(f"{glyph:04X}" for glyph in glyphs)
     return f"BT {_colour(part.color)} rg /F {part.size} Tf {place} Tm <{code}> Tj ET"
 

@@ -1,4 +1,4 @@
-"""A picture as a list of primitives, drawn as PNG (Pillow) or SVG (vector text, raster cells); `pdf` draws it as PDF."""
+"""A picture as a list of primitives, drawn as PNG (Pillow) or as SVG (vector text, raster cells); PDF is in `pdf`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,10 @@ def drawable(text: str) -> str:
 def font_bytes() -> bytes:
     """The file of the font that pictures are written in."""
     source = _font(12).path
-    return source.getvalue() if isinstance(source, io.BytesIO) else Path(os.fsdecode(source)).read_bytes()
+    if isinstance(source, str | bytes | os.PathLike):
+        return Path(os.fsdecode(source)).read_bytes()
+    source.seek(0)
+    return source.read()
 
 
 def data_uri(png: bytes) -> str:

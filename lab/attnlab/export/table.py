@@ -1,4 +1,4 @@
-"""Measurements as one long tidy table: a row a number, with its unit and what tells its run apart."""
+"""Long tidy tables: measurements with their unit and what tells their run apart, and the weights of a map's region."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attnlab.describe import run_brief
+from attnlab.export.arrays import map_arrays
 from attnlab.views.errors import ViewError
-from attnlab.views.viewport import find_run
+from attnlab.views.viewport import Region, find_run
 from attnlab_storage import results
 from attnlab_storage.database import Store
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMATS = ("csv", "parquet", "json")
+MAP_FORMATS = ("parquet", "csv")
+MOST_TABLE_BYTES = 2**27  # of float32 weights, each of which is a row
 # name of a column -> its Arrow type
 COLUMNS = {
     "run": "int64",
@@ -89,19 +94,63 @@ def write_table(store: Store, run_ids: Sequence[int], format: str = "csv") -> by
     """
     if format == "json":
         return json.dumps([_finite(row) for row in measurement_rows(store, run_ids)], indent=1).encode()
+    _check_format(format, FORMATS)
+    return _table_bytes(measurement_table(store, run_ids), format)
+
+
+def write_map_table(
+    store: Store,
+    run_id: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    format: str = "parquet",
+) -> bytes:
+    """Every exact weight of a region as a row of a Parquet or CSV file: query, key, their tokens, weight.
+
+    Tokens are as they came from the tokenizer, null where none are known. Raises ViewError for an unknown layer,
+    head, region or format, ExportTooLarge for a region over 2**25 weights.
+    """
+    import pyarrow
+
+    _check_format(format, MAP_FORMATS)
+    found = map_arrays(store, run_id, layer, head, rows, cols, max_bytes=MOST_TABLE_BYTES)
+    weights = found["map"]
+    (top, bottom), (left, right) = found["rows"], found["cols"]
+    queries, keys = np.divmod(np.arange(weights.size), weights.shape[1])
+    columns = {
+        "query": np.arange(top, bottom)[queries],
+        "key": np.arange(left, right)[keys],
+        "query_token": _named(found["query_tokens"], queries),
+        "key_token": _named(found["key_tokens"], keys),
+        "weight": weights.ravel(),
+    }
+    return _table_bytes(pyarrow.table(columns), format)
+
+
+def _named(tokens: np.ndarray, places: np.ndarray) -> pyarrow.Array:
+    import pyarrow
+
+    if not len(tokens):
+        return pyarrow.nulls(len(places), pyarrow.string())
+    return pyarrow.array(tokens.tolist()).take(pyarrow.array(places))
+
+
+def _table_bytes(table: pyarrow.Table, format: str) -> bytes:
+    from pyarrow import csv, parquet
+
+    out = io.BytesIO()
     if format == "csv":
-        from pyarrow import csv
+        csv.write_csv(table, out)
+    else:
+        parquet.write_table(table, out, compression="zstd")
+    return out.getvalue()
 
-        out = io.BytesIO()
-        csv.write_csv(measurement_table(store, run_ids), out)
-        return out.getvalue()
-    if format == "parquet":
-        from pyarrow import parquet
 
-        out = io.BytesIO()
-        parquet.write_table(measurement_table(store, run_ids), out, compression="zstd")
-        return out.getvalue()
-    raise ViewError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+def _check_format(format: str, formats: Sequence[str]) -> None:
+    if format not in formats:
+        raise ViewError(f"format must be one of {', '.join(formats)}; got {format!r}")
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def find_run_ids(store: Store, texts: list[str]) -> list[int]:
     return list(found)
 
 
-def parse_map(text: str) -> tuple[int, int]:
-    """`5:2` is layer 5, head 2."""
-    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text.strip())
+def parse_map(text: str) -> tuple[int, int | None]:
+    """`5:2` is layer 5, head 2; `5` is all of layer 5."""
+    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text.strip())
     if match is None:
-        raise BadTarget(f"--map must be LAYER:HEAD, two numbers from 0 (for example 5:2), got {text!r}")
-    return int(match[1]), int(match[2])
+        raise BadTarget(f"--map must be LAYER:HEAD or LAYER, numbers from 0 (for example 5:2), got {text!r}")
+    return int(match[1]), None if match[2] is None else int(match[2])
 
 
 def parse_region(option: str, text: str | None) -> slice | None:

@@ -6,11 +6,9 @@ from typing import Annotated
 
 import typer
 
-from attnlab.export.arrays import write_map
+from attnlab.export import arrays, image, table
 from attnlab.export.bundle import read_bundle, write_bundle
-from attnlab.export.image import render_view
 from attnlab.export.report import write_report
-from attnlab.export.table import write_table
 from attnlab_storage.database import Store
 from attnlab_webui.commands.console import (
     JsonOption,
@@ -23,10 +21,10 @@ from attnlab_webui.commands.console import (
 )
 from attnlab_webui.commands.targets import Target, find_runs, parse_map, parse_region, parse_target
 
-TABLES = ("csv", "parquet", "json")
 WHOLE = ("html", "zip")
-FORMATS = (*TABLES, *WHOLE)
-MAP_SUFFIXES = (".npz", ".safetensors", ".png", ".svg")
+FORMATS = (*table.FORMATS, *arrays.FORMATS, *WHOLE)
+LAYER_SUFFIXES = tuple(f".{form}" for form in (*arrays.FORMATS, *image.FORMATS))
+MAP_SUFFIXES = (*LAYER_SUFFIXES, *(f".{form}" for form in table.MAP_FORMATS))
 
 
 def export(
@@ -36,13 +34,18 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     format: Annotated[str | None, typer.Option("--format", "-f", help=", ".join(FORMATS))] = None,
     map: Annotated[
-        str | None, typer.Option("--map", metavar="LAYER:HEAD", help="One head's map instead.")
+        str | None,
+        typer.Option("--map", metavar="LAYER[:HEAD]", help="One head's map, or a whole layer, instead."),
     ] = None,
     rows: Annotated[str | None, typer.Option(metavar="A:B", help="Only these queries of the map.")] = None,
     cols: Annotated[str | None, typer.Option(metavar="A:B", help="Only these keys of the map.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write measurements, a report, a whole experiment, or with --map the exact map of one head."""
+    """Write measurements, statistics of heads (npz, safetensors), a report, a whole experiment, or with --map a map.
+
+    With --map 5:2 the file holds the exact weights of one head (.npz, .safetensors, .parquet, .csv) or a picture of
+    them (.png, .svg, .pdf); with --map 5 the layer's Q, K and LSE, or a picture of all its heads.
+    """
     if (map is None) == (format is None):
         refuse(f"exactly one of --format and --map must be given; choices of --format: {', '.join(FORMATS)}")
     check_out(out)
@@ -79,8 +82,13 @@ def export_document(store: Store, text: str, format: str, out: Path) -> Target:
         refuse(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
     target = parse_target(text, bare="experiment" if format in WHOLE else "run")
     runs = find_runs(store, target)
-    if format in TABLES:
-        write_whole(out, write_table(store, [run.id for run in runs], format))
+    if format in table.FORMATS:
+        write_whole(out, table.write_table(store, [run.id for run in runs], format))
+        return target
+    if format in arrays.FORMATS:
+        if target.kind != "run":
+            refuse(f"--format {format} is of one run's heads, got {target}")
+        write_whole(out, arrays.write_statistics(store, target.id, format))
         return target
     if target.kind != "experiment":
         refuse(f"--format {format} is of a whole experiment, use experiment:{runs[0].experiment_id}")
@@ -94,16 +102,24 @@ def export_document(store: Store, text: str, format: str, out: Path) -> Target:
 def map_file(
     store: Store, target: Target, map: str, rows: str | None, cols: str | None, suffix: str
 ) -> bytes:
-    """The exact probabilities of one head as the bytes of a file of this kind."""
+    """One head's weights or a whole layer, as the bytes of a file of this kind."""
     if target.kind != "run":
         refuse(f"--map needs one run, got {target}")
-    if suffix not in MAP_SUFFIXES:
-        refuse(f"--out must end in one of {', '.join(MAP_SUFFIXES)} for --map, got {suffix!r}")
-    find_runs(store, target)
     layer, head = parse_map(map)
-    region = parse_region("--rows", rows), parse_region("--cols", cols)
-    write = render_view if suffix in {".png", ".svg"} else write_map
-    return write(store, target.id, layer, head, *region, suffix[1:])
+    suffixes = MAP_SUFFIXES if head is not None else LAYER_SUFFIXES
+    if suffix not in suffixes:
+        refuse(f"--out must end in one of {', '.join(suffixes)} for --map {map}, got {suffix!r}")
+    find_runs(store, target)
+    region, form = (parse_region("--rows", rows), parse_region("--cols", cols)), suffix[1:]
+    if head is None:
+        if (rows, cols) != (None, None):
+            refuse(f"--rows and --cols are of one head's map, --map {map} is a whole layer")
+        write = image.render_heads if form in image.FORMATS else arrays.write_trace
+        return write(store, target.id, layer, form)
+    if form in image.FORMATS:
+        return image.render_view(store, target.id, layer, head, *region, form)
+    write = arrays.write_map if form in arrays.FORMATS else table.write_map_table
+    return write(store, target.id, layer, head, *region, form)
 
 
 def check_out(out: Path) -> None:

@@ -11,6 +11,7 @@ import { getJson, query } from "./request.js";
 import { StatGrid } from "./statgrid.js";
 
 const BLINK_MS = 700;
+const FILE_WORDS = { parquet: "Parquet", safetensors: "safetensors" };
 const TOOLS = '<div class="at-tools" data-part="tools"></div>';
 
 export class Controls {
@@ -179,10 +180,12 @@ export class Controls {
     const base = runs.length > 1 ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
     const which = runs.length > 1 ? { runs: runs.join(",") } : {};
     place.replaceChildren(line("at-label", "this view"));
-    for (const [format, fields] of [["png", look], ["svg", look], ["npz", region]]) {
+    const numbers = runs.length > 1 ? ["npz"] : ["npz", "parquet", "safetensors"];
+    const files = [...["png", "svg", "pdf"].map((format) => [format, look]), ...numbers.map((format) => [format, region])];
+    for (const [format, fields] of files) {
       const link = document.createElement("a");
       link.href = `${base}/${format}?${query({ ...which, ...fields })}`;
-      link.textContent = format.toUpperCase();
+      link.textContent = FILE_WORDS[format] ?? format.toUpperCase();
       link.setAttribute("download", "");
       place.append(link);
     }

@@ -1,0 +1,48 @@
+"""The bar beside a picture that says which colour is which number."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from attnlab.export.scene import Line, Raster, Scene, Text
+from attnlab.views.colormaps import colorize
+
+Scale = Literal["linear", "log", "row"]
+LOG_DECADES = 5
+BAR_ROOM = 76  # pixels that the bar and its numbers take
+
+
+def draw_bar(
+    scene: Scene,
+    x: int,
+    y: int,
+    height: int,
+    *,
+    peak: float,
+    scale: Scale,
+    signed: bool,
+    colormap: str,
+    color: str,
+) -> None:
+    """A bar of ``height`` pixels with its numbers to the right, in ``color``; ``peak`` is the number at its end."""
+    ramp = colorize(np.linspace(1.0, 0.0, height)[:, None], colormap)
+    scene.add(Raster(x, y, 12, height, ramp))
+    for fraction, label in bar_labels(peak, scale, signed=signed):
+        at = y + (1.0 - fraction) * (height - 1)
+        scene.add(Line(x + 12, at, x + 15, at, color), Text(x + 18, at, label, 10, color))
+
+
+def bar_labels(peak: float, scale: Scale, *, signed: bool) -> list[tuple[float, str]]:
+    """(place 0..1 on the colour bar, label) pairs, from low to high."""
+    if signed and not peak:
+        return [(0.5, "0 everywhere")]
+    if signed:
+        return [(0.0, f"{-peak:.3g}"), (0.5, "0"), (1.0, f"{peak:+.3g}")]
+    if scale == "row":
+        return [(0.0, "0"), (1.0, "row max")]
+    if scale == "log":
+        ends = range(LOG_DECADES + 1)
+        return [(i / LOG_DECADES, f"{peak * 10.0 ** (i - LOG_DECADES):.2g}") for i in ends]
+    return [(i / 4, f"{peak * i / 4:.3g}") for i in range(5)]
