@@ -400,7 +400,7 @@ def test_seed_constructor_and_aliases_work_literally():
         ({"sparsity_pattern": "bigbird", "num_random": -1}, "num_random"),
         ({"sparsity_pattern": "bigbird", "sliding_blocks": 2}, "sliding"),
         ({"local_window": 0}, "local_window"),
-        ({"implementation": "triton"}, "implementation"),
+        ({"implementation": "flash"}, "implementation"),
     ],
 )
 def test_a_pattern_that_cannot_be_is_refused(options, word):

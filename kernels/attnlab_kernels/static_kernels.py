@@ -27,6 +27,7 @@ REGISTRY: dict[str, str] = {
     "latent": "attnlab_kernels.operations.latent.triton_static",
     "expert_projection": "attnlab_kernels.operations.expert_projection.triton_static",
     "map_pooling": "attnlab_kernels.operations.map_pooling.triton_static",
+    "sparse": "attnlab_kernels.operations.sparse.triton_static",
 }
 
 

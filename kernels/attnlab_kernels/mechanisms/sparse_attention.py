@@ -12,8 +12,9 @@ from attnlab_kernels.caches import Cache, ContiguousKV, RollingKV
 from attnlab_kernels.masks import Causal, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
 from attnlab_kernels.mechanisms.base import MAP_LIMIT_BYTES, SoftmaxModule, read_aliases, read_width
+from attnlab_kernels.operations.sparse.api import SparseResult, check_implementation, sparse_attend
 from attnlab_kernels.operations.sparse.dense import dense
-from attnlab_kernels.operations.sparse.reference import Result, full_map, run
+from attnlab_kernels.operations.sparse.reference import full_map
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_sequences import PagedSequences
 from attnlab_kernels.patterns import Dense, Pattern, PatternError, build_pattern, pattern_to_json
@@ -33,8 +34,9 @@ class _Call(NamedTuple):
     pattern: Pattern
     options: dict[str, Any]
 
-    def run(self, dropout: float = 0.0) -> Result:
-        return run(self.query, self.key, self.value, self.pattern, dropout=dropout, **self.options)
+    def run(self, implementation: str, dropout: float = 0.0) -> SparseResult:
+        named = {"dropout": dropout, "implementation": implementation, **self.options}
+        return sparse_attend(self.query, self.key, self.value, self.pattern, **named)
 
     def full_map(self, lse: Tensor, num_keys: int) -> Tensor:
         """The rows' weights; zeros for keys that they do not reach."""
@@ -91,7 +93,7 @@ class SparseAttention(SoftmaxModule):
         implementation: str = "auto",
         **widths: int,
     ) -> None:
-        _chosen(implementation)
+        check_implementation(implementation)
         super().__init__(
             dim=read_width("dim", dim, widths),
             num_heads=num_heads,
@@ -139,14 +141,15 @@ class SparseAttention(SoftmaxModule):
         """Attend from ``hidden_states`` ``[B, n, dim]`` to itself and the cached tokens.
 
         The arguments are those of the other mechanisms, see ``SoftmaxModule.forward``. ``implementation`` (also:
-        backend) is "tiled" or "auto", which is the same. The cache of a Longformer module must begin with a chunk
-        that has all of its global tokens: their own keys are not kept.
+        backend) is "tiled", "triton" (our kernel) or "auto". The cache of a Longformer module must begin with a
+        chunk that has all of its global tokens: their own keys are not kept.
 
         Raises:
             ValueError: an argument that does not fit, a context, or a cache without ``causal``.
         """
         context, implementation = read_aliases(context, implementation, aliases)
-        reason = _chosen(implementation or self.implementation)
+        chosen = implementation or self.implementation
+        check_implementation(chosen)
         if context is not None:
             raise PatternError(
                 "context must be None: a pattern is of positions of one sequence; got a tensor"
@@ -174,7 +177,8 @@ class SparseAttention(SoftmaxModule):
         tables = (position_ids, position_embeddings)
         calls = self._calls(hidden_states, query, key, value, pattern, mask, bias, past, tables)
         dropout = self.dropout if self.training else 0.0
-        results = [call.run(dropout) for call in calls]
+        ran = [call.run(chosen, dropout) for call in calls]
+        results = [each.result for each in ran]
         lse = torch.cat([result.lse for result in results], dim=2)
         maps = None
         if output_attentions:
@@ -187,13 +191,18 @@ class SparseAttention(SoftmaxModule):
             maps = torch.cat(parts, dim=2).to(query.dtype)
         heads = torch.cat([result.output for result in results], dim=2)
         if heard():
-            self._announce((query, key, value), calls, heads, lse, mask, pattern)
+            self._announce((query, key, value), calls, heads, lse, mask, pattern, ran[-1].implementation)
         output = AttentionOutput(
             self.o_proj(heads.transpose(1, 2).flatten(2)),
             maps,
             cache if use_cache else None,
             lse,
-            {"implementation": "tiled", "reason": reason, "pattern": pattern.describe(), "heads": heads},
+            {
+                "implementation": ran[-1].implementation,
+                "reason": ran[-1].reason,
+                "pattern": pattern.describe(),
+                "heads": heads,
+            },
         )
         return output if return_dict else self._legacy(output)
 
@@ -205,13 +214,14 @@ class SparseAttention(SoftmaxModule):
         lse: Tensor,
         mask: Mask,
         pattern: Pattern,
+        ran: str,
     ) -> None:
         def given(operands: tuple[Tensor, ...]) -> list[_Call]:
             parts = zip(calls, zip(*[iter(operands)] * 3, strict=True), strict=True)
             return [call._replace(query=q, key=k, value=v) for call, (q, k, v) in parts]
 
         def again(*operands: Tensor) -> Tensor:
-            return torch.cat([call.run().output for call in given(operands)], dim=2)
+            return torch.cat([call.run(ran).result.output for call in given(operands)], dim=2)
 
         def reference(*operands: Tensor) -> Tensor:
             made = [dense(c.query, c.key, c.value, c.pattern, **c.options) for c in given(operands)]
@@ -226,7 +236,7 @@ class SparseAttention(SoftmaxModule):
                 lse,
                 mask & Causal() if pattern.causal else mask,
                 self.scale,
-                "tiled",
+                ran,
                 again,
                 reference,
                 tuple(tensor for call in calls for tensor in (call.query, call.key, call.value)),
@@ -277,7 +287,7 @@ class SparseAttention(SoftmaxModule):
             query, key, value = self._project(hidden_states, hidden_states)
             query, key = self._encode(query, key, None, None, 0, None)
             calls = self._calls(hidden_states, query, key, value, pattern, mask, None, 0, (None, None))
-            lse = torch.cat([call.run().lse for call in calls], dim=2)
+            lse = torch.cat([call.run(self.implementation).result.lse for call in calls], dim=2)
 
         def plain(tensor: Tensor, of: int) -> Any:
             return tensor[batch, of].to(lse.dtype).cpu().numpy()
@@ -391,13 +401,6 @@ class BlockSparseAttention(SparseAttention):
 
 
 DSA = SparseAttention
-
-
-def _chosen(implementation: str) -> str:
-    """Why the tiles run."""
-    if implementation not in ("auto", "tiled"):
-        raise ValueError(f"implementation must be one of auto, tiled; got {implementation!r}")
-    return "asked for" if implementation == "tiled" else "auto: the only implementation"
 
 
 def _check_map(lse: Tensor, num_keys: int) -> None:

@@ -153,7 +153,7 @@ def _efficient(call: ModuleCall, tokens: int) -> dict[str, Any]:
 
 
 def _neighborhood(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "tiled", "fused"))
+    _only(call, ("auto", "tiled", "fused", "triton"))
     shape = grid(tokens, call.parameters) if call.parameters["dims"] == 2 else (tokens,)
     return {"implementation": call.implementation, "spatial_shape": shape}
 
@@ -164,7 +164,7 @@ def _ring(call: ModuleCall, tokens: int) -> dict[str, Any]:
 
 
 def _sparse(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "tiled"))
+    _only(call, ("auto", "tiled", "triton"))
     return {"implementation": call.implementation}
 
 

@@ -258,10 +258,12 @@ def causal_band(call: ModelCall, mechanism: str) -> bool:
     return band.right == 0
 
 
-def only_auto(mechanism: str, implementation: str, own: str) -> None:
-    """Raises Unsupported unless the implementation is ``auto`` or the mechanism's own."""
-    if implementation not in ("auto", own):
-        raise Unsupported(f"{mechanism}: is an operation of its own, {own}; {implementation} cannot run it")
+def only_auto(mechanism: str, implementation: str, *own: str) -> None:
+    """Raises Unsupported unless the implementation is ``auto`` or one of the mechanism's own."""
+    if implementation not in ("auto", *own):
+        raise Unsupported(
+            f"{mechanism}: is an operation of its own, {', '.join(own)}; {implementation} cannot run it"
+        )
 
 
 def element_mask(mask: Mask, element: int) -> Mask:

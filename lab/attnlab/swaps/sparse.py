@@ -13,7 +13,7 @@ from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodError
 from attnlab_kernels.operations.neighborhood import reference as neighborhood_reference
 from attnlab_kernels.operations.neighborhood.dense import dense as neighborhood_by_the_book
 from attnlab_kernels.operations.softmax.api import Unsupported
-from attnlab_kernels.operations.sparse import reference as sparse_reference
+from attnlab_kernels.operations.sparse.api import IMPLEMENTATIONS, sparse_attend
 from attnlab_kernels.operations.sparse.dense import dense as sparse_by_the_book
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.patterns import Pattern, build_pattern, pattern_to_json
@@ -36,7 +36,7 @@ class SparseSwap(Swap):
     def attend(self, call: ModelCall) -> Attended:
         if call.cross:
             return super().attend(call)
-        only_auto("sparse", self.implementation, "tiled")
+        only_auto("sparse", self.implementation, *IMPLEMENTATIONS)
         if call.extras.keys() - {"bias"}:
             call.plain("sparse")
         call = self.pooled(call)
@@ -62,11 +62,20 @@ class SparseSwap(Swap):
         return build_pattern(self.pattern, causal, layer=layer, **self.numbers)
 
     def _run(self, call: ModelCall, pattern: Pattern) -> AttentionOutput:
-        output, lse = sparse_reference.run(
-            call.query, call.key, call.value, pattern, scale=call.scale, mask=call.mask, **call.extras
+        (output, lse), name, reason = sparse_attend(
+            call.query,
+            call.key,
+            call.value,
+            pattern,
+            scale=call.scale,
+            mask=call.mask,
+            implementation=self.implementation,
+            **call.extras,
         )
         lse = lse if lse.dtype == torch.float64 else lse.float()
-        return AttentionOutput(output, lse=lse, aux={"implementation": "tiled", "reason": pattern.describe()})
+        return AttentionOutput(
+            output, lse=lse, aux={"implementation": name, "reason": f"{pattern.describe()}; {reason}"}
+        )
 
 
 @dataclass(eq=False)

@@ -49,7 +49,7 @@ def run(
         PatternError: shapes that do not fit.
     """
     start = k.shape[2] - q.shape[2] if start is None else start
-    _check(q, k, v, start)
+    check(q, k, v, start)
     band = (mask or Full()).band()
     visible = _visible(band, k)
     if visible is not None:
@@ -165,7 +165,8 @@ def _visible(band: Band, k: Tensor) -> Tensor | None:
     return (slots >= limits[:, :1]) & (slots < limits[:, 1:])
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, start: int) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, start: int) -> None:
+    """PatternError for shapes that do not fit, with arguments as in ``run``."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.shape[:3] != k.shape[:3] or k.shape[::3] != q.shape[::3]:
         raise PatternError(f"shapes must be q [B, H, n, D], k [B, Hkv, m, D], v [B, Hkv, m, Dv]; {shapes}")

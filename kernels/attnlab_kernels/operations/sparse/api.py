@@ -1,0 +1,114 @@
+"""Sparse attention: the one call, its implementations, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from attnlab_kernels.masks import Mask
+from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.sparse import reference, triton_lists
+from attnlab_kernels.operations.sparse.reference import Result
+from attnlab_kernels.patterns import Pattern
+
+__all__ = ["IMPLEMENTATIONS", "SparseResult", "check_implementation", "sparse_attend", "supports"]
+
+
+class SparseResult(NamedTuple):
+    """What ran, and why."""
+
+    result: Result
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SparseImplementation:
+    """One way to attend along a pattern; ``supports`` says yes, or why not."""
+
+    name: str
+    label: str
+    supports: Callable[..., Support]
+    requires: str
+
+
+def _any_call(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, dropout: float) -> Support:
+    return Support(True, "the reference: gathers the keys of each tile")
+
+
+IMPLEMENTATIONS: dict[str, SparseImplementation] = {
+    implementation.name: implementation
+    for implementation in (
+        SparseImplementation("tiled", "tiles in PyTorch (reference)", _any_call, "any device"),
+        SparseImplementation(
+            "triton",
+            "attnlab Triton, block lists",
+            triton_lists.supports,
+            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
+        ),
+    )
+}
+
+
+def sparse_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    start: int | None = None,
+    scale: float | None = None,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> SparseResult:
+    """Attend along a pattern; the arguments are those of ``reference.run``.
+
+    Args:
+        implementation: a key of ``IMPLEMENTATIONS``, or "auto": the kernel on a GPU, else the tiles.
+
+    Raises:
+        ValueError: an unknown implementation; PatternError: shapes that do not fit.
+        Unsupported: the named implementation cannot run this call.
+    """
+    check_implementation(implementation)
+    named: dict[str, Any] = {"start": start, "scale": scale, "mask": mask}
+    reason = "asked for"
+    if implementation == "triton" or (implementation == "auto" and q.device.type == "cuda"):
+        support = supports("triton", q, k, v, bias=bias, dropout=dropout)
+        if implementation == "triton" and not support:
+            raise Unsupported(f"implementation 'triton' cannot run this call: {support.reason}")
+        if support:
+            reason = "auto: our kernel" if implementation == "auto" else f"asked for; {support.reason}"
+            return SparseResult(triton_lists.run(q, k, v, pattern, **named), "triton", reason)
+        reason = f"auto: the reference, for {support.reason}"
+    elif implementation == "auto":
+        reason = "auto: the only implementation for this device"
+    return SparseResult(reference.run(q, k, v, pattern, bias=bias, dropout=dropout, **named), "tiled", reason)
+
+
+def supports(
+    implementation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Support:
+    """Whether this implementation runs the call, or why not."""
+    check_implementation(implementation)
+    return IMPLEMENTATIONS[implementation].supports(q, k, v, bias=bias, dropout=dropout)
+
+
+def check_implementation(name: str) -> None:
+    """ValueError if there is none of this name."""
+    if name not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {name!r}"
+        )
