@@ -20,7 +20,7 @@ from attnlab_kernels.catalog import MECHANISMS
 from attnlab_storage import queue, results, settings
 from attnlab_storage.database import Store
 from attnlab_storage.listing import FILTERS, count_runs
-from attnlab_webui import api_files, api_maps
+from attnlab_webui import api_files, api_maps, api_rows
 from attnlab_webui.answers import (
     Refused,
     StoreDep,
@@ -47,6 +47,7 @@ def install(app: FastAPI, store: Store) -> None:
     install_handlers(app)
     app.include_router(router, prefix=PREFIX)
     app.include_router(api_maps.router, prefix=PREFIX)
+    app.include_router(api_rows.router, prefix=PREFIX)
     app.include_router(api_files.router, prefix=PREFIX)
     app.add_api_route(PREFIX + "/{rest:path}", _unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 

@@ -14,6 +14,7 @@ from attnlab.views.difference import difference
 from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
+from attnlab.views.query_rows import grows, patch_grid
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import KEPT_SIZE, thumbnail, thumbnail_progress
 from attnlab.views.tokens import stream_axes, token_labels
@@ -54,6 +55,7 @@ def recorded_maps(run_id: int, store: StoreDep) -> dict[str, Any]:
         "run": run_id,
         "label": f"#{run_id} {mechanism_label(brief)} · {ran_as(brief)} · {brief['dtype']}",
         "stamp": stamp(run),
+        "phase": run.phase,
         "layers": [
             {
                 "layer": trace.layer,
@@ -70,6 +72,8 @@ def recorded_maps(run_id: int, store: StoreDep) -> dict[str, Any]:
                 "signed": is_signed(trace),
                 "columns": map_facts(trace).get("columns"),
                 "parts": part_names(trace),
+                "grid": patch_grid(trace),
+                "grows": grows(trace),
                 "row_sum_defect": trace.row_sum_defect,
                 "output_defect": trace.output_defect,
             }
@@ -128,7 +132,7 @@ def run_viewport(
     if ready < 1:
         return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
     view = viewport(store, run_id, layer, head, *region, height, width, reduce, part)
-    return _octets(*heatmap.encode(view, [load_map(store, run_id, layer, head)]), v)
+    return octets(*heatmap.encode(view, [load_map(store, run_id, layer, head)]), v)
 
 
 @router.get("/runs/{run_id}/cell")
@@ -163,7 +167,7 @@ def run_thumbnails(
     whole = (0, full_map.shape[0]), (0, full_map.shape[1])
     exact = values.shape == (len(heads) * full_map.shape[0], full_map.shape[1])
     top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
-    return _octets(values.astype("<f4").tobytes(), heatmap.headers_of(values, *whole, top, exact=exact), v)
+    return octets(values.astype("<f4").tobytes(), heatmap.headers_of(values, *whole, top, exact=exact), v)
 
 
 @router.get("/runs/{run_id}/statistics")
@@ -205,7 +209,7 @@ def compare_viewport(
     region = span("rows", rows), span("cols", cols)
     view = difference(store, a, b, layer, head, *region, height, width, reduce)
     maps = [load_map(store, run_id, layer, head) for run_id in (a, b)]
-    return _octets(*heatmap.encode(view, maps), v)
+    return octets(*heatmap.encode(view, maps), v)
 
 
 @router.get("/compare/cell")
@@ -222,7 +226,7 @@ def _masked(store: Store, run_id: int, layer: int, head: int, row: int, col: int
     return heatmap.masked_cell(load_map(store, run_id, layer, head), row, col)
 
 
-def _octets(body: bytes, headers: dict[str, str], version: str | None) -> Response:
+def octets(body: bytes, headers: dict[str, str], version: str | None) -> Response:
     """With a version in the address the bytes can never change; without one nobody may keep them."""
     caching = "private, max-age=86400, immutable" if version else "no-store"
     return Response(body, media_type=heatmap.OCTETS, headers={**headers, "Cache-Control": caching})

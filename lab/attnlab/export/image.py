@@ -123,8 +123,8 @@ def render_heads(
 ) -> bytes:
     """All heads of a layer side by side, see `draw_heads`. Raises ViewError for anything that cannot be shown."""
     check_format(format)
-    look = {"colormap": colormap, "theme": theme, "reduce": reduce}
-    return encode(draw_heads(store, run_id, layer, scale=scale, **look), format)
+    scene = draw_heads(store, run_id, layer, scale=scale, colormap=colormap, theme=theme, reduce=reduce)
+    return encode(scene, format)
 
 
 def check_format(format: str) -> None:

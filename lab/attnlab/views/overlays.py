@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from attnlab.views.errors import ViewError
+from attnlab.views.monotonic_path import MOST_CELLS, monotonic_path
 from attnlab.views.trace_map import AttentionMap, Read, make_map, map_facts
 from attnlab_kernels.difference_map import DifferenceMap
 from attnlab_kernels.effective_map import SoftmaxMap
@@ -61,7 +62,7 @@ Overlay = Lines | Strip | Note
 def overlays(trace: TraceRow, head: int, read: Read) -> list[dict[str, Any]]:
     """Everything to draw over the map of one head, as JSON."""
     facts = map_facts(trace)
-    found: list[Overlay] = [*_window(trace)]
+    found: list[Overlay] = [*_window(trace), *_alignment(trace, head, read)]
     if columns := facts.get("columns"):
         found.append(Note("columns", f"columns are {columns}"))
     for key, make in _OVERLAYS.items():
@@ -100,6 +101,17 @@ def make_part(trace: TraceRow, head: int, read: Read, part: str) -> AttentionMap
     side = slice(None, cut) if part == "content" else slice(cut, None)
     ones = np.ones(trace.num_queries)
     return LinearMap(whole.query[:, side] * np.float32(trace.scale), whole.key[:, side], ones, whole.mask)
+
+
+def _alignment(trace: TraceRow, head: int, read: Read) -> list[Overlay]:
+    told = trace.detail or {}
+    if told.get("role") != "cross" or told.get("keys") != "audio":
+        return []
+    if trace.num_queries * trace.num_keys > MOST_CELLS:
+        return []
+    path = monotonic_path(make_map(trace, head, read).tile(slice(None), slice(None)))
+    line = [(row + 0.5, col + 0.5) for row, col in path]
+    return [Lines("alignment", "the best path that only moves forwards in both text and sound", [line])]
 
 
 def _window(trace: TraceRow) -> list[Overlay]:
