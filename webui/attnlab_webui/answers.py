@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -22,6 +22,7 @@ from attnlab_storage.database import Store
 from attnlab_storage.errors import StoreError
 from attnlab_storage.listing import ListingError
 
+OCTETS = "application/octet-stream"
 MAX_ID = 2**63 - 1
 _RANGE = re.compile(r"(\d{1,9}):(\d{1,9})")
 
@@ -81,6 +82,12 @@ def install_handlers(app: FastAPI) -> None:
 def problem(text: str, status: int) -> JSONResponse:
     """{"error": text}"""
     return JSONResponse({"error": text}, status)
+
+
+def octets(body: bytes, headers: dict[str, str], version: str | None) -> Response:
+    """With a version in the address the bytes can never change; without one nobody may keep them."""
+    caching = "private, max-age=86400, immutable" if version else "no-store"
+    return Response(body, media_type=OCTETS, headers={**headers, "Cache-Control": caching})
 
 
 def find_run(store: Store, run_id: int) -> results.RunRow:

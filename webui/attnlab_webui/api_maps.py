@@ -32,7 +32,7 @@ from attnlab_kernels.masks import mask_from_json
 from attnlab_storage import results
 from attnlab_storage.database import Store
 from attnlab_webui import heatmap
-from attnlab_webui.answers import StoreDep, find_run, span
+from attnlab_webui.answers import StoreDep, find_run, octets, span
 
 router = APIRouter()
 Pixels = Annotated[int, Query(ge=1, le=2048)]
@@ -166,8 +166,8 @@ def run_thumbnails(
     values = np.concatenate([thumbnail(store, run_id, layer, one, size, reduce) for one in heads])
     whole = (0, full_map.shape[0]), (0, full_map.shape[1])
     exact = values.shape == (len(heads) * full_map.shape[0], full_map.shape[1])
-    top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
-    return octets(values.astype("<f4").tobytes(), heatmap.headers_of(values, *whole, top, exact=exact), v)
+    headers = heatmap.headers_of(values, *whole, heatmap.largest(values), exact=exact)
+    return octets(values.astype("<f4").tobytes(), headers, v)
 
 
 @router.get("/runs/{run_id}/statistics")
@@ -224,9 +224,3 @@ def compare_cell(
 
 def _masked(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> bool:
     return heatmap.masked_cell(load_map(store, run_id, layer, head), row, col)
-
-
-def octets(body: bytes, headers: dict[str, str], version: str | None) -> Response:
-    """With a version in the address the bytes can never change; without one nobody may keep them."""
-    caching = "private, max-age=86400, immutable" if version else "no-store"
-    return Response(body, media_type=heatmap.OCTETS, headers={**headers, "Cache-Control": caching})

@@ -9,8 +9,7 @@ from fastapi import APIRouter, Response
 
 from attnlab.views.query_rows import query_row, run_picture, run_sound
 from attnlab_webui import heatmap
-from attnlab_webui.answers import StoreDep, find_run
-from attnlab_webui.api_maps import octets
+from attnlab_webui.answers import StoreDep, find_run, octets
 
 router = APIRouter()
 

@@ -16,8 +16,6 @@ from attnlab.views.trace_map import AttentionMap
 from attnlab.views.viewport import Viewport, allowed_in, allowed_pixels
 from attnlab_webui import theme
 
-OCTETS = "application/octet-stream"
-
 _TEMPLATE = '<div class="at-view-place"></div>'
 _ON_LOAD = """
 import("{url}/js/heatmap.js").then((module) => module.mount(element, () => props.value, watch));
@@ -74,6 +72,11 @@ def headers_of(
         "X-Attnlab-Max": repr(float(maximum)),
         "X-Attnlab-Exact": "1" if exact else "0",
     }
+
+
+def largest(values: np.ndarray) -> float:
+    """The largest weight, 0 where no pair is allowed at all."""
+    return 0.0 if np.isnan(values).all() else float(np.nanmax(values))
 
 
 def masked_cell(full_map: AttentionMap, row: int, col: int) -> bool:

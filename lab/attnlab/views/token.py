@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from attnlab.views.errors import ViewError
-from attnlab.views.viewport import find_trace, head_map
+from attnlab.views.trace_map import AttentionMap, column_word
+from attnlab.views.viewport import allowed_pixels, find_trace, head_map
+from attnlab_kernels.sparse_map import SparseMap
 from attnlab_storage.database import Store
+from attnlab_storage.results import TraceRow
+
+STRIP = 512
+"""blocks that a whole row or column is pooled to, at most"""
+MOST_SHOWN = 4096
+MOST_TOP = 100
 
 
 @dataclass(frozen=True)
@@ -38,21 +48,98 @@ class TokenWeights:
 def token_weights(store: Store, run_id: int, layer: int, row: int, head: int | None = None) -> TokenWeights:
     """The weights of query ``row`` in one head, or the mean of all heads of the layer: O(n) numbers each way.
 
-    A query sits at the key ``keys - queries + row``: the last query is the newest token.
+    A query sits at the key ``keys - queries + row``: the last query is the newest token. Between two sequences, and
+    where columns are no keys, it sits at none.
 
     Raises ViewError for a layer, head or row that is not there.
     """
-    run, trace = find_trace(store, run_id, layer)
-    if not 0 <= row < trace.num_queries:
-        raise ViewError(f"row must be in 0..{trace.num_queries - 1} for run {run_id}; got {row}")
-    maps = [head_map(store, run, trace, one) for one in (range(trace.heads) if head is None else [head])]
+    trace, maps = _maps(store, run_id, layer, row, head)
     sent = _mean([one.tile(slice(row, row + 1), slice(None))[0] for one in maps])
-    queries, keys = maps[0].shape
-    col = keys - queries + row
-    if not 0 <= col < keys:
+    col = _own_key(trace, row)
+    if col is None:
         return TokenWeights(sent, np.empty(0, np.float32), row, None)
     received = _mean([one.tile(slice(None), slice(col, col + 1))[:, 0] for one in maps])
     return TokenWeights(sent, received, row, col)
+
+
+def token_document(
+    store: Store,
+    run_id: int,
+    layer: int,
+    row: int,
+    head: int | None = None,
+    shown: tuple[int, int] | None = None,
+    count: int = 12,
+) -> dict[str, Any]:
+    """`token_weights` as JSON values for a page: exact over ``shown`` positions, and both ways as a short strip.
+
+    Of ``sent`` and ``received`` each (the latter None where the token has no key): ``start`` and ``weights`` of the
+    shown positions, None where no pair is allowed; ``strip``, the maximum of at most 512 blocks of all positions;
+    ``top``, the ``count`` largest as [position, weight].
+
+    Raises ViewError for a layer, head, row or range that is not there, or more than 4,096 positions.
+    """
+    if not 1 <= count <= MOST_TOP:
+        raise ViewError(f"count must be in 1..{MOST_TOP}; got {count}")
+    found = token_weights(store, run_id, layer, row, head)
+    trace, maps = _maps(store, run_id, layer, row, head)
+    queries, keys = maps[0].shape
+    document: dict[str, Any] = {
+        "row": row,
+        "col": found.col,
+        "queries": queries,
+        "keys": keys,
+        "received": None,
+    }
+    line = (row, row + 1)
+    document["sent"] = _side(found.sent, shown, count, lambda span: _allowed(maps, line, span))
+    if found.col is not None:
+        line = (found.col, found.col + 1)
+        document["received"] = _side(found.received, shown, count, lambda span: _allowed(maps, span, line))
+    return document | {"columns": column_word(trace)}
+
+
+def _maps(
+    store: Store, run_id: int, layer: int, row: int, head: int | None
+) -> tuple[TraceRow, list[AttentionMap]]:
+    run, trace = find_trace(store, run_id, layer)
+    if not 0 <= row < trace.num_queries:
+        raise ViewError(f"row must be in 0..{trace.num_queries - 1} for run {run_id}; got {row}")
+    heads = range(trace.heads) if head is None else [head]
+    return trace, [head_map(store, run, trace, one) for one in heads]
+
+
+def _own_key(trace: TraceRow, row: int) -> int | None:
+    """The key at the position of a query."""
+    told = trace.detail or {}
+    if told.get("queries") != told.get("keys") or column_word(trace) != "key":
+        return None
+    col = trace.num_keys - trace.num_queries + row
+    return col if 0 <= col < trace.num_keys else None
+
+
+def _side(weights: np.ndarray, shown: tuple[int, int] | None, count: int, allowed: Any) -> dict[str, Any]:
+    size = len(weights)
+    if shown is None:
+        start, stop = 0, size
+    else:
+        start, stop = max(0, min(shown[0], size - 1)), min(shown[1], size)
+    if not 0 < stop - start <= MOST_SHOWN:
+        raise ViewError(f"shown must be a range of 1..{MOST_SHOWN} of {size} positions; got {start}:{stop}")
+    known = allowed((start, stop))
+    part = [float(w) if ok else None for w, ok in zip(weights[start:stop], known, strict=True)]
+    edges = np.arange(min(STRIP, size)) * size // min(STRIP, size)
+    strip = np.maximum.reduceat(np.abs(weights), edges)
+    top = [[place, weight] for place, weight in _top(weights, count)]
+    return {"start": start, "weights": part, "strip": strip.tolist(), "top": top, "sum": float(weights.sum())}
+
+
+def _allowed(maps: Sequence[AttentionMap], rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
+    """bool over the positions of a row or a column: whether any of the heads allows the pair."""
+    size = rows[1] - rows[0], cols[1] - cols[0]
+    if not isinstance(maps[0], SparseMap):
+        maps = maps[:1]  # only patterns differ from head to head
+    return np.any([allowed_pixels(one, rows, cols, *size) for one in maps], axis=0).ravel()
 
 
 def _mean(weights: list[np.ndarray]) -> np.ndarray:

@@ -55,11 +55,11 @@ function ramp(stops) {
 }
 
 // A scale maps a weight to 0..255. `top` is the value of the last colour, `floor` that of the first.
-export function makeScale({ kind, top, signed = false }) {
+export function makeScale({ kind, top, signed = false, decades = DECADES }) {
   const safe = top > 0 && Number.isFinite(top) ? top : 1;
   if (signed) return signedScale(kind, safe);
   if (kind === "log") {
-    const floor = safe * 10 ** -DECADES;
+    const floor = safe * 10 ** -decades;
     const low = Math.log10(floor);
     const span = Math.log10(safe) - low;
     const unit = (value) => (value <= floor ? 0 : (Math.log10(value) - low) / span);
@@ -134,6 +134,13 @@ export function topOf(tiles, percent) {
   if (percent >= 100 || !found.length) return top;
   const sorted = Float32Array.from(found).sort();
   return sorted[Math.min(sorted.length - 1, Math.floor((sorted.length * percent) / 100))];
+}
+
+// Black or white, whichever is easier to read on a colour: at least 4.5:1 on any (WCAG 2.2).
+export function inkOn(red, green, blue) {
+  const linear = (channel) => (channel <= 10 ? channel / 255 / 12.92 : ((channel / 255 + 0.055) / 1.055) ** 2.4);
+  const luminance = 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue);
+  return luminance > 0.179 ? "#000" : "#fff";
 }
 
 export function ticks(scale) {

@@ -9,4 +9,5 @@
 export const VIEWS = [
   { key: "map", title: "Map", help: "the weights of one head", load: async () => (await import("./view.js")).View },
   { key: "grid", title: "Grid", help: "all layers and heads", load: async () => (await import("./views/grid.js")).Grid },
+  { key: "token", title: "Token", help: "one token over the text", load: async () => (await import("./views/token.js")).Token },
 ];

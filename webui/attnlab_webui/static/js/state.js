@@ -6,12 +6,14 @@ const NORMS = ["none", "row"];
 const CLIPS = [100, 99.9, 99, 95];
 const COLOURS = ["auto", "paper", "viridis", "magma"];
 const SORTS = ["layer", "high", "low"];
+const DIRECTIONS = ["sent", "received"];
 const PARTS = ["whole", "first", "second", "content", "position"];
 const WORDS = /^[a-z_]{1,40}$/;
 
-export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS, sort: SORTS };
+export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS, sort: SORTS, direction: DIRECTIONS };
 
-const NUMBERS = ["layer", "head"];
+const NUMBERS = ["layer", "head", "token"];
+const HEADS = /^(mean|\d{1,4}(,\d{1,4})*)$/;
 const NAMES = ["view", "statistic"];
 
 export const DEFAULTS = {
@@ -29,6 +31,9 @@ export const DEFAULTS = {
   part: "whole",
   sort: "layer",
   where: "", // which heads the grid shows
+  token: null, // the query that is looked at; null for the last one
+  direction: "sent",
+  heads: "", // "mean", or the heads that are drawn together
 };
 
 const own = Object.keys(DEFAULTS);
@@ -46,6 +51,7 @@ export function parse(search) {
     if (value !== undefined) state[name] = value;
   }
   for (const name of NAMES) if (WORDS.test(given.get(name) ?? "")) state[name] = given.get(name);
+  if (HEADS.test(given.get("heads") ?? "")) state.heads = given.get("heads");
   state.where = (given.get("where") ?? "").slice(0, 200);
   return state;
 }

@@ -1,0 +1,16 @@
+// Small pieces of the page; text always goes in as text.
+
+export function element(name, css, words = "") {
+  const made = document.createElement(name);
+  if (css) made.className = css;
+  made.textContent = words;
+  return made;
+}
+
+export function button(words, help, onClick) {
+  const made = element("button", "", words);
+  made.type = "button";
+  made.title = help;
+  made.addEventListener("click", onClick);
+  return made;
+}

@@ -1,0 +1,390 @@
+// One token over the text: what it attends to, or who attends to it, as the colour behind every token.
+
+import { indexOf, inkOn, makeScale, precise } from "../colour.js";
+import { onTheme } from "../dark.js";
+import { HeadBar } from "../headbar.js";
+import { readInk } from "../ink.js";
+import { button, element } from "../make.js";
+import { ApiError, getJson } from "../request.js";
+
+const PAGE = 1024; // tokens of the text that stand in the page at once
+const DECADES = 3;
+const STRIP_HEIGHT = 26;
+const WORDS = { sent: "attends to", received: "attended by" };
+
+export class Token {
+  constructor(root, run) {
+    this.root = root;
+    this.run = run;
+    this.state = run.state;
+    root.className = "at-view at-token-view";
+    root.innerHTML =
+      '<div class="at-top"><div data-part="picker"></div></div>' +
+      '<div class="at-view-bar"><span class="at-asked"></span>' +
+      '<label>query <input type="number" name="token" min="0" step="1"></label>' +
+      '<span role="radiogroup" aria-label="direction" class="at-switch"></span>' +
+      '<label>scale <select name="scale"><option value="log">logarithmic</option><option value="linear">linear</option></select></label>' +
+      '<span class="at-pages"></span></div>' +
+      '<p class="at-complaint" role="alert" hidden></p>' +
+      '<div class="at-token-body"><div><canvas class="at-strip-all" aria-hidden="true"></canvas>' +
+      '<div class="at-text" role="listbox" tabindex="0" aria-label="tokens; arrow keys choose another one"></div></div>' +
+      '<aside class="at-side"><section class="at-readout" aria-live="polite"></section>' +
+      '<section data-part="sent"></section><section data-part="received"></section></aside></div>';
+    this.find = (name) => root.querySelector(name);
+    this.text = this.find(".at-text");
+    this.strip = this.find(".at-strip-all");
+    this.heads = new HeadBar(this.find('[data-part="picker"]'), run, { mean: true });
+    this.directions = Object.entries(WORDS).map(([name, words]) => {
+      const made = button(words, "", () => this.state.set({ direction: name }));
+      made.setAttribute("role", "radio");
+      made.dataset.direction = name;
+      return made;
+    });
+    this.find(".at-switch").append(...this.directions);
+    this.wire();
+    this.ready = this.load();
+  }
+
+  wire() {
+    const number = this.find('[name="token"]');
+    number.max = this.rows - 1;
+    number.addEventListener("change", () => {
+      const row = Number.parseInt(number.value, 10);
+      if (row >= 0) this.state.set({ token: Math.min(row, this.rows - 1) });
+    });
+    const scale = this.find('[name="scale"]');
+    scale.addEventListener("change", () => this.state.set({ scale: scale.value }));
+    this.text.addEventListener("click", (event) => {
+      const token = event.target.closest(".at-token");
+      if (token) this.ask(Number(token.dataset.at), true);
+    });
+    this.text.addEventListener("pointerover", (event) => this.say(event.target.closest?.(".at-token")));
+    this.text.addEventListener("pointerleave", () => this.say(null));
+    this.text.addEventListener("keydown", (event) => this.onKey(event));
+    this.strip.addEventListener("click", (event) => this.onStrip(event));
+    const resized = new ResizeObserver(() => this.drawStrip());
+    resized.observe(this.strip.parentElement);
+    this.detach = [
+      this.state.listen((changed) => this.onState(changed)),
+      onTheme(() => this.draw()),
+      () => resized.disconnect(),
+    ];
+  }
+
+  // ---- which token
+
+  get rows() {
+    return this.run.source.layer.queries;
+  }
+
+  get row() {
+    return Math.min(this.state.get("token") ?? this.rows - 1, this.rows - 1);
+  }
+
+  // Rows and columns are one text: a place in the text is a query and a key.
+  get oneText() {
+    return Boolean(this.document?.received);
+  }
+
+  get direction() {
+    return this.oneText ? this.state.get("direction") : "sent";
+  }
+
+  get side() {
+    return this.document[this.direction];
+  }
+
+  // The name of a position on the side that is shown.
+  label(at, side = this.direction) {
+    const { query, key, columns } = this.run.source.labels();
+    return (side === "sent" ? key : query)?.[at] ?? `${columns ?? "position"} ${at}`;
+  }
+
+  get shift() {
+    const { keys, queries } = this.document;
+    return keys - queries; // the key of query r stands at r + shift
+  }
+
+  // Asks for the query at a place of the text that is shown.
+  ask(at, step = false) {
+    const row = this.oneText && this.direction === "sent" ? at - this.shift : at;
+    if (!this.oneText || row < 0 || row >= this.rows) return;
+    if (step) this.state.go({ token: row });
+    else this.state.set({ token: row });
+  }
+
+  // Where the chosen query stands in the text that is shown; null where it is not part of it.
+  get place() {
+    if (!this.oneText) return null;
+    return this.direction === "sent" ? this.row + this.shift : this.row;
+  }
+
+  onKey(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const to =
+      by !== undefined
+        ? this.row + by
+        : { Home: 0, End: this.rows - 1, ArrowUp: this.overLine(-1), ArrowDown: this.overLine(1) }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    if (to !== null && to >= 0 && to < this.rows) this.state.set({ token: to });
+  }
+
+  // The query above or below, or null.
+  overLine(by) {
+    const here = this.text.querySelector('[aria-selected="true"]');
+    if (!here) return this.row + by;
+    const middle = here.offsetLeft + here.offsetWidth / 2;
+    const beyond = [...this.text.children].filter((token) => token.dataset?.at && Math.sign(token.offsetTop - here.offsetTop) === by);
+    const tops = beyond.map((token) => token.offsetTop);
+    const line = by > 0 ? Math.min(...tops) : Math.max(...tops);
+    const near = (token) => Math.abs(token.offsetLeft + token.offsetWidth / 2 - middle);
+    const found = beyond.filter((token) => token.offsetTop === line).sort((a, b) => near(a) - near(b))[0];
+    if (!found) return null;
+    const at = Number(found.dataset.at);
+    return this.direction === "sent" ? at - this.shift : at;
+  }
+
+  // ---- data
+
+  onState(changed) {
+    if (changed.some((name) => ["layer", "head", "heads"].includes(name))) {
+      this.run.selection.settle();
+      this.heads.show();
+    }
+    if (changed.includes("token")) this.page = null;
+    if (changed.some((name) => ["layer", "head", "heads", "token"].includes(name))) this.reload();
+    else if (changed.includes("direction")) this.show();
+    else if (changed.includes("scale") || changed.includes("colours")) this.draw();
+  }
+
+  async load() {
+    this.page = null;
+    await this.request();
+    this.show();
+  }
+
+  // After another choice: an answer that comes too late is dropped, an error stands over the view.
+  async reload() {
+    try {
+      await this.request();
+      this.show();
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      this.wanted = null;
+      this.complain(error.message);
+      if (!(error instanceof ApiError)) throw error;
+    }
+  }
+
+  async request() {
+    this.wanted?.abort();
+    const controller = new AbortController();
+    this.wanted = controller;
+    const { layer, keys, queries } = this.run.source.layer;
+    const size = Math.max(keys, queries);
+    const page = this.page ?? Math.floor(Math.min(this.row + Math.max(0, keys - queries), size - 1) / PAGE);
+    const shown = `${page * PAGE}:${Math.min(size, (page + 1) * PAGE)}`;
+    const head = this.heads.isMean ? null : this.state.get("head");
+    const found = await getJson(this.run.path("token", { layer, row: this.row, head, shown }), controller.signal);
+    if (this.wanted !== controller) throw new DOMException("another token is wanted", "AbortError");
+    this.wanted = null;
+    this.document = found;
+    this.shownPage = page;
+    this.complain("");
+  }
+
+  turn(page) {
+    this.page = page;
+    this.reload();
+  }
+
+  // ---- drawing
+
+  show() {
+    if (this.stopped) return;
+    const { start, weights } = this.side;
+    const key = [this.direction, start, weights.length, this.state.get("layer")].join();
+    if (key !== this.written) this.write(start, weights.length);
+    this.written = key;
+    this.showPages();
+    this.draw();
+    this.text.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
+  }
+
+  // Puts the tokens of a stretch into the page.
+  write(start, count) {
+    const labels = Array.from({ length: count }, (_, i) => this.label(start + i));
+    this.text.classList.toggle("at-gapped", !labels.some((label) => /^[·⏎]/.test(label)));
+    const made = [];
+    labels.forEach((label, i) => {
+      const token = element("span", "at-token", label.replace(/^·(?=.)/, " "));
+      token.dataset.at = start + i;
+      token.id = `at-token-${start + i}`;
+      token.setAttribute("role", "option");
+      made.push(token);
+      if (label.endsWith("⏎")) made.push(document.createElement("br"));
+    });
+    this.text.replaceChildren(...made);
+  }
+
+  showPages() {
+    const size = this.direction === "sent" ? this.document.keys : this.document.queries;
+    const pages = Math.ceil(size / PAGE);
+    const place = this.find(".at-pages");
+    place.replaceChildren();
+    if (pages < 2) return;
+    const { start, weights } = this.side;
+    const before = button("‹", "the tokens before", () => this.turn(this.shownPage - 1));
+    const after = button("›", "the tokens after", () => this.turn(this.shownPage + 1));
+    before.disabled = this.shownPage <= 0;
+    after.disabled = this.shownPage >= pages - 1;
+    place.append(before, element("span", "", `tokens ${start}–${start + weights.length - 1} of ${size}`), after);
+  }
+
+  get scale() {
+    const signed = Boolean(this.run.source.layer.signed);
+    const top = Math.max(...this.side.strip);
+    return makeScale({ kind: this.state.get("scale"), top, signed, decades: DECADES });
+  }
+
+  draw() {
+    if (!this.document || this.stopped) return;
+    const { scale, side, place } = this;
+    const { colours } = this.run.table(scale.signed);
+    for (const token of this.text.querySelectorAll(".at-token")) {
+      const at = Number(token.dataset.at);
+      const weight = side.weights[at - side.start];
+      const index = weight === null ? -1 : indexOf(scale, weight) * 3;
+      const colour = index < 0 ? null : [...colours.subarray(index, index + 3)];
+      token.classList.toggle("at-masked", colour === null);
+      token.style.background = colour ? `rgb(${colour.join()})` : "";
+      token.style.color = colour ? inkOn(...colour) : "";
+      token.title = `${this.label(at)} (${at}): ${weight === null ? "masked" : precise(weight)}`;
+      token.setAttribute("aria-selected", String(at === place));
+    }
+    if (place === null) this.text.removeAttribute("aria-activedescendant");
+    else this.text.setAttribute("aria-activedescendant", `at-token-${place}`);
+    this.find('[name="scale"]').value = this.state.get("scale");
+    for (const made of this.directions) {
+      const chosen = made.dataset.direction === this.direction;
+      made.setAttribute("aria-checked", String(chosen));
+      made.setAttribute("aria-pressed", String(chosen));
+      made.disabled = !this.oneText && made.dataset.direction === "received";
+    }
+    this.find('[name="token"]').value = this.row;
+    const name = this.run.source.labels().query?.[this.row] ?? "query";
+    const asked = this.find(".at-asked");
+    asked.replaceChildren(element("b", "", name), ` (${this.row})`);
+    for (const which of Object.keys(WORDS)) this.list(which);
+    this.say(null);
+    this.drawStrip();
+    this.heads.draw();
+  }
+
+  // The largest weights of a side, as buttons that go to the token.
+  list(which) {
+    const place = this.find(`[data-part="${which}"]`);
+    place.replaceChildren();
+    const side = this.document[which];
+    if (!side) return;
+    place.append(element("h3", "", `${WORDS[which]} most`));
+    const top = side.top[0]?.[1] ?? 1;
+    for (const [at, weight] of side.top) {
+      const line = button("", `${this.label(at, which)} (${at})`, () => this.goTo(at, which));
+      line.className = "at-top-line";
+      line.disabled = !this.oneText;
+      const bar = element("i", "at-top-bar");
+      bar.style.width = `${(100 * weight) / top}%`;
+      line.append(bar, element("b", "", this.label(at, which)), element("span", "", String(at)), element("span", "at-number", weight.toPrecision(3)));
+      place.append(line);
+    }
+  }
+
+  goTo(at, which) {
+    const row = which === "sent" ? at - this.shift : at;
+    if (row >= 0 && row < this.rows) this.state.go({ token: row });
+  }
+
+  say(token) {
+    const place = this.find(".at-readout");
+    place.replaceChildren();
+    const line = (...parts) => {
+      const made = element("div", "at-read");
+      made.append(...parts);
+      place.append(made);
+    };
+    const { sent } = this.document ?? {};
+    if (!token || !sent) {
+      const { queryTitle, keyTitle } = this.run.source.labels();
+      if (queryTitle || keyTitle) line(`queries: ${queryTitle}, keys: ${keyTitle}`);
+      line("row sum ", element("b", "", sent ? precise(sent.sum) : ""));
+      if (this.oneText) line("received in all ", element("b", "", precise(this.document.received.sum)));
+      place.append(element("div", "at-hint", this.oneText ? "Click a token, or use the arrow keys." : "Arrow keys choose another query."));
+      return;
+    }
+    const at = Number(token.dataset.at);
+    const weight = this.side.weights[at - this.side.start];
+    line(element("b", "", this.label(at)), ` (${at})`);
+    line(`${WORDS[this.direction]} `, element("b", "", weight === null ? "masked" : precise(weight)));
+  }
+
+  // ---- the whole row or column in one line
+
+  drawStrip() {
+    if (!this.document) return;
+    const { strip: canvas, side, scale } = this;
+    const ratio = window.devicePixelRatio || 1;
+    const width = canvas.parentElement.clientWidth;
+    if (!width) return;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = STRIP_HEIGHT * ratio;
+    const context = canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    const ink = readInk(this.root);
+    context.fillStyle = ink.empty;
+    context.fillRect(0, 0, width, STRIP_HEIGHT);
+    const { colours } = this.run.table(scale.signed);
+    const step = width / side.strip.length;
+    const high = STRIP_HEIGHT - 6;
+    side.strip.forEach((value, i) => {
+      const unit = Math.max(0, Math.min(1, scale.signed ? value / scale.top : scale.unit(value)));
+      const at = indexOf(scale, value) * 3;
+      context.fillStyle = unit > 0 ? `rgb(${colours.slice(at, at + 3).join()})` : ink.empty;
+      context.fillRect(i * step, 0, Math.max(1, step), high);
+    });
+    const size = this.direction === "sent" ? this.document.keys : this.document.queries;
+    const x = (at) => (at * width) / size;
+    context.fillStyle = ink.faint;
+    context.fillRect(x(side.start), high + 2, Math.max(2, x(side.weights.length)), 3);
+    if (this.place === null) return;
+    context.fillStyle = ink.accent;
+    context.fillRect(Math.min(width - 3, x(this.place + 0.5) - 1.5), 0, 3, STRIP_HEIGHT);
+  }
+
+  onStrip(event) {
+    const size = this.direction === "sent" ? this.document.keys : this.document.queries;
+    const at = Math.min(size - 1, Math.floor((event.offsetX / this.strip.clientWidth) * size));
+    const page = Math.floor(at / PAGE);
+    if (page !== this.shownPage) this.turn(page);
+    else this.text.querySelector(`[data-at="${at}"]`)?.scrollIntoView({ block: "center" });
+  }
+
+  complain(message) {
+    const place = this.find(".at-complaint");
+    place.textContent = message;
+    place.hidden = !message;
+  }
+
+  get idle() {
+    return Boolean(this.document) && !this.wanted;
+  }
+
+  stop() {
+    this.stopped = true;
+    this.wanted?.abort();
+    this.heads.stop();
+    for (const detach of this.detach) detach();
+  }
+}
