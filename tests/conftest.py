@@ -220,6 +220,45 @@ def served(
             yield Served(address, traced)
 
 
+@dataclass
+class ServedRuns:
+    """Real runs behind a web server, by the names that a test gave them; nothing may change them."""
+
+    store: Store
+    address: str
+    runs: dict[str, results.RunRow]
+
+    def link(self, name: str, query: str = "") -> str:
+        """The address of a run's page."""
+        run = self.runs[name]
+        return f"{self.address}/experiment?id={run.experiment_id}&run={run.id}&{query}"
+
+
+@pytest.fixture(scope="module")
+def serve_runs(
+    sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ServedRuns]]:
+    """Runs specs here, each of one run that keeps its maps, and serves them for all tests of a file."""
+    from attnlab.run import run_here
+    from attnlab.spec import parse_spec
+
+    with contextlib.ExitStack() as stack:
+
+        def make(**specs: dict[str, Any]) -> ServedRuns:
+            path = tmp_path_factory.mktemp("runs") / "attnlab.db"
+            shutil.copyfile(sqlite_template, path)
+            store = stack.enter_context(open_store(f"sqlite:///{path}"))
+            runs = {}
+            for name, spec in specs.items():
+                whole = {"name": name, "record": ["maps"], "repeats": 1} | spec
+                (run,) = results.runs_of(store, experiment_id=run_here(store, parse_spec(whole)))
+                assert run.state == "succeeded", run.reason
+                runs[name] = run
+            return ServedRuns(store, stack.enter_context(serving(store)), runs)
+
+        yield make
+
+
 @pytest.fixture
 def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
     """Opens pages that may neither complain (console, uncaught errors) nor ask for anything off loopback."""

@@ -6,6 +6,7 @@ const NAMES = {
   faint: "--at-line-strong",
   frame: "--at-line-strong",
   empty: "--at-sunken",
+  surface: "--at-surface",
   grid: "--at-map-grid",
   masked: "--at-map-masked",
   stripe: "--at-map-stripe",

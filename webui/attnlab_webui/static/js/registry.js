@@ -6,8 +6,17 @@
 //   stop()   gives back listeners, timers and requests
 // missing(run), where a view cannot show every run: "" or the sentence that says why this one has none.
 
+const NO_PICTURE = "This run read no picture. Give an experiment an image as its input, or a module neighborhood attention in 2 dimensions.";
+
 export const VIEWS = [
   { key: "map", title: "Map", help: "the weights of one head", load: async () => (await import("./view.js")).View },
   { key: "grid", title: "Grid", help: "all layers and heads", load: async () => (await import("./views/grid.js")).Grid },
   { key: "token", title: "Token", help: "one token over the text", load: async () => (await import("./views/token.js")).Token },
+  {
+    key: "image",
+    title: "Image",
+    help: "the weights of one patch over the picture",
+    missing: (run) => (run.facts.layers.some(({ grid }) => grid) ? "" : NO_PICTURE),
+    load: async () => (await import("./views/image.js")).ImageView,
+  },
 ];
