@@ -173,21 +173,6 @@ def test_a_viewport_of_a_long_map_is_the_pooled_map(sqlite_store, make_traced):
         assert shown[y, x] == pytest.approx(cell, abs=1e-6)
 
 
-def test_a_query_in_all_heads_comes_with_its_mask(client, traced):
-    run_id = traced.run_ids[1]
-    answer = client.get(f"/api/v1/runs/{run_id}/rows?layer=1&row=40")
-    rows = np.frombuffer(answer.content, "<f4").reshape(4, 77)
-    assert answer.headers["x-attnlab-shape"] == "4,77"
-    allowed = traced.arrays[run_id, 1]["allowed"][40]
-    np.testing.assert_array_equal(np.isnan(rows), ~allowed[None].repeat(4, 0))
-    for head in range(4):
-        expected = traced.reference(run_id, 1, head)[40]
-        np.testing.assert_allclose(rows[head, allowed], expected[allowed], atol=2e-6)
-    refused = client.get(f"/api/v1/runs/{run_id}/rows?layer=1&row=77")
-    assert refused.status_code == 400
-    assert "row must be in 0..76" in refused.json()["error"]
-
-
 def test_a_text_has_no_picture_and_no_sound(client, traced):
     run_id = traced.run_ids[0]
     assert client.get(f"/api/v1/runs/{run_id}/picture").json() == {"picture": None, "answer": None}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from attnlab.views.query_rows import query_row
+from attnlab.views.head_tiles import head_tiles
 from attnlab.views.viewport import find_trace
 
 pytestmark = pytest.mark.browser
@@ -42,7 +42,7 @@ def query_words(page):
 
 def test_the_readout_is_the_weight_of_the_patch_under_the_pointer(open_image, pictured):
     page = open_image(query="layer=1&head=2&token=11")
-    weights = query_row(pictured.store, pictured.runs["digit"].id, 1, 11).weights[2]
+    weights = head_tiles(pictured.store, pictured.runs["digit"].id, 1, (11, 12))[2, 0]
     canvas = page.locator('canvas[data-part="large"]')
     box = canvas.bounding_box()
     side = round((len(weights) - 1) ** 0.5)

@@ -14,7 +14,7 @@ from attnlab.views.difference import difference
 from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
-from attnlab.views.query_rows import grows, patch_grid
+from attnlab.views.read_inputs import grows, patch_grid
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import KEPT_SIZE, thumbnail, thumbnail_progress
 from attnlab.views.tokens import stream_axes, token_labels

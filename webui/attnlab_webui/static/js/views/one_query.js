@@ -82,7 +82,8 @@ export class OneQuery {
     this.controller?.abort();
     const controller = new AbortController();
     this.controller = controller;
-    const path = this.run.path("rows", { layer: this.layer.layer, row: this.query });
+    const query = this.query;
+    const path = this.run.path("heads", { layer: this.layer.layer, rows: `${query}:${query + 1}` });
     try {
       let tile = this.run.cache.get(path);
       if (!tile) {
@@ -92,7 +93,7 @@ export class OneQuery {
         this.run.cache.put(path, tile);
       }
       if (this.controller !== controller || this.stopped) return;
-      this.rows = { heads: tile.height, keys: tile.width, values: tile.values, query: this.query, layer: this.layer.layer };
+      this.rows = { heads: tile.height, keys: tile.width, values: tile.values, query, layer: this.layer.layer };
       this.complain("");
       this.draw();
     } catch (error) {

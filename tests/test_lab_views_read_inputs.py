@@ -1,31 +1,17 @@
-"""Laws of one query in all heads, of where its keys lie, and of the path through text over sound."""
+"""Laws of what a run read: patches of a picture, steps of a cache, and the path through text over sound."""
 
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
-from attnlab.views.errors import ViewError
+from attnlab.views.head_tiles import head_tiles
 from attnlab.views.monotonic_path import monotonic_path
-from attnlab.views.query_rows import grows, patch_grid, query_row, run_picture, run_sound
+from attnlab.views.read_inputs import grows, patch_grid, run_picture, run_sound
 from attnlab.views.viewport import find_trace
 from attnlab_kernels.masks import Causal, Full
 from attnlab_storage import results
-
-
-def test_a_query_in_all_heads_is_a_row_of_each_map(traced):
-    run_id = traced.run_ids[1]
-    for row in (0, 41, 76):
-        found = query_row(traced.store, run_id, 1, row)
-        expected = np.stack([traced.reference(run_id, 1, head)[row] for head in range(4)])
-        np.testing.assert_allclose(found.weights, expected, atol=2e-6)
-        np.testing.assert_array_equal(
-            found.allowed, traced.arrays[run_id, 1]["allowed"][None, row].repeat(4, 0)
-        )
-    with pytest.raises(ViewError, match=r"row must be in 0\.\.76 for run .*; got 77"):
-        query_row(traced.store, run_id, 1, 77)
 
 
 def recorded(store, **spec):
@@ -59,7 +45,8 @@ def test_a_neighborhood_of_two_dimensions_is_a_picture_without_one(sqlite_store)
     trace = find_trace(sqlite_store, run_id, 0)[1]
     assert patch_grid(trace) == {"rows": 5, "columns": 7, "prefix": 0}
     assert run_picture(sqlite_store, run_id) == {"picture": None, "answer": None}
-    window = query_row(sqlite_store, run_id, 0, 2 * 7 + 3).allowed[1].reshape(5, 7)
+    query = 2 * 7 + 3
+    window = ~np.isnan(head_tiles(sqlite_store, run_id, 0, (query, query + 1))[1].reshape(5, 7))
     assert np.argwhere(window).tolist() == [[row, col] for row in (1, 2, 3) for col in (2, 3, 4)]
 
 

@@ -1,47 +1,14 @@
-"""One query in every head of a layer, and where its keys lie: in a picture, or behind it in a growing cache."""
+"""What a run read, for its views: a picture and its patches, a sound, or a cache that grows step by step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from attnlab.views.errors import ViewError
 from attnlab.views.trace_map import map_facts
-from attnlab.views.viewport import allowed_pixels, find_trace, head_map
 from attnlab_kernels.masks import mask_from_json
 from attnlab_storage import results
 from attnlab_storage.database import Store
 from attnlab_storage.results import TraceRow
-
-
-@dataclass(frozen=True)
-class QueryRow:
-    """What one query gives to every key, head by head.
-
-    Attributes:
-        weights: float32 [heads, keys]; 0 where the pair is forbidden.
-        allowed: bool [heads, keys]: whether the pair may have a weight.
-    """
-
-    weights: np.ndarray
-    allowed: np.ndarray
-
-
-def query_row(store: Store, run_id: int, layer: int, row: int) -> QueryRow:
-    """The exact weights of query ``row`` in all heads of a layer: O(heads x keys).
-
-    Raises ViewError for a layer or row that is not there.
-    """
-    run, trace = find_trace(store, run_id, layer)
-    if not 0 <= row < trace.num_queries:
-        raise ViewError(f"row must be in 0..{trace.num_queries - 1} for run {run_id}; got {row}")
-    maps = [head_map(store, run, trace, head) for head in range(trace.heads)]
-    rows, keys = (row, row + 1), maps[0].shape[1]
-    weights = [one.tile(slice(*rows), slice(None))[0] for one in maps]
-    allowed = [allowed_pixels(one, rows, (0, keys), 1, keys)[0] for one in maps]
-    return QueryRow(np.stack(weights), np.stack(allowed))
 
 
 def patch_grid(trace: TraceRow) -> dict[str, int] | None:
