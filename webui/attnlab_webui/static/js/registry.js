@@ -12,6 +12,7 @@ export const VIEWS = [
   { key: "map", title: "Map", help: "the weights of one head", load: async () => (await import("./view.js")).View },
   { key: "grid", title: "Grid", help: "all layers and heads", load: async () => (await import("./views/grid.js")).Grid },
   { key: "token", title: "Token", help: "one token over the text", load: async () => (await import("./views/token.js")).Token },
+  { key: "lines", title: "Lines", help: "lines between two columns of tokens", load: async () => (await import("./views/lines.js")).Lines },
   {
     key: "image",
     title: "Image",

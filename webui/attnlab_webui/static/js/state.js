@@ -34,6 +34,7 @@ export const DEFAULTS = {
   token: null, // the query that is looked at; null for the last one
   direction: "sent",
   heads: "", // "mean", or the heads that are drawn together
+  above: 0.05, // weights below are not drawn as lines
 };
 
 const own = Object.keys(DEFAULTS);
@@ -52,6 +53,8 @@ export function parse(search) {
   }
   for (const name of NAMES) if (WORDS.test(given.get(name) ?? "")) state[name] = given.get(name);
   if (HEADS.test(given.get("heads") ?? "")) state.heads = given.get("heads");
+  const above = Number.parseFloat(given.get("above"));
+  if (above >= 0 && above <= 1) state.above = above;
   state.where = (given.get("where") ?? "").slice(0, 200);
   return state;
 }

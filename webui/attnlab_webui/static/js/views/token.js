@@ -273,7 +273,8 @@ export class Token {
       made.setAttribute("aria-pressed", String(chosen));
       made.disabled = !this.oneText && made.dataset.direction === "received";
     }
-    this.find('[name="token"]').value = this.row;
+    const number = this.find('[name="token"]');
+    if (number !== document.activeElement) number.value = this.row; // nobody's typing is overwritten
     const name = this.run.source.labels().query?.[this.row] ?? "query";
     const asked = this.find(".at-asked");
     asked.replaceChildren(element("b", "", name), ` (${this.row})`);
