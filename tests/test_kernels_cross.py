@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from attnlab_kernels import CrossAttention
+from attnlab_kernels import CrossAttention, CrossAttentionLayer
 from attnlab_kernels.caches import ContiguousKV
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_kernels.cross_cache import CrossKV
@@ -222,3 +222,28 @@ def test_a_cross_cache_is_filled_once_and_never_cut():
 def test_what_does_not_fit_is_refused_by_name(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_a_layer_adds_what_it_gathers_to_its_input():
+    torch.manual_seed(0)
+    layer = CrossAttentionLayer({"hidden_size": 24, "num_heads": 4, "key_dim": 12}).eval()
+    torch.nn.init.uniform_(layer.norm.weight, 0.3, 2.0)
+    x, context = torch.randn(2, 5, 24), torch.randn(2, 3, 12)
+    with torch.no_grad():
+        want = x + layer.attention(layer.norm(x), context)
+        assert torch.equal(layer(x, context), want)
+        assert torch.equal(layer(x, context, return_dict=True).output, want)
+        output, maps = layer(x, context, return_attention=True)
+        assert torch.equal(output, want)
+        assert maps.shape == (2, 4, 5, 3)
+        hidden = torch.tensor([[True, True, False]]).expand(2, -1)
+        torch.testing.assert_close(layer(x, context, hidden), layer(x, context[:, :2]), atol=1e-6, rtol=0)
+
+
+def test_a_layer_knows_the_arguments_of_cross_attention_and_no_others():
+    assert CrossAttentionLayer().attention.dim == 256
+    assert CrossAttentionLayer({"d_model": 16}, num_heads=2).attention.num_heads == 2
+    with pytest.raises(ValueError, match="num_heads must be given once"):
+        CrossAttentionLayer({"num_heads": 2}, num_heads=2)
+    with pytest.raises(TypeError, match="unknown argument 'attention_dropout'"):
+        CrossAttentionLayer({"attention_dropout": 0.1})

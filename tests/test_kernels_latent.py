@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnlab_kernels import MECHANISMS, MultiHeadLatentAttention
+from attnlab_kernels import MECHANISMS, MultiHeadLatentAttention, MultiHeadLatentAttentionV2
 from attnlab_kernels.caches import CacheError, ContiguousKV
 from attnlab_kernels.latent_cache import LatentKV
 from attnlab_kernels.operations.latent.reference import LatentInputs, latent_attend
@@ -211,7 +211,7 @@ def test_the_whole_module_has_the_gradients_of_finite_differences():
         ({"kv_lora_rank": 0}, "kv_lora_rank must be at least 1; got 0"),
         ({"d_latent": -1}, "kv_lora_rank must be at least 1; got -1"),
         ({"q_lora_rank": 0}, "q_lora_rank must be at least 1; got 0"),
-        ({"qk_rope_head_dim": 5}, "qk_rope_head_dim must be even and positive; got 5"),
+        ({"qk_rope_head_dim": 5}, "qk_rope_head_dim must be even and at least 0; got 5"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"form": "fused"}, "form must be one of auto, naive, absorbed; got 'fused'"),
         ({"d_model": 25}, "names of the width must agree"),
@@ -296,12 +296,60 @@ def test_the_ratio_of_cache_sizes_is_that_of_two_caches():
     assert module.get_cache_size_ratio() == pytest.approx(cache.nbytes() / whole.nbytes())
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [("BlockTable", "PagedKV"), ("MultiHeadLatentAttentionV2", "MultiHeadLatentAttention, with")],
-)
-def test_a_name_from_elsewhere_is_answered_with_ours(name, instead):
-    import attnlab_kernels
+def make_v2(**changes) -> MultiHeadLatentAttentionV2:
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"d_model": 24, "num_heads": 3, "d_latent": 9, "head_dim": 5} | changes
+    module = MultiHeadLatentAttentionV2(**arguments).eval()
+    if isinstance(module.kv_a_layernorm, torch.nn.LayerNorm):
+        torch.nn.init.uniform_(module.kv_a_layernorm.weight, 0.3, 2.0)
+        torch.nn.init.uniform_(module.kv_a_layernorm.bias, -1, 1)
+    return module
 
-    with pytest.raises(AttributeError, match=f"no attribute '{name}'; use {instead}"):
-        getattr(attnlab_kernels, name)
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+@pytest.mark.parametrize("use_layer_norm", [True, False])
+def test_without_a_rotary_key_it_is_attention_over_what_the_latent_decompresses_to(form, use_layer_norm):
+    module, x = make_v2(use_layer_norm=use_layer_norm), hidden(11)
+    with torch.no_grad():
+        key, value = module.decompress_kv(module.compress_kv(x))
+        query = module.q_proj(x).unflatten(-1, (3, 5)).transpose(1, 2)
+        heads = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        want = module.o_proj(heads.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(module(x, form=form)[0], want, atol=1e-6, rtol=1e-5)
+
+
+def test_its_cache_is_the_latent_alone_and_a_tuple_of_it_goes_on_where_it_ended():
+    module, x = make_v2(), hidden(11)
+    with torch.no_grad():
+        want = module(x)[0]
+        output, maps, cache = module(x[:, :7], use_cache=True)
+        assert maps is None
+        assert cache[0].shape == (2, 7, 9)
+        assert cache.nbytes() == 2 * 7 * 9 * 4
+        assert module.get_cache_size_ratio() == 9 / (2 * 3 * 5)
+        latent = cache[0].clone()
+        continued = module(x[:, 7:], past_key_value=(latent,))[0]
+        torch.testing.assert_close(torch.cat((output, continued), dim=1), want, atol=1e-6, rtol=0)
+        torch.testing.assert_close(module(x[:, 7:], past_key_value=cache)[0], continued, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: make_v2(d_latent=15), "d_latent must be below num_heads . head_dim = 15, or it compresses"),
+        (
+            lambda: make_v2(head_dim=None, num_heads=5),
+            "d_model must be a multiple of num_heads.*got 24 and 5",
+        ),
+        (lambda: make_v2(d_model=None), "d_model .* must be given"),
+        (lambda: make_v2(width=3), "unknown argument 'width'"),
+        (lambda: make_v2()(hidden(2), past_key_value=(torch.zeros(2, 3, 4),)), "must hold a latent"),
+        (
+            lambda: make_v2()(hidden(2), position_embeddings=rope_tables(torch.arange(2), 4)),
+            "position_embeddings must be None with qk_rope_head_dim = 0",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_one_without_positions_is_refused_by_name(call, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        call()

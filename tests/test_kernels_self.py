@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from attnlab_kernels import SelfAttention
+from attnlab_kernels import BaseAttention, MultiHeadSelfAttention, SelfAttention
 
 
 def make(seed: int = 0, **changes) -> SelfAttention:
@@ -151,3 +151,21 @@ def test_gradients_are_those_of_the_formula():
 def test_what_does_not_fit_is_refused_by_name(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_the_other_names_of_self_attention_compute_the_same():
+    module, x = MultiHeadSelfAttention(24, 4).eval(), torch.randn(2, 9, 24)
+    plain = BaseAttention(24, 4).eval()
+    same = SelfAttention(24, 4).eval()
+    same.load_state_dict(module.state_dict())
+    assert module.dropout == plain.dropout == 0.1
+    assert torch.equal(module(x), same(x))
+    assert not any(name.endswith("bias") for name in plain.state_dict())
+    assert plain(x, return_dict=True).aux["implementation"] == "eager"
+    fused = BaseAttention(24, 4, use_flash_attention=True).eval()
+    assert fused(x, return_dict=True).aux["implementation"] != "eager"
+    assert BaseAttention(24, 4, attention_scale=0.5).scale == 0.5
+    with pytest.raises(
+        ValueError, match="use_flash_attention=False means eager; got implementation 'sdpa_flash'"
+    ):
+        BaseAttention(24, 4, implementation="sdpa_flash")

@@ -24,11 +24,15 @@ from attnlab_kernels.masks import (
 )
 
 if TYPE_CHECKING:
+    from attnlab_kernels.block_storage import PagedKVCache
+    from attnlab_kernels.block_table import BlockTable
     from attnlab_kernels.difference_map import DifferenceMap
     from attnlab_kernels.expert_map import ExpertMap
+    from attnlab_kernels.mechanisms.base_attention import BaseAttention, MultiHeadSelfAttention
     from attnlab_kernels.mechanisms.build import build_mechanism
     from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
     from attnlab_kernels.mechanisms.cross_attention import CrossAttention
+    from attnlab_kernels.mechanisms.cross_attention_layer import CrossAttentionLayer
     from attnlab_kernels.mechanisms.differential_attention import DiffAttn, DifferentialAttention
     from attnlab_kernels.mechanisms.efficient_attention import EfficientAttention, MemoryEfficientAttention
     from attnlab_kernels.mechanisms.flash import FlashAttention
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from attnlab_kernels.mechanisms.linformer import LinformerAttention
     from attnlab_kernels.mechanisms.multi_head import MultiHeadAttention
     from attnlab_kernels.mechanisms.multi_head_latent import MLA, MultiHeadLatentAttention
+    from attnlab_kernels.mechanisms.multi_head_latent_v2 import MultiHeadLatentAttentionV2
     from attnlab_kernels.mechanisms.neighborhood_attention import (
         NeighborhoodAttention,
         NeighborhoodAttention1D,
@@ -69,6 +74,12 @@ if TYPE_CHECKING:
     from attnlab_kernels.sparse_map import SparseMap
 
 _LAZY = {
+    "BaseAttention": "attnlab_kernels.mechanisms.base_attention",
+    "MultiHeadSelfAttention": "attnlab_kernels.mechanisms.base_attention",
+    "BlockTable": "attnlab_kernels.block_table",
+    "PagedKVCache": "attnlab_kernels.block_storage",
+    "CrossAttentionLayer": "attnlab_kernels.mechanisms.cross_attention_layer",
+    "MultiHeadLatentAttentionV2": "attnlab_kernels.mechanisms.multi_head_latent_v2",
     "GQA": "attnlab_kernels.mechanisms.grouped_query",
     "SWA": "attnlab_kernels.mechanisms.sliding_window",
     "MLA": "attnlab_kernels.mechanisms.multi_head_latent",
@@ -124,16 +135,6 @@ _LAZY = {
     "survey": "attnlab_kernels.operations.softmax.api",
 }
 
-# names from elsewhere whose arguments differ: an alias would fail later, and less clearly
-_KNOWN_AS = {
-    "BaseAttention": "SelfAttention, with implementation= for use_flash_attention",
-    "BlockTable": "PagedKV, with open, append, fork, free and table",
-    "CrossAttentionLayer": "CrossAttention, with arguments for a config",
-    "MultiHeadLatentAttentionV2": "MultiHeadLatentAttention, with d_latent= and one rotary key beside the latent",
-    "MultiHeadSelfAttention": "SelfAttention",
-    "PagedKVCache": "PagedKV, with append for write, pools for read, and crop",
-}
-
 __all__ = [
     "DSA",
     "GQA",
@@ -143,7 +144,9 @@ __all__ = [
     "Alibi",
     "And",
     "AttentionOutput",
+    "BaseAttention",
     "BlockSparseAttention",
+    "BlockTable",
     "BlockwiseRingAttention",
     "BucketBias",
     "Causal",
@@ -151,6 +154,7 @@ __all__ = [
     "ChunkedPrefill",
     "ChunkedPrefillScheduler",
     "CrossAttention",
+    "CrossAttentionLayer",
     "DiffAttn",
     "DifferenceMap",
     "DifferentialAttention",
@@ -171,6 +175,8 @@ __all__ = [
     "MemoryEfficientAttention",
     "MultiHeadAttention",
     "MultiHeadLatentAttention",
+    "MultiHeadLatentAttentionV2",
+    "MultiHeadSelfAttention",
     "Neighborhood",
     "NeighborhoodAttention",
     "NeighborhoodAttention1D",
@@ -180,6 +186,7 @@ __all__ = [
     "Padding",
     "PagedAttention",
     "PagedKV",
+    "PagedKVCache",
     "Parameter",
     "RingAttention",
     "RingMap",
@@ -206,8 +213,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _KNOWN_AS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; use {_KNOWN_AS[name]}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from attnlab_kernels.caches import CacheError
 
 
-class OutOfBlocks(CacheError):
-    """The pool has fewer free blocks than are needed; nothing was changed."""
+class OutOfBlocks(CacheError, RuntimeError):
+    """The pool has fewer free blocks than are needed; nothing was changed. The arguments may well have been right."""
 
 
 class BlockPool:

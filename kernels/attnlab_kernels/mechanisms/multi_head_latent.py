@@ -40,7 +40,7 @@ class MultiHeadLatentAttention(nn.Module):
         dim: model width (also: hidden_size, d_model, embed_dim, query_dim).
         kv_lora_rank: r, width of the latent (also: d_latent).
         q_lora_rank: width of the query latent; None projects queries directly.
-        qk_rope_head_dim: rotary part of a key, even, one for all heads.
+        qk_rope_head_dim: rotary part of a key, even, one for all heads; 0 gives keys no position.
         qk_nope_head_dim: part of a key without position.
         v_head_dim: width of a value.
         bias: of the projections down and of the last one, as in DeepseekV3Attention.
@@ -140,7 +140,7 @@ class MultiHeadLatentAttention(nn.Module):
         self._check_input(hidden_states, context)
         cache = self._open_cache(past_key_value, use_cache)
         past = cache.length(self.layer_idx) if cache is not None else 0
-        tables = position_embeddings or self._tables(position_ids, past, hidden_states)
+        tables = self._tables(position_embeddings, position_ids, past, hidden_states)
         inputs = self._inputs(hidden_states, tables, cache)
         num_queries, num_keys = hidden_states.shape[1], inputs.latent.shape[1]
         given, bias = read_attention_mask(
@@ -192,7 +192,7 @@ class MultiHeadLatentAttention(nn.Module):
         self._check_input(hidden_states, None)
         cache = None if past_key_value is None else past_key_value.clone()
         past = cache.length(self.layer_idx) if cache is not None else 0
-        tables = position_embeddings or self._tables(position_ids, past, hidden_states)
+        tables = self._tables(position_embeddings, position_ids, past, hidden_states)
         return score_parts(self._inputs(hidden_states, tables, cache), scale=self.scale)
 
     def new_cache(self, batch: int = 1) -> LatentKV:
@@ -217,7 +217,7 @@ class MultiHeadLatentAttention(nn.Module):
         return (self.kv_lora_rank + self.qk_rope_head_dim) / (self.num_heads * (key + self.v_head_dim))
 
     def _inputs(
-        self, hidden_states: Tensor, tables: tuple[Tensor, Tensor], cache: Cache | None
+        self, hidden_states: Tensor, tables: tuple[Tensor, Tensor] | None, cache: Cache | None
     ) -> LatentInputs:
         if self.q_lora_rank is None:
             query = self.q_proj(hidden_states)
@@ -234,13 +234,31 @@ class MultiHeadLatentAttention(nn.Module):
         up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         return LatentInputs(nope, self._rotate(rope, tables), latent[:, 0], key_rope[:, 0], up)
 
-    def _rotate(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotate(self, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        if tables is None:
+            return x
         if self.rope_interleave:
             # pairs apart first; queries and keys alike, so no score changes
             x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
         return rotate(x, *tables)
 
-    def _tables(self, position_ids: Tensor | None, past: int, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _tables(
+        self,
+        given: tuple[Tensor, Tensor] | None,
+        position_ids: Tensor | None,
+        past: int,
+        hidden_states: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the new tokens; None where keys have no position."""
+        if self.qk_rope_head_dim == 0:
+            if given is not None:
+                raise ValueError(
+                    "position_embeddings must be None with qk_rope_head_dim = 0: no part of a key turns, and a "
+                    "latent cannot"
+                )
+            return None
+        if given is not None:
+            return given
         if position_ids is None:
             position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)
         return self.rotary.tables(position_ids, self.qk_rope_head_dim)
@@ -298,8 +316,8 @@ class MultiHeadLatentAttention(nn.Module):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        if self.qk_rope_head_dim < 2 or self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim must be even and positive; got {self.qk_rope_head_dim}")
+        if self.qk_rope_head_dim < 0 or self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even and at least 0; got {self.qk_rope_head_dim}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         if self.form not in FORMS:

@@ -88,7 +88,8 @@ class SelfAttention(SoftmaxModule):
             call.get(name) is not None for name in ("key_value_states", "key_value")
         ):
             raise ValueError(
-                "context must be None in self-attention; use CrossAttention for a second sequence"
+                "context must be None in self-attention; use CrossAttention for a second sequence, and "
+                "attention_mask= for a mask"
             )
         if use_cache and not return_dict and not hasattr(past_key_value, "update"):
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from attnlab_kernels.masks import Full, Mask
 from attnlab_kernels.operations.latent import triton_absorbed
 from attnlab_kernels.operations.softmax.api import Unsupported, attend, observed
+from attnlab_kernels.operations.softmax.support import Support
 from attnlab_kernels.output import AttentionOutput
 
 Form = Literal["naive", "absorbed"]
@@ -110,6 +111,8 @@ def _fused(
     nope = absorb(inputs)
     need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     support = triton_absorbed.supports(nope, inputs.latent, bias=bias, dropout=dropout, need_grad=need_grad)
+    if inputs.key_rope.shape[-1] == 0:
+        support = Support(False, "our kernel reads a rotary key, and these keys have none")
     packed = mask is not None and mask.form().documents is not None
     if implementation == "auto" and (nope.device.type != "cuda" or observed() or packed or not support):
         return None
