@@ -14,7 +14,7 @@ from attnlab.views.difference import difference
 from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
-from attnlab.views.read_inputs import grows, patch_grid
+from attnlab.views.read_inputs import attention_role, grows, patch_grid
 from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import KEPT_SIZE, thumbnail, thumbnail_progress
 from attnlab.views.tokens import stream_axes, token_labels
@@ -60,7 +60,7 @@ def recorded_maps(run_id: int, store: StoreDep) -> dict[str, Any]:
             {
                 "layer": trace.layer,
                 "name": trace.name,
-                "role": (trace.detail or {}).get("role", "self"),
+                "role": attention_role(run, trace),
                 "query_stream": (trace.detail or {}).get("queries"),
                 "key_stream": (trace.detail or {}).get("keys"),
                 "heads": trace.heads,

@@ -8,7 +8,7 @@ from attnlab.views.trace_map import map_facts
 from attnlab_kernels.masks import mask_from_json
 from attnlab_storage import results
 from attnlab_storage.database import Store
-from attnlab_storage.results import TraceRow
+from attnlab_storage.results import RunRow, TraceRow
 
 
 def patch_grid(trace: TraceRow) -> dict[str, int] | None:
@@ -20,6 +20,12 @@ def patch_grid(trace: TraceRow) -> dict[str, int] | None:
     if space is not None and len(space) == 2:
         return {"rows": int(space[0]), "columns": int(space[1]), "prefix": 0}
     return None
+
+
+def attention_role(run: RunRow, trace: TraceRow) -> str:
+    """``self``, ``encoder`` or ``cross``: whether a layer reads its own sequence or another one."""
+    alone = "cross" if run.mechanism == "cross" else "self"  # of a bare module, which says no role
+    return (trace.detail or {}).get("role", alone)
 
 
 def grows(trace: TraceRow) -> bool:

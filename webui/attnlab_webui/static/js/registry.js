@@ -7,6 +7,8 @@
 // missing(run), where a view cannot show every run: "" or the sentence that says why this one has none.
 
 const NO_PICTURE = "This run read no picture. Give an experiment an image as its input, or a module neighborhood attention in 2 dimensions.";
+const NO_CROSS = "No layer of this run reads another sequence. Encoder-decoders do: Whisper over sound, a translator over its source.";
+const NO_STEPS = "No step follows another in this run: its attention is not causal, so there is no cache that grows.";
 
 export const VIEWS = [
   { key: "map", title: "Map", help: "the weights of one head", load: async () => (await import("./view.js")).View },
@@ -19,5 +21,19 @@ export const VIEWS = [
     help: "the weights of one patch over the picture",
     missing: (run) => (run.facts.layers.some(({ grid }) => grid) ? "" : NO_PICTURE),
     load: async () => (await import("./views/image.js")).ImageView,
+  },
+  {
+    key: "cross",
+    title: "Cross",
+    help: "what one sequence reads of another: text over sound, a decoder over its encoder",
+    missing: (run) => (run.facts.layers.some(({ role }) => role === "cross") ? "" : NO_CROSS),
+    load: async () => (await import("./views/cross.js")).Cross,
+  },
+  {
+    key: "generation",
+    title: "Generation",
+    help: "step by step over the growing cache",
+    missing: (run) => (run.facts.layers.some(({ grows }) => grows) ? "" : NO_STEPS),
+    load: async () => (await import("./views/generation.js")).Generation,
   },
 ];

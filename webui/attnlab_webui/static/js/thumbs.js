@@ -6,8 +6,11 @@ const AT_ONCE = 3;
 
 export class Thumbs {
   // told(key, tile or null, share): a picture is there, or share of what it is made from
-  constructor(run, told) {
+  // size: {height, width} of pictures that are no square, which are this view's own
+  constructor(run, told, size = null) {
     this.run = run;
+    this.size = size;
+    this.known = size ? new Map() : run.thumbs;
     this.told = told;
     this.wanted = [];
     this.busy = new Map();
@@ -19,7 +22,7 @@ export class Thumbs {
   }
 
   have(key) {
-    return this.run.thumbs.get(key) ?? null;
+    return this.known.get(key) ?? null;
   }
 
   want(key) {
@@ -42,9 +45,10 @@ export class Thumbs {
     this.busy.set(key, controller);
     const [layer, head, reduce] = key.split(".");
     try {
-      const path = this.run.path("thumbnails", { layer, head, reduce });
+      const fields = { layer, head, reduce, ...this.size };
+      const path = this.run.path(this.size ? "viewport" : "thumbnails", fields);
       const tile = await getTile(path, controller.signal, (share) => this.told(key, null, share));
-      this.run.thumbs.set(key, tile);
+      this.known.set(key, tile);
       this.told(key, tile, 1);
     } catch (error) {
       if (error.name === "AbortError") return;

@@ -149,7 +149,7 @@ export class OneQuery {
   }
 
   get idle() {
-    return this.rows !== null && this.controller === null;
+    return !this.controller && (this.rows !== null || !this.find(".at-complaint").hidden);
   }
 
   stop() {
