@@ -5,8 +5,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from attnlab.views import through_layers
+from attnlab.views.distances import head_distances, run_distances
+from attnlab.views.flow import attention_flow
 from attnlab.views.head_tiles import head_tiles
+from attnlab.views.jobs import Jobs
+from attnlab.views.rollout import pooled_rollout, rollout
 from attnlab.views.token import token_document
+from attnlab_storage import tensors
 from attnlab_webui import api
 
 
@@ -35,6 +41,65 @@ def test_all_heads_of_a_region_come_as_one_block(client, traced):
     assert "immutable" in answer.headers["cache-control"]
 
 
+def worked_out(client, path: str) -> dict:
+    """The answer to a question that may have to be asked again."""
+    while (answer := client.get(path)).status_code == 202:
+        assert 0 <= answer.json()["building"] < 1
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_rollout_and_a_flow_are_answered_as_in_python(client, traced):
+    run_id = traced.run_ids[0]
+    found = worked_out(client, f"/api/v1/runs/{run_id}/rollout?row=50&residual=0.25")
+    wanted = rollout(traced.store, run_id, 50, residual=0.25)
+    np.testing.assert_array_equal(found["shares"], wanted.values[0])
+    np.testing.assert_array_equal(found["values"], wanted.flow[:, 0])
+    assert (found["layers"], found["columns"]) == ([1, 0], list(range(78)))
+    order = np.argsort(-wanted.values[0], kind="stable")[:12]
+    assert [place for place, _ in found["top"]] == order.tolist()
+    pooled = worked_out(client, f"/api/v1/runs/{run_id}/rollout?height=10")
+    np.testing.assert_array_equal(pooled["values"], pooled_rollout(traced.store, run_id, 10).values)
+    flow = worked_out(client, f"/api/v1/runs/{run_id}/flow?row=50&tokens=40:51")
+    assert flow["shares"] == attention_flow(traced.store, run_id, 50, (40, 51)).values.tolist()
+    assert flow["start"] == 40
+
+
+def test_a_long_rollout_is_pooled_into_columns_that_keep_the_sum(client, traced, monkeypatch):
+    monkeypatch.setattr(through_layers, "MOST_COLUMNS", 10)
+    monkeypatch.setattr(through_layers, "JOBS", Jobs())
+    found = worked_out(client, f"/api/v1/runs/{traced.run_ids[1]}/rollout?row=70")
+    assert len(found["columns"]) == 11
+    np.testing.assert_allclose(np.sum(found["values"], axis=1), 1, atol=1e-9)
+    a, b = found["columns"][3:5]
+    assert found["values"][-1][3] == pytest.approx(sum(found["shares"][a:b]))
+
+
+def test_more_than_a_page_can_wait_for_is_refused(client, traced, monkeypatch):
+    monkeypatch.setattr(through_layers, "MOST_CELLS", 8 * 77 * 51 - 1)
+    run_id = traced.run_ids[0]
+    answer = client.get(f"/api/v1/runs/{run_id}/rollout?row=50")
+    assert answer.status_code == 400
+    assert "at most 31,415 weights" in answer.json()["error"]
+    assert f"lab.run_by_id({run_id}).rollout(row)" in answer.json()["error"]
+    worked_out(client, f"/api/v1/runs/{run_id}/rollout?row=49&residual=0.1")
+
+
+def test_distances_and_curves_are_answered_as_in_python(client, traced):
+    a, b = traced.run_ids[:2]
+    found = client.get(f"/api/v1/compare/distances?a={a}&b={b}&layer=1&max_rows=16").json()
+    assert found == run_distances(traced.store, a, b, [1], 16).to_json()
+    heads = client.get(f"/api/v1/runs/{a}/distances?layer=0&layer_b=1").json()
+    assert heads == head_distances(traced.store, a, 0, 1).to_json()
+    answer = client.get(f"/api/v1/runs/{a}/curve?name=row_entropy&layer=0&head=0")
+    assert (answer.status_code, "holds no row_entropy of L0H0" in answer.json()["error"]) == (404, True)
+    points = np.arange(5, dtype=np.float32)
+    assert tensors.keep_derived(traced.store, a, 1, "row_entropy", 0, points[None])
+    document = client.get(f"/api/v1/runs/{a}/curve?name=row_entropy&layer=0&head=0").json()
+    assert document["points"] == points.tolist()
+    assert "entropy of the rows" in document["words"]
+
+
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
@@ -42,6 +107,13 @@ def test_all_heads_of_a_region_come_as_one_block(client, traced):
         ("runs/{run}/token?layer=0", 400, "row must be given"),
         ("runs/{run}/token?layer=0&row=1&shown=x", 400, "shown must be a range START:STOP"),
         ("runs/{run}/heads?layer=5", 400, "layer must be one of 0..1"),
+        ("runs/{run}/rollout?row=77", 400, "row must be in 0..76"),
+        ("runs/{run}/rollout?row=1&residual=2", 400, "residual must be less than or equal to 1"),
+        ("runs/{run}/flow?row=50&tokens=51:60", 400, "that hold row 50; got 51:60"),
+        ("runs/{run}/curve?name=x&layer=0&head=0", 400, "curve must be one of row_entropy, column_mass"),
+        ("runs/{run}/distances?layer=9", 400, "layer must be one of 0..1"),
+        ("compare/distances?a={run}&b={run}&layer=7", 400, "layers must be some of those that both runs"),
+        ("compare/distances?a={run}&b=4711", 404, "run must be the id of a run"),
         ("runs/4711/heads?layer=0", 404, "run must be the id of a run"),
     ],
 )

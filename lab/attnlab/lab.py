@@ -25,6 +25,7 @@ from attnlab.export.notebooks import bertviz_arguments, circuitsvis_arguments
 from attnlab.heads import HeadPage, find_heads
 from attnlab.spec import ExperimentSpec, parse_spec
 from attnlab.views.distances import DistanceGrid, run_distances
+from attnlab.views.flow import Flow, attention_flow
 from attnlab.views.labels import map_label
 from attnlab.views.map_figure import map_figure
 from attnlab.views.rollout import Rollout, rollout
@@ -296,9 +297,13 @@ class Run:
         """``row_entropy`` or ``column_mass`` of a head: float32, at most 1,024 points."""
         return curve(self.lab.store, self.id, name, layer, head)
 
-    def rollout(self, row: int) -> Rollout:
+    def rollout(self, row: int, residual: float = 0.5) -> Rollout:
         """How much each token contributes to position ``row`` through all layers."""
-        return rollout(self.lab.store, self.id, row)
+        return rollout(self.lab.store, self.id, row, residual=residual)
+
+    def flow(self, row: int, span: tuple[int, int] | None = None, residual: float = 0.5) -> Flow:
+        """How much can flow from position ``row`` to each token of a span of at most 96."""
+        return attention_flow(self.lab.store, self.id, row, span, residual=residual)
 
     def bertviz(self, layers: Sequence[int] | None = None, span: Region = None) -> dict[str, Any]:
         """The arguments of ``bertviz.head_view`` for a span of tokens."""

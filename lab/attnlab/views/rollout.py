@@ -17,6 +17,7 @@ import numpy as np
 from attnlab.views.errors import ViewError
 from attnlab.views.viewport import head_map, recorded
 from attnlab_storage.database import Store
+from attnlab_storage.results import RunRow, TraceRow
 
 TILE_CELLS = 1 << 20
 MOST_GROUPS = 256
@@ -86,9 +87,9 @@ def pooled_rollout(
     return _rollout(store, run_id, list(pairwise(edges.tolist())), residual, progress)
 
 
-def _size(store: Store, run_id: int) -> int:
-    """How many tokens the run's maps have; ViewError where a rollout has no meaning."""
-    traces = recorded(store, run_id)[1]
+def self_attention(store: Store, run_id: int) -> tuple[RunRow, list[TraceRow]]:
+    """The run and its layers, all of them between the positions of one sequence; ViewError where they are not."""
+    run, traces = recorded(store, run_id)
     layers = [trace.layer for trace in traces]
     if layers != list(range(len(layers))):
         raise ViewError(f"a rollout needs every layer from 0; run {run_id} keeps {layers}")
@@ -97,7 +98,12 @@ def _size(store: Store, run_id: int) -> int:
         raise ViewError(
             f"a rollout needs self-attention over one sequence; run {run_id} has {sorted(shapes)}"
         )
-    return traces[0].num_queries
+    return run, traces
+
+
+def _size(store: Store, run_id: int) -> int:
+    """How many tokens the run's maps have; ViewError where a rollout has no meaning."""
+    return self_attention(store, run_id)[1][0].num_queries
 
 
 def _rollout(

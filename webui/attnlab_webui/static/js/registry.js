@@ -10,11 +10,20 @@ const NO_PICTURE = "This run read no picture. Give an experiment an image as its
 const NO_CROSS = "No layer of this run reads another sequence. Encoder-decoders do: Whisper over sound, a translator over its source.";
 const NO_STEPS = "No step follows another in this run: its attention is not causal, so there is no cache that grows.";
 
+const ONE_TEXT = "The way through the layers needs every layer, all of them attending over one text; this run has not.";
+
 export const VIEWS = [
   { key: "map", title: "Map", help: "the weights of one head", load: async () => (await import("./view.js")).View },
   { key: "grid", title: "Grid", help: "all layers and heads", load: async () => (await import("./views/grid.js")).Grid },
   { key: "token", title: "Token", help: "one token over the text", load: async () => (await import("./views/token.js")).Token },
   { key: "lines", title: "Lines", help: "lines between two columns of tokens", load: async () => (await import("./views/lines.js")).Lines },
+  {
+    key: "rollout",
+    title: "Rollout",
+    help: "through all layers: rollout and maximum flow",
+    missing: (run) => (throughLayers(run.facts.layers) ? "" : ONE_TEXT),
+    load: async () => (await import("./views/rollout.js")).Rollout,
+  },
   {
     key: "image",
     title: "Image",
@@ -37,3 +46,8 @@ export const VIEWS = [
     load: async () => (await import("./views/generation.js")).Generation,
   },
 ];
+
+function throughLayers(layers) {
+  const [{ queries }] = layers;
+  return layers.every(({ layer, queries: rows, keys, columns }, i) => layer === i && rows === queries && keys === queries && !columns);
+}

@@ -32,15 +32,24 @@ export async function getJson(path, signal) {
   return (await ask(path, { signal })).json();
 }
 
-// A region as float32 [height, width] in row order; NaN where no query may attend to any key.
-// While the overview of a wide map is built the server says how far it is, and told hears of it.
-export async function getTile(path, signal, told = () => {}) {
+// What the server may still have to work out: it says how far it is, and told hears of it.
+async function askUntilThere(path, signal, told) {
   let response = await ask(path, { signal });
   while (response.status === 202) {
     told((await response.json()).building);
     await pause(300, signal);
     response = await ask(path, { signal });
   }
+  return response;
+}
+
+export async function getWorkedOut(path, signal, told) {
+  return (await askUntilThere(path, signal, told)).json();
+}
+
+// A region as float32 [height, width] in row order; NaN where no query may attend to any key.
+export async function getTile(path, signal, told = () => {}) {
+  const response = await askUntilThere(path, signal, told);
   const pair = (name) => response.headers.get(name).split(/[,:]/).map(Number);
   const [height, width] = pair("x-attnlab-shape");
   return {

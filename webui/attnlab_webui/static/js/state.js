@@ -7,12 +7,25 @@ const CLIPS = [100, 99.9, 99, 95];
 const COLOURS = ["auto", "paper", "viridis", "magma"];
 const SORTS = ["layer", "high", "low"];
 const DIRECTIONS = ["sent", "received"];
+const SINKS = ["without", "with"];
+const WAYS = ["rollout", "flow", "all"];
 const PARTS = ["whole", "first", "second", "content", "position"];
 const WORDS = /^[a-z_]{1,40}$/;
 
-export const CHOICES = { scale: SCALES, reduce: POOLING, norm: NORMS, clip: CLIPS, colours: COLOURS, part: PARTS, sort: SORTS, direction: DIRECTIONS };
+export const CHOICES = {
+  scale: SCALES,
+  reduce: POOLING,
+  norm: NORMS,
+  clip: CLIPS,
+  colours: COLOURS,
+  part: PARTS,
+  sort: SORTS,
+  direction: DIRECTIONS,
+  through: WAYS,
+  sink: SINKS,
+};
 
-const NUMBERS = ["layer", "head", "token"];
+const NUMBERS = ["layer", "head", "token", "from"];
 const HEADS = /^(mean|\d{1,4}(,\d{1,4})*)$/;
 const NAMES = ["view", "statistic"];
 
@@ -35,6 +48,10 @@ export const DEFAULTS = {
   direction: "sent",
   heads: "", // "mean", or the heads that are drawn together
   above: 0.05, // weights below are not drawn as lines
+  through: "rollout",
+  residual: 0.5, // the share of a layer that passes by its attention
+  sink: "without", // whether the colours reach up to what the first token gets, a sink in most models
+  from: null, // the first token that a flow may reach
 };
 
 const own = Object.keys(DEFAULTS);
@@ -53,8 +70,10 @@ export function parse(search) {
   }
   for (const name of NAMES) if (WORDS.test(given.get(name) ?? "")) state[name] = given.get(name);
   if (HEADS.test(given.get("heads") ?? "")) state.heads = given.get("heads");
-  const above = Number.parseFloat(given.get("above"));
-  if (above >= 0 && above <= 1) state.above = above;
+  for (const name of ["above", "residual"]) {
+    const value = Number.parseFloat(given.get(name));
+    if (value >= 0 && value <= 1) state[name] = value;
+  }
   state.where = (given.get("where") ?? "").slice(0, 200);
   return state;
 }

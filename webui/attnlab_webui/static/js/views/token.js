@@ -1,11 +1,12 @@
 // One token over the text: what it attends to, or who attends to it, as the colour behind every token.
 
-import { indexOf, inkOn, makeScale, precise } from "../colour.js";
+import { indexOf, makeScale, precise } from "../colour.js";
 import { onTheme } from "../dark.js";
 import { HeadBar } from "../headbar.js";
 import { readInk } from "../ink.js";
 import { button, element } from "../make.js";
 import { ApiError, getJson } from "../request.js";
+import { TokenText, topList } from "../token_text.js";
 
 const PAGE = 1024; // tokens of the text that stand in the page at once
 const DECADES = 3;
@@ -27,11 +28,15 @@ export class Token {
       '<span class="at-pages"></span></div>' +
       '<p class="at-complaint" role="alert" hidden></p>' +
       '<div class="at-token-body"><div><canvas class="at-strip-all" aria-hidden="true"></canvas>' +
-      '<div class="at-text" role="listbox" tabindex="0" aria-label="tokens; arrow keys choose another one"></div></div>' +
+      '<div data-part="text" aria-label="tokens; arrow keys choose another one"></div></div>' +
       '<aside class="at-side"><section class="at-readout" aria-live="polite"></section>' +
       '<section data-part="sent"></section><section data-part="received"></section></aside></div>';
     this.find = (name) => root.querySelector(name);
-    this.text = this.find(".at-text");
+    this.text = new TokenText(this.find('[data-part="text"]'), {
+      click: (at) => this.ask(at),
+      over: (at) => this.say(at),
+      key: (event) => this.onKey(event),
+    });
     this.strip = this.find(".at-strip-all");
     this.heads = new HeadBar(this.find('[data-part="picker"]'), run, { mean: true });
     this.directions = Object.entries(WORDS).map(([name, words]) => {
@@ -54,13 +59,6 @@ export class Token {
     });
     const scale = this.find('[name="scale"]');
     scale.addEventListener("change", () => this.state.set({ scale: scale.value }));
-    this.text.addEventListener("click", (event) => {
-      const token = event.target.closest(".at-token");
-      if (token) this.ask(Number(token.dataset.at), true);
-    });
-    this.text.addEventListener("pointerover", (event) => this.say(event.target.closest?.(".at-token")));
-    this.text.addEventListener("pointerleave", () => this.say(null));
-    this.text.addEventListener("keydown", (event) => this.onKey(event));
     this.strip.addEventListener("click", (event) => this.onStrip(event));
     const resized = new ResizeObserver(() => this.drawStrip());
     resized.observe(this.strip.parentElement);
@@ -106,11 +104,8 @@ export class Token {
   }
 
   // Asks for the query at a place of the text that is shown.
-  ask(at, step = false) {
-    const row = this.oneText && this.direction === "sent" ? at - this.shift : at;
-    if (!this.oneText || row < 0 || row >= this.rows) return;
-    if (step) this.state.go({ token: row });
-    else this.state.set({ token: row });
+  ask(at) {
+    if (this.oneText) this.goTo(at, this.direction);
   }
 
   // Where the chosen query stands in the text that is shown; null where it is not part of it.
@@ -125,25 +120,17 @@ export class Token {
     const to =
       by !== undefined
         ? this.row + by
-        : { Home: 0, End: this.rows - 1, ArrowUp: this.overLine(-1), ArrowDown: this.overLine(1) }[event.key];
+        : { Home: 0, End: this.rows - 1, ArrowUp: this.onLine(-1), ArrowDown: this.onLine(1) }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     if (to !== null && to >= 0 && to < this.rows) this.state.set({ token: to });
   }
 
-  // The query above or below, or null.
-  overLine(by) {
-    const here = this.text.querySelector('[aria-selected="true"]');
-    if (!here) return this.row + by;
-    const middle = here.offsetLeft + here.offsetWidth / 2;
-    const beyond = [...this.text.children].filter((token) => token.dataset?.at && Math.sign(token.offsetTop - here.offsetTop) === by);
-    const tops = beyond.map((token) => token.offsetTop);
-    const line = by > 0 ? Math.min(...tops) : Math.max(...tops);
-    const near = (token) => Math.abs(token.offsetLeft + token.offsetWidth / 2 - middle);
-    const found = beyond.filter((token) => token.offsetTop === line).sort((a, b) => near(a) - near(b))[0];
-    if (!found) return null;
-    const at = Number(found.dataset.at);
-    return this.direction === "sent" ? at - this.shift : at;
+  // The query on the line above or below, or null.
+  onLine(by) {
+    if (!this.oneText) return this.row + by;
+    const at = this.text.overLine(by);
+    return at === null || this.direction !== "sent" ? at : at - this.shift;
   }
 
   // ---- data
@@ -205,28 +192,11 @@ export class Token {
   show() {
     if (this.stopped) return;
     const { start, weights } = this.side;
-    const key = [this.direction, start, weights.length, this.state.get("layer")].join();
-    if (key !== this.written) this.write(start, weights.length);
-    this.written = key;
+    const labels = weights.map((_, i) => this.label(start + i));
+    this.text.write(labels, start, `${this.direction} ${this.state.get("layer")}`);
     this.showPages();
     this.draw();
-    this.text.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" });
-  }
-
-  // Puts the tokens of a stretch into the page.
-  write(start, count) {
-    const labels = Array.from({ length: count }, (_, i) => this.label(start + i));
-    this.text.classList.toggle("at-gapped", !labels.some((label) => /^[·⏎]/.test(label)));
-    const made = [];
-    labels.forEach((label, i) => {
-      const token = element("span", "at-token", label.replace(/^·(?=.)/, " "));
-      token.dataset.at = start + i;
-      token.id = `at-token-${start + i}`;
-      token.setAttribute("role", "option");
-      made.push(token);
-      if (label.endsWith("⏎")) made.push(document.createElement("br"));
-    });
-    this.text.replaceChildren(...made);
+    this.text.reveal();
   }
 
   showPages() {
@@ -253,19 +223,7 @@ export class Token {
     if (!this.document || this.stopped) return;
     const { scale, side, place } = this;
     const { colours } = this.run.table(scale.signed);
-    for (const token of this.text.querySelectorAll(".at-token")) {
-      const at = Number(token.dataset.at);
-      const weight = side.weights[at - side.start];
-      const index = weight === null ? -1 : indexOf(scale, weight) * 3;
-      const colour = index < 0 ? null : [...colours.subarray(index, index + 3)];
-      token.classList.toggle("at-masked", colour === null);
-      token.style.background = colour ? `rgb(${colour.join()})` : "";
-      token.style.color = colour ? inkOn(...colour) : "";
-      token.title = `${this.label(at)} (${at}): ${weight === null ? "masked" : precise(weight)}`;
-      token.setAttribute("aria-selected", String(at === place));
-    }
-    if (place === null) this.text.removeAttribute("aria-activedescendant");
-    else this.text.setAttribute("aria-activedescendant", `at-token-${place}`);
+    this.text.paint(side.weights, scale, colours, place);
     this.find('[name="scale"]').value = this.state.get("scale");
     for (const made of this.directions) {
       const chosen = made.dataset.direction === this.direction;
@@ -287,20 +245,11 @@ export class Token {
   // The largest weights of a side, as buttons that go to the token.
   list(which) {
     const place = this.find(`[data-part="${which}"]`);
-    place.replaceChildren();
     const side = this.document[which];
+    place.hidden = !side;
     if (!side) return;
-    place.append(element("h3", "", `${WORDS[which]} most`));
-    const top = side.top[0]?.[1] ?? 1;
-    for (const [at, weight] of side.top) {
-      const line = button("", `${this.label(at, which)} (${at})`, () => this.goTo(at, which));
-      line.className = "at-top-line";
-      line.disabled = !this.oneText;
-      const bar = element("i", "at-top-bar");
-      bar.style.width = `${(100 * weight) / top}%`;
-      line.append(bar, element("b", "", this.label(at, which)), element("span", "", String(at)), element("span", "at-number", weight.toPrecision(3)));
-      place.append(line);
-    }
+    const go = this.oneText ? (at) => this.goTo(at, which) : null;
+    topList(place, `${WORDS[which]} most`, side.top, (at) => this.label(at, which), go);
   }
 
   goTo(at, which) {
@@ -308,7 +257,7 @@ export class Token {
     if (row >= 0 && row < this.rows) this.state.go({ token: row });
   }
 
-  say(token) {
+  say(at) {
     const place = this.find(".at-readout");
     place.replaceChildren();
     const line = (...parts) => {
@@ -317,7 +266,7 @@ export class Token {
       place.append(made);
     };
     const { sent } = this.document ?? {};
-    if (!token || !sent) {
+    if (at === null || !sent) {
       const { queryTitle, keyTitle } = this.run.source.labels();
       if (queryTitle || keyTitle) line(`queries: ${queryTitle}, keys: ${keyTitle}`);
       line("row sum ", element("b", "", sent ? precise(sent.sum) : ""));
@@ -325,7 +274,6 @@ export class Token {
       place.append(element("div", "at-hint", this.oneText ? "Click a token, or use the arrow keys." : "Arrow keys choose another query."));
       return;
     }
-    const at = Number(token.dataset.at);
     const weight = this.side.weights[at - this.side.start];
     line(element("b", "", this.label(at)), ` (${at})`);
     line(`${WORDS[this.direction]} `, element("b", "", weight === null ? "masked" : precise(weight)));
@@ -369,7 +317,7 @@ export class Token {
     const at = Math.min(size - 1, Math.floor((event.offsetX / this.strip.clientWidth) * size));
     const page = Math.floor(at / PAGE);
     if (page !== this.shownPage) this.turn(page);
-    else this.text.querySelector(`[data-at="${at}"]`)?.scrollIntoView({ block: "center" });
+    else this.find(`#at-token-${at}`)?.scrollIntoView({ block: "nearest" });
   }
 
   complain(message) {

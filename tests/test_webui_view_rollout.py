@@ -1,0 +1,131 @@
+"""Laws of the way through the layers: what stands behind the tokens is the rollout, or the maximum flow."""
+
+import json
+import re
+
+import networkx
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.browser
+
+IDLE = "() => window.__attnlab?.idle"
+
+
+@pytest.fixture
+def view(served, browse):
+    """Opens the rollout of the made-up run and waits for its numbers."""
+
+    def open_page(query: str = "", **options):
+        traced = served.traced
+        address = (
+            f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=rollout"
+        )
+        page = browse(f"{address}&{query}", **options)
+        page.wait_for_function(IDLE)
+        return page
+
+    return open_page
+
+
+@pytest.fixture
+def layers(served):
+    """The layers of the made-up run with a residual share: float64 [layers, 77, 77]."""
+
+    def mixed(residual: float) -> np.ndarray:
+        traced, run_id = served.traced, served.traced.run_ids[0]
+        maps = [[traced.reference(run_id, layer, head) for head in range(4)] for layer in range(2)]
+        return (1 - residual) * np.mean(maps, axis=1) + residual * np.eye(77)
+
+    return mixed
+
+
+def shown(page) -> list[float]:
+    titles = [token.get_attribute("title") for token in page.locator(".at-token").all()]
+    return [float(title.rsplit(": ", 1)[1]) for title in titles]
+
+
+def wait_for_position(page, row: int) -> None:
+    chosen = "document.querySelector('.at-token[aria-selected=true]')?.dataset.at"
+    page.wait_for_function(f"() => window.__attnlab.idle && {chosen} === '{row}'")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_shares_are_the_product_of_the_layers(view, layers, dark):
+    page = view("token=60&residual=0.3", dark=dark)
+    first, second = layers(0.3)
+    np.testing.assert_allclose(shown(page), (second @ first)[60, :61], rtol=1e-3, atol=1e-6)
+    page.wait_for_function(
+        "() => { const c = document.querySelector('canvas.at-layers'); const d = c.getContext('2d')"
+        ".getImageData(0, 0, c.width, c.height).data; return new Set(new Uint32Array(d.buffer)).size > 50; }"
+    )
+
+
+def test_another_residual_share_is_another_rollout_and_a_link_holds_it(view, layers):
+    page = view("token=40")
+    page.locator("[name=residual]").fill("0.9")
+    page.wait_for_url(re.compile(r"residual=0\.9"))
+    page.wait_for_function(IDLE)
+    first, second = layers(0.9)
+    np.testing.assert_allclose(shown(page), (second @ first)[40, :41], rtol=1e-3, atol=1e-6)
+    page.reload()
+    page.wait_for_function(IDLE)
+    assert page.locator("[name=residual]").input_value() == "0.9"
+
+
+def test_the_flow_is_that_of_networkx_over_the_chosen_tokens(view, layers):
+    page = view("token=40&through=flow&from=30")
+    graph = networkx.DiGraph()
+    for layer, weights in enumerate(layers(0.5)):
+        for row in range(30, 41):
+            for col in range(30, row + 1):
+                graph.add_edge((layer + 1, row), (layer, col), capacity=weights[row, col])
+    wanted = [networkx.maximum_flow_value(graph, (2, 40), (0, token)) for token in range(30, 41)]
+    np.testing.assert_allclose(shown(page), wanted, rtol=1e-3, atol=1e-6)
+    assert "error at most" in page.locator(".at-readout").inner_text()
+    page.locator("[name=from]").fill("35")
+    page.locator("[name=from]").press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.at-token').length === 6")
+    page.wait_for_url(re.compile("from=35"))
+
+
+def test_a_row_of_all_positions_leads_to_a_position_and_back_returns(view):
+    page = view("through=all")
+    box = page.locator("canvas.at-layers").bounding_box()
+    page.mouse.click(box["x"] + 100, box["y"] + 60)
+    page.wait_for_function(f"{IDLE} && document.querySelectorAll('.at-token').length > 0")
+    assert "through=all" not in page.url
+    assert re.search(r"token=\d+", page.url)
+    page.go_back()
+    page.wait_for_function("() => window.__attnlab.idle && document.querySelector('[data-part=text]').hidden")
+    assert "through=all" in page.url
+
+
+def test_arrow_keys_and_clicks_move_the_position(view):
+    page = view("token=20")
+    page.locator("[data-part=text]").focus()
+    page.keyboard.press("ArrowLeft")
+    wait_for_position(page, 19)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    wait_for_position(page, 21)
+    page.locator('.at-token[data-at="7"]').click()
+    wait_for_position(page, 7)
+    page.wait_for_url(re.compile("token=7"))
+
+
+def test_a_run_without_every_layer_says_why_there_is_none(served, browse):
+    page = browse("about:blank")
+
+    def without_the_first_layer(route):
+        document = route.fetch().json()
+        route.fulfill(
+            body=json.dumps(document | {"layers": document["layers"][1:]}), content_type="application/json"
+        )
+
+    page.route("**/api/v1/runs/*/map", without_the_first_layer)
+    traced = served.traced
+    page.goto(f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=rollout")
+    page.get_by_text("The way through the layers needs every layer").wait_for()
+    page.get_by_role("button", name="Open the map").click()
+    page.locator("canvas.at-map").wait_for()
