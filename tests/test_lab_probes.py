@@ -192,7 +192,7 @@ def test_peak_memory_is_what_a_step_holds_at_once(megabytes: int) -> None:
         third = second * 2
         del second, third
 
-    row = peak_memory("peak_memory", step, CPU, floor=17)
+    row = peak_memory("peak_memory", step, CPU, floor=17).peak
     detail = row.detail or {}
     assert row.value == pytest.approx(2 * megabytes << 20, rel=0.02)
     assert detail["floor_bytes"] == 17
@@ -207,7 +207,7 @@ def test_what_is_freed_before_counts_not() -> None:
         held.clear()
         held.append(torch.ones(1 << 20))
 
-    assert peak_memory("peak_memory", step, CPU, floor=0).value <= (4 << 20) + 4096
+    assert peak_memory("peak_memory", step, CPU, floor=0).peak.value <= (4 << 20) + 4096
 
 
 def test_a_kernel_call_repeats_forward_and_backward() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from attnlab.snapshot import unpack_snapshot
 from attnlab.views import statistics
-from attnlab.views.errors import NotFound
+from attnlab.views.errors import NotFound, ViewError
 from attnlab.views.viewport import find_run
 from attnlab_storage import results, tensors
 from attnlab_storage.database import Store
@@ -18,6 +19,7 @@ from attnlab_storage.tables import OUTCOMES
 
 ACCURACY = ("check_error", "logit_error", "kl", "perplexity", "map_change", "attention_error", "lse_error")
 STATISTICS = tuple(statistics.STATISTICS)
+TIMELINES = {"memory_timeline": "forward pass", "attention_memory_timeline": "attention kernel alone"}
 
 
 def run_document(store: Store, run_id: int) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "attention_peak_memory_bytes": _whole_number(whole.get("attention_peak_memory")),
         "attention_peak_memory": _detail(whole.get("attention_peak_memory")),
         "cache_bytes": _whole_number(whole.get("cache_bytes")),
+        "cache": _detail(whole.get("cache_bytes")),
         "capture_overhead": _number(whole.get("capture_overhead")),
         "accuracy": {name: _worst(rows, name) for name in ACCURACY if any(r.name == name for r in rows)},
         "statistics": [name for name in STATISTICS if any(row.name == name for row in rows)],
@@ -60,6 +63,26 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "stored_bytes": tensors.stored_bytes(store, run_id),
         "environment": results.environment(store, run_id),
     }
+
+
+def memory_timeline(store: Store, run_id: int, what: str = "memory_timeline") -> dict[str, Any] | None:
+    """What a run's forward, or its attention alone, held at every moment (``probes.allocations.replay``).
+
+    None where memory was not recorded. Raises ViewError for another ``what``, NotFound for an unknown run.
+    """
+    if what not in TIMELINES:
+        raise ViewError(f"what must be one of {', '.join(TIMELINES)}; got {what!r}")
+    found = results.measurements(store, find_run(store, run_id).id, what)
+    return found[0].detail if found else None
+
+
+def memory_snapshot(store: Store, run_id: int) -> bytes | None:
+    """The CUDA allocator's own snapshot of a run's forward as JSON; None where there is none.
+
+    Raises NotFound for an unknown run.
+    """
+    found = results.measurements(store, find_run(store, run_id).id, "memory_snapshot")
+    return unpack_snapshot(found[0].detail or {}) if found else None
 
 
 def experiment_document(store: Store, experiment_id: int) -> dict[str, Any]:

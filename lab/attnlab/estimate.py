@@ -11,6 +11,7 @@ from attnlab.bundled import BUNDLED, describe_model
 from attnlab.spec import ExperimentSpec, RunPoint
 from attnlab.views.labels import format_bytes
 from attnlab.views.statistics import STATISTICS
+from attnlab_kernels.catalog import MECHANISMS
 from attnlab_kernels.masks import Causal, Full, Mask, Window
 from attnlab_storage import results
 from attnlab_storage.database import Store
@@ -131,6 +132,28 @@ def peak_bytes(point: RunPoint, shape: Shape) -> int:
         scores = 2 * point.batch_size * shape.heads * queries * point.sequence_length * size
         scores *= shape.layers if point.phase == "train" else 1
     return PROCESS_BYTES + weights + activations + scores
+
+
+def cache_formula(spec: ExperimentSpec, point: RunPoint, tokens: int) -> dict[str, Any]:
+    """What the catalog says that a cache of so many tokens takes, the whole batch together; empty if unknown.
+
+    ``formula_bytes`` and ``formula`` in words, in the mechanism's own parameters.
+    """
+    shape = shape_of(spec)
+    if shape is None:
+        return {}
+    record = MECHANISMS[point.mechanism]
+    heads = shape.heads if spec.model is None else shape.kv_heads  # a model's heads come in its own groups
+    one = record.cache_bytes(
+        heads,
+        shape.kv_heads,
+        shape.head_dim,
+        tokens,
+        shape.layers,
+        BYTES[point.dtype],
+        **point.parameters,
+    )
+    return {"formula_bytes": one * point.batch_size, "formula": record.cache_formula}
 
 
 def forward_flops(point: RunPoint, shape: Shape) -> float:

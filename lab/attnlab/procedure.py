@@ -12,6 +12,7 @@ from attnlab_storage.queue import Claim
 from attnlab_storage.results import MeasurementRow
 
 from .environment import describe_environment
+from .estimate import BYTES, cache_formula
 from .hook import LayerCall, Listener
 from .models import ModelError, shared_model
 from .probes.accuracy import attention_errors
@@ -211,11 +212,23 @@ class Procedure:
         self._recorder.phase("measuring memory")
         middle = self._middle_call(subject)
         floor = middle.floor_bytes
-        whole = peak_memory("peak_memory", subject.step, self._device, floor=floor, prepare=subject.prepare)
-        kernel = peak_memory("attention_peak_memory", middle.run, self._device, floor=floor)
-        self._recorder.measurements(
-            [whole, with_detail(kernel, {"layer": middle.layer}), *self._cache(subject)]
+        cache = self._cache(subject)
+        held = {"weights": int(subject.identity["parameters"]) * BYTES[self._point.dtype]}
+        held |= {"kv_cache": int(sum(row.value for row in cache))}
+        whole, timeline, snapshot = peak_memory(
+            "peak_memory", subject.step, self._device, floor=floor, held=held, prepare=subject.prepare
         )
+        kernel, kernel_timeline, _ = peak_memory(
+            "attention_peak_memory", middle.run, self._device, floor=floor
+        )
+        rows = [whole, with_detail(kernel, {"layer": middle.layer}), *cache]
+        rows.append(MeasurementRow("memory_timeline", whole.value, "bytes", detail=timeline))
+        rows.append(
+            MeasurementRow("attention_memory_timeline", kernel.value, "bytes", detail=kernel_timeline)
+        )
+        if snapshot is not None:
+            rows.append(MeasurementRow("memory_snapshot", whole.value, "bytes", detail=snapshot))
+        self._recorder.measurements(rows)
         self._found.values["peak_memory_bytes"] = int(whole.value)
         self._recorder.log(f"peak memory {whole.value / 1e6:.1f} MB, attention {kernel.value / 1e6:.1f} MB")
 
@@ -223,7 +236,8 @@ class Procedure:
         """Bytes of the cache that a decoding step starts from, where the subject keeps one that can be weighed."""
         if self._point.phase != "decode" or not isinstance(subject, Caching):
             return []
-        return [MeasurementRow("cache_bytes", float(subject.cache_bytes()), "bytes")]
+        expected = cache_formula(self._spec, self._point, subject.tokens - 1)
+        return [MeasurementRow("cache_bytes", float(subject.cache_bytes()), "bytes", detail=expected)]
 
     def _wanted(self, subject: Subject) -> list[int]:
         layers = self._spec.layers

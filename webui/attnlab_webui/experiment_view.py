@@ -11,6 +11,7 @@ from attnlab.documents import write_document
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import pieces
+from attnlab_webui.memory_view import memory_facts
 from attnlab_webui.pieces import Raw, escape
 
 # what a run's row may show, in this order; a column that is the same for all runs moves into the header
@@ -204,6 +205,7 @@ def _memory(document: Mapping[str, Any]) -> str:
         method = (document["peak_memory"] or {}).get("method")
         how = f" <span class='at-muted'>{escape(method)}</span>" if method else ""
         rows.append(("peak above weights", Raw(peak + how)))
+    rows += memory_facts(document)
     if document["stored_bytes"]:
         rows.append(("stored for the maps", pieces.size_in_bytes(document["stored_bytes"])))
     return _section("Memory", pieces.facts(rows)) if rows else ""

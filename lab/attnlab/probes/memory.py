@@ -1,70 +1,119 @@
 """Peak memory of a step over what was there before it: two methods on a CPU, the allocator on CUDA."""
 
+import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from attnlab_storage.results import MeasurementRow
 
+from ..snapshot import pack_snapshot
+from .allocations import Change, changes_of_snapshot, changes_of_tree, replay
+
 Step = Callable[[], object]
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers; it ends at 64 and 32 MiB by itself once it has seen large blocks"""
+HISTORY_ENTRIES = 200_000
+
+
+class Weighed(NamedTuple):
+    """What one step takes."""
+
+    peak: MeasurementRow
+    timeline: dict[str, Any]
+    """see ``allocations.replay``"""
+    snapshot: dict[str, Any] | None
+    """CUDA's own history, packed (see ``snapshot``); None on a CPU"""
 
 
 def peak_memory(
-    name: str, step: Step, device: torch.device, *, floor: int, prepare: Step | None = None
-) -> MeasurementRow:
-    """Return the most bytes a step holds at once beyond what was held before it.
+    name: str,
+    step: Step,
+    device: torch.device,
+    *,
+    floor: int,
+    held: Mapping[str, int] | None = None,
+    prepare: Step | None = None,
+) -> Weighed:
+    """Measure the most bytes a step holds at once beyond what was held before it, and its timeline.
 
     On a CPU the value is the peak of torch's own allocations, replayed from a profile; the detail has the growth
-    of the process beside it (VmHWM, reset before). On CUDA it is max_memory_allocated, reset before.
+    of the process beside it (VmHWM, reset before). On CUDA it is max_memory_allocated, reset before; the timeline
+    is replayed from the allocator's history in a step of its own.
 
     Args:
         floor: bytes that no implementation can do without, stored beside the value.
-        prepare: run before every step, not counted.
+        held: bytes by owner that are there before the step (weights, a filled cache).
+        prepare: run before every step, not counted; the step runs three times.
     """
     prepare = prepare or _nothing
     detail: dict[str, Any] = {"floor_bytes": floor}
-    prepare()
+    with _blocks_mapped():
+        prepare()
+        step()  # the first one also loads libraries and their workspaces
+        prepare()
+        if device.type == "cpu":
+            detail |= _resident_peak(step)
+            prepare()
     if device.type == "cuda":
-        detail["method"] = "max_memory_allocated"
-        return MeasurementRow(name, _cuda_peak(step, device), "bytes", detail=detail)
-    detail["method"] = "torch allocations, replayed"
-    detail |= _resident_peak(step)
-    prepare()
-    return MeasurementRow(name, float(_replayed_peak(step)), "bytes", detail=detail)
+        found, peak = _cuda_peak(step, device)
+        detail |= {"method": "max_memory_allocated"} | found
+        prepare()
+        history = _cuda_history(step, device)
+        timeline = replay(changes_of_snapshot(history, device.index or 0), held)
+        snapshot = pack_snapshot(history)
+    else:
+        detail["method"] = "torch allocations, replayed"
+        timeline = replay(_cpu_changes(step), held)
+        peak, snapshot = timeline["peak"]["bytes"], None
+    return Weighed(MeasurementRow(name, float(peak), "bytes", detail=detail), timeline, snapshot)
 
 
 def _nothing() -> None:
     pass
 
 
-def _cuda_peak(step: Step, device: torch.device) -> float:
+def _cuda_peak(step: Step, device: torch.device) -> tuple[dict[str, Any], int]:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
     torch.cuda.synchronize(device)
-    return float(torch.cuda.max_memory_allocated(device) - before)
+    found = {
+        "allocated_before_bytes": before,
+        "allocated_peak_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(device),
+        "process_bytes": resident("VmRSS"),
+    }
+    return found, found["allocated_peak_bytes"] - before
 
 
-def _replayed_peak(step: Step) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+def _cuda_history(step: Step, device: torch.device) -> dict[str, Any]:
+    """The allocator's own history of a step, as plain values: nothing is pickled."""
+    history = torch.cuda.memory
+    history._record_memory_history(max_entries=HISTORY_ENTRIES, stacks="python")
+    try:
+        step()
+        torch.cuda.synchronize(device)
+        return dict(history._snapshot(device))
+    finally:
+        history._record_memory_history(enabled=None)
+
+
+def _cpu_changes(step: Step) -> list[Change]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True) as profiler:
         step()
     results = getattr(profiler.profiler, "kineto_results", None)
     if results is None:
         raise RuntimeError("torch.profiler recorded no events")
-    changes = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return changes_of_tree(results.experimental_event_tree())
 
 
 def _resident_peak(step: Step) -> dict[str, Any]:
@@ -75,7 +124,26 @@ def _resident_peak(step: Step) -> dict[str, Any]:
         return {"resident_peak": f"not measured: {error}"}
     before = resident("VmRSS")
     step()
-    return {"resident_peak_bytes": resident("VmHWM") - before}
+    peak = resident("VmHWM")
+    return {"resident_peak_bytes": peak - before, "process_before_bytes": before, "process_peak_bytes": peak}
+
+
+@contextlib.contextmanager
+def _blocks_mapped() -> Iterator[None]:
+    """Have glibc map every block of 128 KiB or more by itself, so that a freed one leaves the process at once.
+
+    It raises that limit as it sees large blocks freed; kept in the heap, they would count until the next trim.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is None:
+        yield
+        return
+    set_option(M_MMAP_THRESHOLD, 128 << 10)
+    try:
+        yield
+    finally:
+        set_option(M_MMAP_THRESHOLD, 32 << 20)
+        set_option(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def give_back_free_heap() -> None:

@@ -118,6 +118,13 @@ class ModelSubject:
             finally:
                 self._cache = None
 
+    def cache_bytes(self) -> int:
+        if self._cache is None:
+            return 0
+        self.prepare()
+        held = (getattr(layer, name, None) for layer in self._cache.layers for name in ("keys", "values"))
+        return sum(part.nbytes for part in held if part is not None)
+
     def prepare(self) -> None:
         if self._cache is not None:
             extra = self._cache.get_seq_length() - (self.tokens - 1)

@@ -16,13 +16,22 @@ from attnlab_storage import queue, results
 from attnlab_storage.database import Store
 from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import experiment_view, heatmap, pieces, theme
+from attnlab_webui.memory_view import memory_charts
 
 TICK_SECONDS = 1.5
 LOG_LINES = 200
 MAX_RUNS_CHARTED = 24
 RECENT = 5
 RUNS_JS = 'import("{url}/js/runs.js").then((module) => module.mount(element, trigger, watch)); // "select"'
-
+TABS = ("log", "charts", "memory", "environment", "spec")
+CHARTS = ("latency", "memory", "timeline", "kernel_timeline", "holders")
+# writes the open tab into the address, so that the link shows the same
+TAB_JS = """() => {
+  const params = new URLSearchParams(window.location.search);
+  params.set("tab", "%s");
+  const words = params.toString().replaceAll("%%2C", ",").replaceAll("%%3A", ":");
+  history.replaceState(history.state, "", `${window.location.pathname}?${words}`);
+}"""
 
 ENDED_WORDS = {
     "failed": "failed",
@@ -39,6 +48,7 @@ class Seen:
 
     experiment: int | None = None
     run: int | None = None
+    tab: str = "log"
     revision: int = -1
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -69,11 +79,16 @@ def build(store: Store) -> None:
         with gr.Column(scale=3, min_width=300):
             facts = gr.HTML("", elem_id="experiment-facts", js_on_load=None)
     with gr.Tabs(visible=False, elem_classes="at-tabs") as tabs:
-        with gr.Tab("Log", id="log"):
+        with gr.Tab("Log", id="log") as log_tab:
             log = gr.HTML("", elem_id="experiment-log", js_on_load=None, autoscroll=True)
         with gr.Tab("Timing and memory of all runs", id="charts") as charts, gr.Row():
             latency = gr.Plot(show_label=False, elem_id="experiment-latency")
             memory = gr.Plot(show_label=False, elem_id="experiment-memory")
+        with gr.Tab("Memory over time", id="memory") as memory_tab:
+            with gr.Row():
+                timeline = gr.Plot(show_label=False, elem_id="experiment-timeline")
+                kernel_timeline = gr.Plot(show_label=False, elem_id="experiment-kernel-timeline")
+            holders = gr.HTML("", elem_id="experiment-holders", js_on_load=None)
         with gr.Tab("Environment", id="environment"):
             environment = gr.HTML("", elem_id="experiment-environment", js_on_load=None)
         with gr.Tab("Spec", id="spec"):
@@ -96,6 +111,11 @@ def build(store: Store) -> None:
         "log": log,
         "environment": environment,
         "spec": spec,
+        "latency": latency,
+        "memory": memory,
+        "timeline": timeline,
+        "kernel_timeline": kernel_timeline,
+        "holders": holders,
         "timer": timer,
     }
     everything = [seen, notice, *outputs.values()]
@@ -113,7 +133,8 @@ def build(store: Store) -> None:
 
     def load(request: gr.Request) -> list[Any]:
         asked = dict(request.query_params)
-        now = Seen(_number(asked.get("id")), _number(asked.get("run")))
+        tab = asked.get("tab", "")
+        now = Seen(_number(asked.get("id")), _number(asked.get("run")), tab if tab in TABS else "log")
         return show(now, asked_for_nothing(store, now, asked.get("id", "")), fresh=True)
 
     def tick(now: Seen) -> list[Any]:
@@ -131,15 +152,21 @@ def build(store: Store) -> None:
 
         return handler
 
-    def charts_of(now: Seen) -> tuple[Any, Any]:
-        return run_charts(store, now.experiment)
+    def opened(tab: str) -> Any:
+        def handler(now: Seen) -> list[Any]:
+            now.tab = tab
+            return show(now)
+
+        return handler
 
     pieces.page().load(load, None, everything, **pieces.INTERNAL)
     timer.tick(tick, seen, everything, **pieces.INTERNAL)
     runs.select(choose, seen, everything, **pieces.INTERNAL)
     for button, action in ((cancel, on_cancel), (retry, on_retry), (delete, on_delete), (undo, on_undo)):
         button.click(act(action), seen, everything, **pieces.ACTION)
-    charts.select(charts_of, seen, [latency, memory], **pieces.ACTION)
+    for name, tab in (("log", log_tab), ("charts", charts), ("memory", memory_tab)):
+        tab.select(opened(name), seen, everything, **pieces.INTERNAL)
+        tab.select(None, None, None, js=TAB_JS % name)
 
 
 def page_values(store: Store, now: Seen) -> dict[str, Any]:
@@ -170,12 +197,24 @@ def page_values(store: Store, now: Seen) -> dict[str, Any]:
         "result": {"visible": run is not None},
         "view": map_value(store, run),
         "facts": facts,
-        "tabs": {"visible": run is not None},
+        "tabs": {"visible": run is not None, "selected": now.tab},
         "log": experiment_view.log(results.log_tail(store, run.id, LOG_LINES) if run else ""),
         "environment": experiment_view.environment(document["environment"] if document else None),
         "spec": experiment_view.spec(experiment),
         "timer": {"active": bool(live)},
+        **chart_values(store, now, run),
     }
+
+
+def chart_values(store: Store, now: Seen, run: RunRow | None) -> dict[str, Any]:
+    """The charts of the open tab; those of the others stay what they were, and are made when one opens them."""
+    values = {name: now.values.get(name) for name in CHARTS}
+    if now.tab == "charts":
+        values["latency"], values["memory"] = run_charts(store, now.experiment)
+    elif now.tab == "memory":
+        made = memory_charts(store, run.id if run else None)
+        values["timeline"], values["kernel_timeline"], values["holders"] = made
+    return values
 
 
 def chosen_run(rows: list[RunRow], wanted: int | None) -> RunRow | None:
@@ -257,6 +296,7 @@ def _rows(store: Store, now: Seen) -> list[RunRow]:
 
 def _nothing() -> dict[str, Any]:
     shown = dict.fromkeys(("header", "runs", "view", "facts", "log", "environment", "spec"), "")
+    shown |= dict.fromkeys(CHARTS)
     hidden = {name: {"visible": False} for name in ("buttons", "result", "tabs", "undo")}
     still = {"cancel": {}, "retry": {}, "clone": {}, "delete": {}, "timer": {"active": False}}
     return {**shown, **hidden, **still}
