@@ -14,8 +14,9 @@ from attnlab_storage.results import MeasurementRow
 from .environment import describe_environment
 from .estimate import BYTES, cache_formula
 from .hook import LayerCall, Listener
-from .models import ModelError, shared_model
+from .models import TORCH_DTYPES, ModelError, shared_model
 from .probes.accuracy import attention_errors
+from .probes.ceilings import ceilings_of
 from .probes.kernel import KernelCall
 from .probes.maps import LayerCapture, capture_call, finish
 from .probes.memory import peak_memory, trim_heap
@@ -23,6 +24,7 @@ from .probes.statistics import statistics_of
 from .probes.timing import kernels_that_ran, latency
 from .probes.token_facts import token_facts
 from .recorder import Recorder, core_is_free
+from .roofline import stand
 from .spec import RunPoint, parse_spec
 from .subjects import Caching, Subject
 from .subjects.forward import ForwardSubject
@@ -77,6 +79,7 @@ class Procedure:
                     self._measure(subject)
                 if "timing" in record:
                     self._time(subject)
+                    self._stand(subject)
                 if "memory" in record:
                     self._weigh(subject)
         return self._summary(subject)
@@ -103,6 +106,8 @@ class Procedure:
 
     def _environment(self, subject: Subject) -> dict[str, Any]:
         described = describe_environment(self._device.type)
+        if "timing" in self._spec.record:
+            described["ceilings"] = ceilings_of(self._device, TORCH_DTYPES[self._point.dtype])
         return described | {"model": subject.identity, "seed": self._spec.seed}
 
     def _check(self, subject: Subject) -> None:
@@ -207,6 +212,23 @@ class Procedure:
         self._recorder.log(
             f"latency {whole.value:.2f} ms, attention {kernel.value:.3f} ms: {', '.join(kernels)}"
         )
+
+    def _stand(self, subject: Subject) -> None:
+        """Set the attention's time beside the device's ceilings."""
+        work = self._middle_call(subject).work
+        if work is None:
+            self._recorder.log("roofline: its pairs follow from no mask, so there is no count of operations")
+            return
+        dtype = TORCH_DTYPES[self._point.dtype]
+        facts = {"flops": work.flops, "bytes": work.bytes, "pairs": work.pairs, "factor": work.factor}
+        seconds = self._found.values["attention_latency_ms"] / 1e3
+        ceilings = ceilings_of(self._device, dtype)
+        found = stand(work.flops, work.bytes, seconds, ceilings)
+        if found["share"] > 1:  # the machine may have been busy when its ceilings were measured
+            ceilings = ceilings_of(self._device, dtype, again=True)
+            found = stand(work.flops, work.bytes, seconds, ceilings)
+        detail = facts | found | {"counted": work.counted, "ceilings": ceilings}
+        self._recorder.measurements([MeasurementRow("roofline", found["share"], "fraction", detail=detail)])
 
     def _weigh(self, subject: Subject) -> None:
         self._recorder.phase("measuring memory")

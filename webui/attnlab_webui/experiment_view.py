@@ -168,9 +168,21 @@ def _timing(document: Mapping[str, Any]) -> str:
             spread = f"{pieces.milliseconds(timing['p10'])} – {pieces.milliseconds(timing['p90'])}"
             text = f"<b>{pieces.milliseconds(timing['median'])}</b> <span class='at-muted'>{spread}</span>"
             rows.append((words, Raw(text + sample_strip(timing["samples"], words))))
+    if document["roofline"]:
+        rows.append(("attention, of its ceiling", Raw(ceiling_words(document["roofline"]))))
     if document["capture_overhead"] is not None:
         rows.append(("cost of the capture", f"{document['capture_overhead']:.2f} x the plain forward"))
     return _section("Timing", pieces.facts(rows)) if rows else ""
+
+
+def ceiling_words(roofline: Mapping[str, Any]) -> str:
+    """How near the attention is to its device's ceiling, and which ceiling that is."""
+    by = {"memory": "the copy", "compute": "the matrix product"}[roofline["bound"]]
+    speed = f"{roofline['flops_per_s'] / 1e9:.3g} of {roofline['ceiling_flops_per_s'] / 1e9:.3g} GFLOP/s"
+    above = ": its data stay in a cache" if roofline["share"] > 1 and roofline["bound"] == "memory" else ""
+    return (
+        f"<b>{100 * roofline['share']:.0f} %</b> <span class='at-muted'>bound by {by}, {speed}{above}</span>"
+    )
 
 
 def sample_strip(samples: Sequence[float], name: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 from attnlab_kernels.operations.softmax.api import attend
 
 from ..hook import LayerCall
+from .work import Work, work_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,8 @@ class KernelCall:
     floor_bytes: int
     """output and log-sum-exp: what it must make whatever the kernel"""
     backward: bool
+    work: Work | None
+    """what any kernel would have to do; None where no mask says it"""
 
     @classmethod
     def of(cls, call: LayerCall, backward: bool) -> "KernelCall":
@@ -30,7 +33,8 @@ class KernelCall:
         if backward:
             operands = tuple(tensor.clone().requires_grad_() for tensor in operands)
         floor = sum(tensor.numel() * tensor.element_size() for tensor in (call.output, call.lse))
-        return cls(call.layer, operands, compute, call.implementation, floor, backward)
+        work = work_of(call, backward)
+        return cls(call.layer, operands, compute, call.implementation, floor, backward, work)
 
     def run(self) -> None:
         """Compute it once; with ``backward`` also its gradients."""
