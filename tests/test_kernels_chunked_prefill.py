@@ -249,3 +249,91 @@ def test_a_sequence_that_is_ended_early_runs_no_more():
             scheduler.add_sequence("b", *counts)
     with pytest.raises(ValueError, match="max_batch_tokens must be at least 1"):
         ChunkedPrefillScheduler(4, 0)
+
+
+class Positions:
+    """What a sequence holds, as an oracle of one token a block: room for ``total`` tokens and nothing shared."""
+
+    def __init__(self, total):
+        self.total, self.held = total, {}
+
+    def free(self):
+        return self.total - sum(self.held.values())
+
+    def admit(self, seq_id, tokens):
+        assert seq_id not in self.held
+        if tokens > self.free():
+            return None
+        self.held[seq_id] = tokens
+        return 0
+
+    def grow(self, seq_id, tokens):
+        if tokens - self.held[seq_id] > self.free():
+            return False
+        self.held[seq_id] = max(tokens, self.held[seq_id])
+        return True
+
+    def release(self, seq_id):
+        del self.held[seq_id]
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(0, 20),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=12),
+)
+@settings(max_examples=150, deadline=None)
+def test_preempted_sequences_are_computed_again_and_all_end_within_the_room(
+    chunk, budget, sequences, spare, arrivals
+):
+    room = Positions(max(prompt + new for _, prompt, new in arrivals) + spare)
+    scheduler = ChunkedPrefillScheduler(chunk, budget, sequences, room=room)
+    total = {s: prompt + new for s, (_, prompt, new) in enumerate(arrivals)}
+    late = sorted(enumerate(arrivals), key=lambda pair: pair[1][0])
+    reached, begun, step = defaultdict(int), [], 0
+    while late or scheduler.has_pending():
+        while late and late[0][1][0] <= step:
+            seq_id, (_, prompt, new) = late.pop(0)
+            scheduler.add_sequence(seq_id, prompt, new)
+        batch = scheduler.get_next_batch()
+        assert sum(work.tokens for work in batch) <= budget
+        assert room.free() >= 0
+        for seq_id in scheduler.preempted:
+            assert scheduler.waiting.index(seq_id) < len(scheduler.preempted)
+            reached[seq_id] = 0
+        for work in batch:
+            assert work.start == reached[work.seq_id]
+            reached[work.seq_id] += work.tokens
+            assert room.held[work.seq_id] >= reached[work.seq_id]
+            if work.seq_id not in begun:
+                begun.append(work.seq_id)
+            if reached[work.seq_id] == total[work.seq_id]:
+                room.release(work.seq_id)
+        assert batch or not scheduler.has_pending()
+        step += 1
+    assert dict(reached) == total
+    assert room.held == {}
+    # nobody overtakes: prompts begin as they came
+    assert begun == [s for s, _ in sorted(enumerate(arrivals), key=lambda pair: pair[1][0])]
+
+
+def test_the_sequence_that_began_last_gives_way():
+    room = Positions(9)
+    scheduler = ChunkedPrefillScheduler(8, 16, 4, room=room)
+    scheduler.add_sequence("old", 4, 4)
+    scheduler.add_sequence("new", 4, 2)
+    assert len(scheduler.get_next_batch()) == 2
+    # one position is left for two sequences that decode
+    assert scheduler.get_next_batch() == [("old", "decode", 4, 1)]
+    assert scheduler.preempted == ["new"]
+    assert scheduler.waiting == ("new",)
+    assert [scheduler.get_next_batch() for _ in range(3)] == [
+        [("old", "decode", place, 1)] for place in (5, 6, 7)
+    ]
+    room.release("old")
+    # its first token was known: five are computed again
+    assert scheduler.get_next_batch() == [("new", "prefill", 0, 5)]
+    assert scheduler.get_next_batch() == [("new", "decode", 5, 1)]
+    assert not scheduler.has_pending()

@@ -211,6 +211,11 @@ class MultiHeadLatentAttention(nn.Module):
         key, value = heads.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         return key, value
 
+    def latent_inputs(self, hidden_states: Tensor, *, position_ids: Tensor | None = None) -> LatentInputs:
+        """What ``latent_attend`` takes of ``[B, n, dim]`` alone, for callers that keep latents themselves."""
+        self._check_input(hidden_states, None)
+        return self._inputs(hidden_states, self._tables(position_ids, 0, hidden_states), None)
+
     def get_cache_size_ratio(self) -> float:
         """Numbers cached a token over those that the keys and values of all heads would take: below 1 saves memory."""
         key = self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -116,13 +116,21 @@ def _run_each(
     size = key_pool.shape[1]
     for row, (count, length) in enumerate(zip(counts, held, strict=True)):
         blocks = tables[row, : -(-length // size)].tolist()
-        key, value = (gather(pool, blocks, length)[None] for pool in (key_pool, value_pool))
+        key, value = (_in_order(pool, blocks, length)[None] for pool in (key_pool, value_pool))
         query = q[first : first + count].transpose(0, 1)[None]
         output, lse = eager.run(query, key, value, mask=mask, scale=scale, modifiers=modifiers)
         outputs.append(output[0].transpose(0, 1))
         sums.append(lse[0])
         first += count
     return torch.cat(outputs), torch.cat(sums, dim=-1)
+
+
+def _in_order(pool: Tensor, blocks: list[int], length: int) -> Tensor:
+    """The first tokens of a sequence ``[Hkv, m, D]``: where its blocks follow each other in the pool, as they lie."""
+    first = blocks[0] if blocks else 0
+    if blocks != list(range(first, first + len(blocks))):
+        return gather(pool, blocks, length)
+    return pool[first : first + len(blocks)].flatten(0, 1)[:length].transpose(0, 1)
 
 
 def _run_triton(
