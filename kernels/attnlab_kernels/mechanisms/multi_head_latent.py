@@ -214,7 +214,7 @@ class MultiHeadLatentAttention(nn.Module):
     def latent_inputs(self, hidden_states: Tensor, *, position_ids: Tensor | None = None) -> LatentInputs:
         """What ``latent_attend`` takes of ``[B, n, dim]`` alone, for callers that keep latents themselves."""
         self._check_input(hidden_states, None)
-        return self._inputs(hidden_states, self._tables(position_ids, 0, hidden_states), None)
+        return self._inputs(hidden_states, self._tables(None, position_ids, 0, hidden_states), None)
 
     def get_cache_size_ratio(self) -> float:
         """Numbers cached a token over those that the keys and values of all heads would take: below 1 saves memory."""
