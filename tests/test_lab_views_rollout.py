@@ -60,9 +60,9 @@ def test_only_rows_with_a_share_are_read(traced: Any, monkeypatch: pytest.Monkey
     real = module._tiles
 
     def counting(full_map: Any, rows: np.ndarray) -> Any:
-        for start, stop, weights in real(full_map, rows):
-            read.append(stop - start)
-            yield start, stop, weights
+        for block, keys, weights in real(full_map, rows):
+            read.append(block.stop - block.start)
+            yield block, keys, weights
 
     monkeypatch.setattr(module, "_tiles", counting)
     rollout(traced.store, traced.run_ids[0], 20)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnlab.views.errors import ViewError
+from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.statistics import STATISTICS
-from attnlab_storage import heads
+from attnlab.views.viewport import find_run
+from attnlab_storage import heads, results
 from attnlab_storage.database import Store
 from attnlab_storage.heads import HeadCondition, HeadPage, HeadRow
 
@@ -37,6 +39,22 @@ def find_heads(
     """
     conditions = parse_conditions(where)
     return heads.find_heads(store, conditions, filters=filters, search=search, limit=limit, after=after)
+
+
+def statistics_document(store: Store, run_id: int) -> dict[str, Any]:
+    """Every statistic that a run keeps of its heads, as plain JSON values.
+
+    By name: title, unit, formula, source, ``layers``, ``heads`` and ``values[layer][head]``, None where there is none.
+    Raises NotFound.
+    """
+    find_run(store, run_id)
+    rows = results.measurements(store, run_id)
+    found = {name: statistic_info(rows, name, title=one.title) for name, one in STATISTICS.items()}
+    return {
+        name: info._asdict() | {"formula": STATISTICS[name].formula, "source": STATISTICS[name].source}
+        for name, info in found.items()
+        if info.layers
+    }
 
 
 def parse_conditions(where: str) -> list[HeadCondition]:

@@ -9,13 +9,12 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 
 from attnlab.describe import run_brief
+from attnlab.heads import statistics_document
 from attnlab.views.colormaps import COLORMAPS, colormap
 from attnlab.views.difference import difference
-from attnlab.views.figures import statistic_info
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
 from attnlab.views.read_inputs import attention_role, grows, patch_grid
-from attnlab.views.statistics import STATISTICS, Statistic
 from attnlab.views.thumbnails import KEPT_SIZE, thumbnail, thumbnail_progress
 from attnlab.views.tokens import stream_axes, token_labels
 from attnlab.views.trace_map import is_signed, map_facts
@@ -174,21 +173,7 @@ def run_thumbnails(
 def statistics(run_id: int, store: StoreDep) -> dict[str, Any]:
     """Per-layer, per-head numbers: {name: {title, formula, source, unit, layers, heads, values[layer][head]}}."""
     find_run(store, run_id)
-    rows = results.measurements(store, run_id)
-    found = {name: statistic_info(rows, name) for name in STATISTICS}
-    keep = ("unit", "layers", "heads", "values")
-    return {
-        "run": run_id,
-        "statistics": {
-            name: {key: getattr(info, key) for key in keep} | _words(STATISTICS[name])
-            for name, info in found.items()
-            if info.layers
-        },
-    }
-
-
-def _words(one: Statistic) -> dict[str, str]:
-    return {"title": one.title, "formula": one.formula, "source": one.source}
+    return {"run": run_id, "statistics": statistics_document(store, run_id)}
 
 
 @router.get("/compare/viewport")

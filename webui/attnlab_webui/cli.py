@@ -10,6 +10,7 @@ from attnlab_webui.commands import (
     advise,
     catalog,
     doctor,
+    head_numbers,
     heads,
     listing,
     presets,
@@ -46,6 +47,8 @@ app.command("list", rich_help_panel=RESULTS)(listing.list_)
 app.command("show", rich_help_panel=RESULTS)(listing.show)
 app.command("compare", rich_help_panel=RESULTS)(listing.compare)
 app.command("heads", rich_help_panel=RESULTS)(heads.heads)
+app.command("statistics", rich_help_panel=RESULTS)(head_numbers.statistics)
+app.command("distances", rich_help_panel=RESULTS)(head_numbers.distances)
 app.command("export", rich_help_panel=RESULTS)(transfer.export)
 app.command("import", rich_help_panel=RESULTS)(transfer.import_)
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from attnlab.views.errors import ViewError
 from attnlab.views.viewport import head_map, recorded
+from attnlab_kernels.masks import Mask
 from attnlab_storage.database import Store
 from attnlab_storage.results import RunRow, TraceRow
 
-TILE_CELLS = 1 << 20
+TILE_CELLS = 1 << 19
 MOST_GROUPS = 256
 
 
@@ -29,6 +30,9 @@ class TiledMap(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def mask(self) -> Mask: ...
+
     def tile(self, rows: slice, cols: slice) -> np.ndarray: ...
 
 
@@ -37,7 +41,8 @@ class Rollout:
     """Where positions take their input from.
 
     Attributes:
-        values: float64 [targets, tokens]; each row sums to 1. What each token contributes through all layers.
+        values: float64 [targets, tokens]; each row sums to 1 as far as
+            float32 weights do. What each token contributes through all layers.
         flow: float64 [layers + 1, targets, tokens]: the share that stands at each token after going down so many
             layers, from the target itself (``flow[0]``) to the input (``flow[-1]``, which is ``values``).
         layers: the layers, from the last down, that the steps of ``flow`` went through.
@@ -132,20 +137,23 @@ def _rollout(
 def _through(full_map: TiledMap, shares: np.ndarray) -> np.ndarray:
     """``shares @ A`` for one head, [targets, tokens], over the rows that have a share at all."""
     out = np.zeros_like(shares)
-    for start, stop, weights in _tiles(full_map, np.flatnonzero(shares.any(0))):
-        total = np.abs(weights).sum(1, keepdims=True)
+    for rows, cols, weights in _tiles(full_map, np.flatnonzero(shares.any(0))):
+        total = np.abs(weights).sum(1, dtype=np.float64)
         # a row that attends to nothing passes on nothing but its residual
-        weights = weights / np.where(total > 0, total, 1)
-        out += shares[:, start:stop] @ weights
+        scaled = shares[:, rows] / np.where(total > 0, total, 1)
+        # the weights are float32 as they come, and so is their product; what is summed up over tiles is not
+        out[:, cols] += scaled.astype(weights.dtype) @ weights
     return out
 
 
-def _tiles(full_map: TiledMap, rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(first row, last row + 1, float64 weights over all keys) for the blocks that hold any of the rows."""
+def _tiles(full_map: TiledMap, rows: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """(rows, keys, float32 weights) of the blocks that hold any of the rows, over the keys that these may see."""
     queries, keys = full_map.shape
     step = max(1, TILE_CELLS // keys)
     for block in np.unique(rows // step).tolist():
         start, stop = block * step, min(block * step + step, queries)
         inside = rows[(rows >= start) & (rows < stop)]
         start, stop = int(inside[0]), int(inside[-1]) + 1
-        yield start, stop, full_map.tile(slice(start, stop), slice(None)).astype(np.float64)
+        low, high = full_map.mask.key_range(start, stop, num_queries=queries, num_keys=keys)
+        if low < high:
+            yield slice(start, stop), slice(low, high), full_map.tile(slice(start, stop), slice(low, high))
