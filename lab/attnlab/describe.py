@@ -56,6 +56,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "cache_bytes": _whole_number(whole.get("cache_bytes")),
         "cache": _detail(whole.get("cache_bytes")),
         "roofline": _detail(whole.get("roofline")),
+        "frontier": _detail(whole.get("frontier")),
         "capture_overhead": _number(whole.get("capture_overhead")),
         "accuracy": {name: _worst(rows, name) for name in ACCURACY if any(r.name == name for r in rows)},
         "statistics": [name for name in STATISTICS if any(row.name == name for row in rows)],

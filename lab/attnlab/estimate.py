@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from attnlab.bundled import BUNDLED, describe_model
-from attnlab.spec import ExperimentSpec, RunPoint
+from attnlab.spec import ExperimentSpec, FrontierSpec, RunPoint
 from attnlab.views.labels import format_bytes
 from attnlab.views.statistics import STATISTICS
 from attnlab_kernels.catalog import MECHANISMS
@@ -34,7 +34,7 @@ class Estimate:
         stored_bytes: what all of them will add to the store.
         peak_bytes: what the process of the largest run will hold at most.
         seconds: all runs one after another; None where too little is known of the model.
-        basis: where the seconds are from: "history", "rough", or "" when there are none.
+        basis: where the seconds are from: "history", "rough", "limit" (at most), or "" when there are none.
         notes: what the numbers leave open.
         refusals: why it should not be queued, such as a disk that is too small.
     """
@@ -67,6 +67,8 @@ class Shape:
 def estimate(spec: ExperimentSpec, store: Store | None = None) -> Estimate:
     """The cost of an experiment; with a store also from its history, and against its free disk."""
     points = spec.points()
+    if spec.frontier is not None:
+        return _search_estimate(len(points), spec.frontier)
     shape = shape_of(spec)
     if shape is None:
         where = f"nothing is known of {spec.model_name} on this machine: only the number of runs is"
@@ -84,6 +86,17 @@ def estimate(spec: ExperimentSpec, store: Store | None = None) -> Estimate:
     if any(point.implementation in _DENSE for point in points):
         notes.append("eager and sdpa_math hold a score for every query and key: memory grows with the square")
     return Estimate(len(points), stored, peak, seconds, basis, notes, disk_refusals(stored, store))
+
+
+def _search_estimate(runs: int, given: FrontierSpec) -> Estimate:
+    """A search holds what it was given, and takes at most its limit for every length that it tries."""
+    trials = given.trials()
+    notes = [
+        f"each run tries at most {trials} lengths, each in a process of its own within "
+        f"{format_bytes(given.memory_bytes)}; the time is the longest that they may take"
+    ]
+    seconds = runs * (START_SECONDS + trials * given.seconds)
+    return Estimate(runs, 0, PROCESS_BYTES + given.memory_bytes, seconds, "limit", notes, [])
 
 
 def shape_of(spec: ExperimentSpec) -> Shape | None:

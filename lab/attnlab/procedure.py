@@ -13,8 +13,9 @@ from attnlab_storage.results import MeasurementRow
 
 from .environment import describe_environment
 from .estimate import BYTES, cache_formula
+from .frontier_search import search
 from .hook import LayerCall, Listener
-from .models import TORCH_DTYPES, ModelError, shared_model
+from .models import TORCH_DTYPES, ModelError
 from .probes.accuracy import attention_errors
 from .probes.ceilings import ceilings_of
 from .probes.kernel import KernelCall
@@ -27,8 +28,7 @@ from .recorder import Recorder, core_is_free
 from .roofline import stand
 from .spec import RunPoint, parse_spec
 from .subjects import Caching, Subject
-from .subjects.forward import ForwardSubject
-from .subjects.model import ModelSubject
+from .subjects.load import load_subject
 
 
 @dataclass
@@ -63,6 +63,9 @@ class Procedure:
     def perform(self) -> dict[str, Any]:
         """Do all steps; returns the summary that is kept with the run."""
         recorder, record = self._recorder, set(self._spec.record)
+        if self._spec.frontier is not None:
+            recorder.environment(describe_environment(self._device.type) | {"seed": self._spec.seed})
+            return search(recorder, self._spec, self._point, self._device)
         torch.manual_seed(self._spec.seed)
         recorder.phase("loading model")
         subject = self._load()
@@ -86,18 +89,7 @@ class Procedure:
 
     def _load(self) -> Subject:
         began = time.perf_counter()
-        if self._spec.module is not None:
-            from .subjects.module import ModuleSubject
-
-            subject: Subject = ModuleSubject(self._spec, self._point, self._device)
-        else:
-            loaded = shared_model(self._point.model, self._point.dtype, str(self._device))
-            given = self._spec.input
-            one_text = (
-                loaded.reads == "text" and not loaded.writes and given.image is None and given.audio is None
-            )
-            kind = ModelSubject if one_text else ForwardSubject
-            subject = kind(loaded, self._spec, self._point)
+        subject = load_subject(self._spec, self._point, self._device)
         self._recorder.log(
             f"loaded {subject.identity['name']} ({subject.identity['parameters']:,} parameters, "
             f"{self._point.dtype} on {self._device}) in {time.perf_counter() - began:.1f} s; {subject.tokens} tokens"

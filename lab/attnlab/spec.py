@@ -13,6 +13,7 @@ A spec as YAML::
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -236,6 +237,27 @@ class Resources(_Strict):
     gpus: Annotated[StrictInt, Field(ge=0, le=64)] = 0
 
 
+class FrontierSpec(_Strict):
+    """A search for the longest sequence that fits: every run of the grid doubles its length, then bisects."""
+
+    up_to: Annotated[StrictInt, Field(ge=2, le=MAX_SEQUENCE)]
+    """the longest that is tried"""
+    memory_bytes: Annotated[StrictInt, Field(ge=1 << 20, le=1 << 44)]
+    """what one trial may allocate: weights, inputs, cache and everything that the step takes"""
+    first: Annotated[StrictInt, Field(ge=2, le=MAX_SEQUENCE)] = 256
+    """the length that is tried first"""
+    resolution: Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)] = 64
+    """tokens between the longest that fits and the first that does not, at most"""
+    seconds: Annotated[float, Field(gt=0, le=3600)] = 60
+    """a trial that takes longer does not fit"""
+
+    def trials(self) -> int:
+        """Return how many lengths a search tries at most."""
+        doublings = math.ceil(math.log2(self.up_to / self.first)) + 1
+        gap = max(self.up_to - self.up_to // 2, self.first)
+        return doublings + max(0, math.ceil(math.log2(gap / self.resolution)))
+
+
 def _layers(value: Any) -> str | tuple[int, ...]:
     if value == "all":
         return "all"
@@ -258,6 +280,8 @@ class ExperimentSpec(_Strict):
     module: ModuleSpec | None = None
     input: InputSpec = InputSpec()
     vary: VarySpec
+    frontier: FrontierSpec | None = None
+    """search the longest sequence that fits instead of running given ones"""
     phase: Annotated[str, AfterValidator(_choice(PHASES))] = "prefill"
     record: Choices[Annotated[str, AfterValidator(_choice(RECORDS))]] = RECORDS
     layers: Annotated[str | tuple[int, ...], PlainValidator(_layers), PlainSerializer(_plain_layers)] = "all"
@@ -278,7 +302,8 @@ class ExperimentSpec(_Strict):
         """Return the runs of the grid in the order they are queued: mechanism varies slowest."""
         vary = self.vary
         kind = "bench" if {"timing", "memory"} & set(self.record) else "inspect"
-        lengths = vary.sequence_length or (self._text_length() or 0,)
+        longest = self.frontier.up_to if self.frontier else self._text_length() or 0
+        lengths = vary.sequence_length or (longest,)
         grid = itertools.product(vary.mechanism, vary.implementation, lengths, vary.dtype, vary.batch_size)
         return [
             RunPoint(
@@ -389,7 +414,13 @@ def _path(location: tuple[Any, ...]) -> str:
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    nested = {"module": ModuleSpec, "input": InputSpec, "vary": VarySpec, "resources": Resources}
+    nested = {
+        "module": ModuleSpec,
+        "input": InputSpec,
+        "vary": VarySpec,
+        "frontier": FrontierSpec,
+        "resources": Resources,
+    }
     kind = nested.get(location[0], ExperimentSpec) if location else ExperimentSpec
     kind = NeedleSpec if location == ("input", "needle") else kind
     return list(kind.model_fields)

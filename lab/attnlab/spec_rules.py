@@ -13,7 +13,7 @@ KINDS = ("text", "file", "image", "audio", "synthetic")
 
 def broken_rules(spec: ExperimentSpec) -> list[Problem]:
     """Return every rule between fields that the spec breaks."""
-    return [*_subject(spec), *_input(spec), *_size(spec), *_against_model(spec)]
+    return [*_subject(spec), *_frontier(spec), *_input(spec), *_size(spec), *_against_model(spec)]
 
 
 def _subject(spec: ExperimentSpec) -> Iterator[Problem]:
@@ -31,10 +31,32 @@ def _subject(spec: ExperimentSpec) -> Iterator[Problem]:
             choices = _divisors(heads, kv_heads)
             yield Problem("module.num_kv_heads", f"must divide num_heads ({heads})", str(kv_heads), choices)
         yield from _kv_heads(spec, heads)
-        if spec.vary.sequence_length is None:
+        if spec.vary.sequence_length is None and spec.frontier is None:
             yield Problem("vary.sequence_length", "must be given for a bare module")
         if spec.layers != "all" and tuple(spec.layers) != (0,):
             yield Problem("layers", "a bare module has one layer", shown(spec.layers), ("all", "[0]"))
+
+
+def _frontier(spec: ExperimentSpec) -> Iterator[Problem]:
+    """A search makes its own lengths, and measures nothing but whether they fit."""
+    if spec.frontier is None:
+        return
+    if spec.vary.sequence_length is not None:
+        rule = "must not be given with frontier, which tries lengths by itself"
+        yield Problem("vary.sequence_length", rule, shown(list(spec.vary.sequence_length)))
+    if spec.record != ("memory",):
+        yield Problem("record", "must be memory with frontier", shown(list(spec.record)), ("[memory]",))
+    if spec.model is not None and spec.input.synthetic is None:
+        yield Problem(
+            "input", "must be synthetic with frontier, whose lengths no text has", "", ("synthetic",)
+        )
+    facts = describe_model(spec.model) if spec.model is not None else None
+    if facts is not None and facts.context is not None and spec.frontier.up_to > facts.context:
+        rule = f"must be at most {facts.context} tokens, the context of {spec.model}"
+        yield Problem("frontier.up_to", rule, str(spec.frontier.up_to))
+    if spec.frontier.first > spec.frontier.up_to:
+        rule = f"must be at most up_to ({spec.frontier.up_to})"
+        yield Problem("frontier.first", rule, str(spec.frontier.first))
 
 
 def _input(spec: ExperimentSpec) -> Iterator[Problem]:
@@ -64,7 +86,12 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
             yield Problem("input.text", "must not be empty")
         if spec.input.repeat and spec.vary.sequence_length is None:
             yield Problem("input.repeat", "needs vary.sequence_length, which says where to stop", "true")
-    elif spec.input.synthetic and spec.vary.sequence_length is None and spec.input.max_tokens is None:
+    elif (
+        spec.input.synthetic
+        and spec.vary.sequence_length is None
+        and spec.input.max_tokens is None
+        and spec.frontier is None
+    ):
         yield Problem("vary.sequence_length", "must be given for synthetic input")
 
 
@@ -88,7 +115,8 @@ def _sized(spec: ExperimentSpec) -> Iterator[Problem]:
 
 def _size(spec: ExperimentSpec) -> Iterator[Problem]:
     vary = spec.vary
-    lengths = vary.sequence_length or (spec.input.max_tokens or 1,)
+    longest = spec.frontier.up_to if spec.frontier else spec.input.max_tokens or 1
+    lengths = vary.sequence_length or (longest,)
     if spec.input.image is not None:
         lengths = (spec.points()[0].sequence_length or 1,)
     axes = (vary.mechanism, vary.implementation, lengths, vary.dtype, vary.batch_size)

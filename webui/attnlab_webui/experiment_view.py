@@ -11,7 +11,7 @@ from attnlab.documents import write_document
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import pieces
-from attnlab_webui.memory_view import memory_facts
+from attnlab_webui.memory_view import frontier_facts, memory_facts
 from attnlab_webui.pieces import Raw, escape
 
 # what a run's row may show, in this order; a column that is the same for all runs moves into the header
@@ -118,6 +118,7 @@ def run_facts(document: Mapping[str, Any], run: RunRow) -> str:
         _check(document),
         _timing(document),
         _memory(document),
+        _section("Longest that fits", frontier_facts(document["frontier"])) if document["frontier"] else "",
         _accuracy(document),
         _ran(document, run),
     ]

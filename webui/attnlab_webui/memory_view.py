@@ -75,6 +75,29 @@ def memory_facts(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     return rows
 
 
+def frontier_facts(frontier: Mapping[str, Any]) -> str:
+    """The longest length that fits, the first that does not, and every trial."""
+    fails = frontier["fails"]
+    rows: list[tuple[str, object]] = [
+        ("fits", f"{frontier['fits']:,} tokens" if frontier["fits"] else "no length that was tried"),
+        ("does not fit", f"{fails['tokens']:,} tokens" if fails else "none up to the longest tried"),
+        ("memory", pieces.size_in_bytes(frontier["memory_bytes"])),
+    ]
+    if fails:
+        rows.append(("because", fails["reason"]))
+    trials = [
+        (
+            f"{trial['tokens']:,}",
+            trial["outcome"].replace("_", " "),
+            pieces.size_in_bytes(trial["peak_bytes"]),
+            pieces.duration(trial["seconds"]),
+        )
+        for trial in frontier["trials"]
+    ]
+    columns = ("tokens", "outcome", "process grew by", "took")
+    return pieces.facts(rows) + pieces.table(columns, trials, label="Trials")
+
+
 PEAK_WORDS = {
     "resident_peak_bytes": "growth of the process",
     "process_peak_bytes": "process at its peak",

@@ -22,7 +22,7 @@ RECENT = 5
 PREVIEW_PIXELS = 96
 FILLED_BY = frozenset({"clone", "mechanism", "advice"})
 """what in an address fills the form"""
-COST_WORDS = {"history": "as runs like these took", "rough": "roughly"}
+COST_WORDS = {"history": "as runs like these took", "rough": "roughly", "limit": "at most"}
 
 
 def problem_list(problems: Sequence[Problem]) -> str:

@@ -17,6 +17,7 @@ from .allocations import Change, changes_of_snapshot, changes_of_tree, replay
 
 Step = Callable[[], object]
 STATUS = Path("/proc/self/status")
+MACHINE = Path("/proc/meminfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers; it ends at 64 and 32 MiB by itself once it has seen large blocks"""
@@ -161,7 +162,16 @@ def trim_heap() -> None:
 
 def resident(field: str) -> int:
     """Return a memory field of this process in bytes: VmRSS is now, VmHWM the most since its last reset."""
-    for line in STATUS.read_text(encoding="ascii").splitlines():
+    return _field(STATUS, field)
+
+
+def available() -> int:
+    """Return the bytes that this machine could give now without swapping."""
+    return _field(MACHINE, "MemAvailable")
+
+
+def _field(path: Path, field: str) -> int:
+    for line in path.read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"field: {STATUS} has no {field}")
+    raise ValueError(f"field: {path} has no {field}")
