@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnlab_kernels.masks import Causal, Full, Window
+from attnlab_kernels.operations.linear import feature_maps
 from attnlab_kernels.operations.linear.api import linear_attend
+from attnlab_kernels.operations.linear.reference import LinearSums
 from attnlab_kernels.operations.softmax.api import attend
+
+
+class MadeStorages(TorchDispatchMode):
+    """Bytes of every tensor that an operator makes, views and what it was given left out."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.bytes: list[int] = []
+        self.alive: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor) and item.untyped_storage().data_ptr() not in self.known:
+                storage = item.untyped_storage()
+                self.known.add(storage.data_ptr())
+                self.bytes.append(storage.nbytes())
+                self.alive.append(item)  # so that no address is used twice
+        return result
 
 
 class LargestStorage(TorchDispatchMode):
@@ -78,7 +102,7 @@ def test_a_window_over_16k_tokens_visits_at_most_twice_what_it_allows():
 
 def test_linear_attention_costs_twice_as_much_for_twice_the_tokens_and_keeps_few_states():
     flops, largest = [], LargestStorage()
-    for count in (4096, 8192):
+    for count in (16_384, 32_768):
         q, k, v = (torch.randn(1, 2, count, 16).exp() for _ in range(3))
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             linear_attend(q, k, v, causal=True)
@@ -87,3 +111,44 @@ def test_linear_attention_costs_twice_as_much_for_twice_the_tokens_and_keeps_few
             linear_attend(q, k, v, causal=True)
         assert largest.bytes <= q.nbytes
     assert flops[1] == 2 * flops[0]
+
+
+@pytest.mark.parametrize("features", [16, 70])
+def test_without_gradients_nothing_but_the_output_is_as_long_as_the_sequence(features, monkeypatch):
+    projection = torch.randn(features, 16)
+    phi = partial(feature_maps.favor, projection=projection, stabilise="none")
+    monkeypatch.setattr("attnlab_kernels.operations.linear.segments.SEGMENT_BYTES", 2**19)
+    q, k, v = (torch.randn(1, 2, 16_384, 16) for _ in range(3))
+    with torch.inference_mode(), MadeStorages(q, k, v) as made:
+        output = linear_attend(q, k, v, causal=True, maps=(phi, phi)).output
+    assert sorted(made.bytes)[-1] == output.nbytes == v.nbytes
+    assert sorted(made.bytes)[-2] <= 2**20 < output.nbytes
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_segments_join_to_the_formula_over_all_tokens(count, normalize, dtype, monkeypatch):
+    monkeypatch.setattr("attnlab_kernels.operations.linear.segments.SEGMENT_BYTES", 2**14)
+    torch.manual_seed(count)
+    q, k, v = (torch.randn(2, 3, count, 5).to(dtype) for _ in range(3))
+    past = LinearSums(torch.rand(2, 3, 5, 5), torch.rand(2, 3, 5))
+    settings = {
+        "causal": True,
+        "normalize": normalize,
+        "past": past,
+        "maps": (feature_maps.elu_plus_one,) * 2,
+    }
+    with torch.no_grad():
+        ours = linear_attend(q, k, v, form="chunked", chunk=16, **settings)
+        want = linear_attend(q, k, v, form="parallel", **settings)
+    assert ours.output.dtype == dtype
+    close = {
+        "atol": 1e-2 if dtype == torch.bfloat16 else 1e-4,
+        "rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5,
+    }
+    torch.testing.assert_close(ours.output, want.output, **close)
+    torch.testing.assert_close(ours.sums, want.sums, atol=1e-4, rtol=1e-5)
+    assert (ours.denominator is None) == (not normalize)
+    if normalize:
+        torch.testing.assert_close(ours.denominator, want.denominator, atol=1e-4, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear import feature_maps
 from attnlab_kernels.operations.linear.api import IMPLEMENTATIONS, LinearResult, linear_attend
+from attnlab_kernels.operations.linear.segments import FeatureMaps
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
@@ -137,25 +139,34 @@ class LinearAttention(base.SoftmaxModule):
         if output_attentions and sums is not None:
             raise ValueError("output_attentions needs all keys, and past_key_value keeps only their sums")
         whole = not is_causal and cache is None
-        query, key = self._features(query, hide(key, keep), whole=whole, started=sums is not None)
-        key, value = hide(key, keep), hide(value, keep)
-        normalize = self.feature_map != "identity"
+        maps = self._maps(whole=whole, started=sums is not None)
+        if keep is not None or output_attentions or heard():
+            query, key, maps = maps[0](query), hide(maps[1](hide(key, keep)), keep), None
         result = linear_attend(
-            query, key, value, causal=is_causal, eps=self.eps, normalize=normalize, past=sums, form=form
+            query,
+            key,
+            hide(value, keep),
+            causal=is_causal,
+            eps=self.eps,
+            normalize=self.feature_map != "identity",
+            past=sums,
+            form=form,
+            maps=maps,
         )
         if heard():
-            self._announce(query, key, value, result, is_causal, sums is not None)
+            self._announce(query, key, hide(value, keep), result, is_causal, sums is not None)
         if cache is not None:
             cache.replace(self.layer_idx, result.sums, hidden_states.shape[1])
-        maps = self._implied_map(query, key, result.denominator, is_causal) if output_attentions else None
+        implied = self._implied_map(query, key, result.denominator, is_causal) if output_attentions else None
         heads = functional.dropout(result.output.transpose(1, 2).flatten(2), self.dropout, self.training)
         aux = {"implementation": result.form, "reason": result.reason, "denominator": result.denominator}
         output = AttentionOutput(
-            self.o_proj(heads.to(hidden_states.dtype)), maps, cache if use_cache else None, None, aux
+            self.o_proj(heads.to(hidden_states.dtype)), implied, cache if use_cache else None, None, aux
         )
         return output if return_dict else self._legacy(output)
 
-    def _features(self, query: Tensor, key: Tensor, *, whole: bool, started: bool) -> tuple[Tensor, Tensor]:
+    def _maps(self, *, whole: bool, started: bool) -> FeatureMaps:
+        """What makes features of queries and of keys; ``whole``: all keys come at once."""
         if self.feature_map == "softmax_kernel":
             if self.redraw_features and self.training:
                 if started:
@@ -166,16 +177,19 @@ class LinearAttention(base.SoftmaxModule):
                     self.projection.copy_(self._draw())
             # a stabiliser over the keys is exact only where all of them are here
             return (
-                feature_maps.favor(query, self.projection, stabilise="row"),
-                feature_maps.favor(key, self.projection, stabilise="all" if whole else "none"),
+                partial(feature_maps.favor, projection=self.projection, stabilise="row"),
+                partial(feature_maps.favor, projection=self.projection, stabilise="all" if whole else "none"),
             )
-        wide = torch.promote_types(query.dtype, torch.float32)
         phi = {
             "elu": feature_maps.elu_plus_one,
             "relu": feature_maps.relu,
             "identity": feature_maps.identity,
         }[self.feature_map]
-        return phi(query.to(wide)), phi(key.to(wide))
+
+        def widened(x: Tensor) -> Tensor:
+            return phi(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+        return widened, widened
 
     def _announce(
         self, query: Tensor, key: Tensor, value: Tensor, result: LinearResult, causal: bool, continued: bool

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnlab_kernels.operations.linear import triton_chunked
 from attnlab_kernels.operations.linear.chunked import chunked
 from attnlab_kernels.operations.linear.reference import LinearSums, Raw, parallel, recurrent
+from attnlab_kernels.operations.linear.segments import FeatureMaps, segmented
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Support
 
@@ -76,6 +77,7 @@ def linear_attend(
     past: LinearSums | None = None,
     form: str = "auto",
     chunk: int = 64,
+    maps: FeatureMaps | None = None,
 ) -> LinearResult:
     """``O_i = q_i S_i / (q_i z_i + eps)`` with ``S_i = sum_j k_j v_j^T`` and ``z_i = sum_j k_j``, features given.
 
@@ -91,13 +93,22 @@ def linear_attend(
         past: sums over earlier keys.
         form: "parallel" (quadratic reference), "recurrent", "chunked", "triton" or "auto".
         chunk: tokens of a chunk.
+        maps: what makes features of ``query`` and of ``key``, each token by itself; None: they are features already.
 
     Raises:
         ValueError: shapes that do not fit, an unknown form, eps below 0 or a chunk below 1.
         Unsupported: the named form cannot run this call.
     """
     _check(query, key, value, causal, eps, chunk)
+    in_segments = causal and query.device.type == "cpu" and not _needs_gradient(query, key, value, past)
+    if maps is not None and not (in_segments and form in ("auto", "chunked")):
+        query, key, maps = maps[0](query), maps[1](key), None
     name, reason = _choose(form, query, key, value, causal, chunk)
+    if name == "chunked" and in_segments and query.shape[2]:
+        parts = segmented(query, key, value, maps, past, chunk=chunk, eps=eps if normalize else None)
+        return LinearResult(*parts, name, reason)
+    if maps is not None:
+        query, key = maps[0](query), maps[1](key)
     wide = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
     values = value
     if not IMPLEMENTATIONS[name].native:
@@ -145,6 +156,10 @@ def _choose(
     if query.device.type == "cuda" and supports("triton", query, key, value, causal=causal, chunk=chunk):
         return "triton", "auto: our kernel runs this call"
     return "chunked", "auto: linear in the number of tokens"
+
+
+def _needs_gradient(query: Tensor, key: Tensor, value: Tensor, past: LinearSums | None) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value, *(past or ())))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, causal: bool, eps: float, chunk: int) -> None:

@@ -24,13 +24,14 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, past: Li
     size = chunk * max(1, SEGMENT // chunk)
     pieces = (part.split(size, dim=2) for part in (query, key, value))
     for q, k, v in zip(*pieces, strict=True):
-        numerator, denominator, past = _segment(q, k, v, past, chunk)
+        numerator, denominator, past = segment(q, k, v, past, chunk)
         numerators.append(numerator)
         denominators.append(denominator)
     return Raw(torch.cat(numerators, dim=2), torch.cat(denominators, dim=2), past)
 
 
-def _segment(query: Tensor, key: Tensor, value: Tensor, past: LinearSums, chunk: int) -> Raw:
+def segment(query: Tensor, key: Tensor, value: Tensor, past: LinearSums, chunk: int) -> Raw:
+    """Causal, with the states of all its chunks in memory at once."""
     length = query.shape[2]
     sums = total(key, value, past)
     rest = -length % chunk
