@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_segments_join_to_the_formula_over_all_tokens(count, normalize, dtype, m
     torch.manual_seed(count)
     q, k, v = (torch.randn(2, 3, count, 5).to(dtype) for _ in range(3))
     past = LinearSums(torch.rand(2, 3, 5, 5), torch.rand(2, 3, 5))
-    settings = {
+    settings: dict[str, Any] = {
         "causal": True,
         "normalize": normalize,
         "past": past,
@@ -143,11 +144,10 @@ def test_segments_join_to_the_formula_over_all_tokens(count, normalize, dtype, m
         ours = linear_attend(q, k, v, form="chunked", chunk=16, **settings)
         want = linear_attend(q, k, v, form="parallel", **settings)
     assert ours.output.dtype == dtype
-    close = {
-        "atol": 1e-2 if dtype == torch.bfloat16 else 1e-4,
-        "rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5,
-    }
-    torch.testing.assert_close(ours.output, want.output, **close)
+    loose = dtype == torch.bfloat16
+    torch.testing.assert_close(
+        ours.output, want.output, atol=1e-2 if loose else 1e-4, rtol=1e-2 if loose else 1e-5
+    )
     torch.testing.assert_close(ours.sums, want.sums, atol=1e-4, rtol=1e-5)
     assert (ours.denominator is None) == (not normalize)
     if normalize:

@@ -1,7 +1,10 @@
 """The rules between the fields of a spec: what the model's own facts allow. Torch-free."""
 
+import itertools
 import math
 from collections.abc import Iterator
+
+from attnlab_kernels.catalog_rules import RunSize, broken_parameters, broken_sizes
 
 from .bundled import BUNDLED, ModelFacts, describe_model, is_hub_id
 from .files import MAX_TEXT_BYTES, ONE_INPUT
@@ -13,7 +16,14 @@ KINDS = ("text", "file", "image", "audio", "synthetic")
 
 def broken_rules(spec: ExperimentSpec) -> list[Problem]:
     """Return every rule between fields that the spec breaks."""
-    return [*_subject(spec), *_frontier(spec), *_input(spec), *_size(spec), *_against_model(spec)]
+    return [
+        *_subject(spec),
+        *_frontier(spec),
+        *_input(spec),
+        *_parameters(spec),
+        *_size(spec),
+        *_against_model(spec),
+    ]
 
 
 def _subject(spec: ExperimentSpec) -> Iterator[Problem]:
@@ -93,6 +103,28 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
         and spec.frontier is None
     ):
         yield Problem("vary.sequence_length", "must be given for synthetic input")
+
+
+def _parameters(spec: ExperimentSpec) -> Iterator[Problem]:
+    """Values that are each in range and do not go together, or not with the module's sizes."""
+    for index, mechanism in enumerate(spec.vary.mechanism):
+        name, parameters = mechanism.name, dict(mechanism.parameters)
+        broken = broken_parameters(name, parameters)
+        for size in () if broken else _module_sizes(spec):
+            broken = broken_sizes(name, parameters, size)
+            if broken:
+                break
+        for rule in broken:
+            argument = f"vary.mechanism[{index}].{name}.{rule.name}"
+            yield Problem(argument, rule.rule, shown(rule.value), rule.choices)
+
+
+def _module_sizes(spec: ExperimentSpec) -> Iterator[RunSize]:
+    module = spec.module
+    if module is None or module.dim % module.num_heads:
+        return
+    for tokens, batch in itertools.product(spec.vary.sequence_length or (), spec.vary.batch_size):
+        yield RunSize(module.dim, module.num_heads, tokens, batch, spec.phase == "train")
 
 
 def _sized(spec: ExperimentSpec) -> Iterator[Problem]:

@@ -1,6 +1,5 @@
 """How each mechanism's module is called on synthetic hidden states: most alike, some with what only they need."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnlab_kernels.catalog_rules import image_sides
 from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
 from attnlab_kernels.mechanisms.paged import PagedAttention
 from attnlab_kernels.operations.softmax.api import Unsupported
@@ -115,13 +115,10 @@ def grid(tokens: int, parameters: dict[str, Any]) -> tuple[int, int]:
     Raises:
         Unsupported: none of that height, or none whose sides are multiples of ``reduction``.
     """
-    multiple = parameters.get("reduction", 1)
-    wanted = parameters["grid_height"]
-    heights = range(math.isqrt(tokens), 0, -1) if wanted is None else (wanted,)
-    for height in heights:
-        width, rest = divmod(tokens, height)
-        if rest == 0 and height % multiple == 0 and width % multiple == 0:
-            return height, width
+    multiple, wanted = parameters.get("reduction", 1), parameters["grid_height"]
+    sides = image_sides(tokens, wanted, multiple)
+    if sides is not None:
+        return sides
     asked = "height x width" if wanted is None else f"{wanted} x width"
     raise Unsupported(
         f"sequence_length: must be {asked} of an image whose sides are multiples of {multiple}; got {tokens}"
