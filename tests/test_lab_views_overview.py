@@ -177,6 +177,9 @@ def test_the_web_says_how_far_the_building_is_and_does_not_wait(
         assert answers[1].json() in ({"building": 0.25}, {"building": 0.0})
         assert answers[0].headers["cache-control"] == "no-store"
         assert client.get(path.replace("viewport", "thumbnails")).status_code == 202
+        every = client.get(path.replace("viewport", "thumbnails").replace("&head=1", ""))
+        assert every.status_code == 202
+        assert len(viewport.PYRAMIDS._jobs) == 1  # pictures of many heads are in nobody's way
     finally:
         go.set()
     viewport.viewport(traced.store, traced.run_ids[0], 0, 1)

@@ -32,13 +32,27 @@ class Pyramids:
         found = self._found(store, run, layer, head, full_map)
         return found if found is not None else self._job(store, run, layer, head, full_map).result()
 
-    def progress(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> float:
+    def progress(
+        self,
+        store: Store,
+        run: RunRow,
+        layer: int,
+        head: int,
+        full_map: PooledRegion,
+        *,
+        patient: bool = False,
+    ) -> float:
         """1.0 where the pyramid is there; else how far the builder is, which this call starts.
+
+        Args:
+            patient: start it only while no other is being built, so that nobody who looks at one head waits for many.
 
         Raises what the building raised.
         """
         if self._found(store, run, layer, head, full_map) is not None:
             return 1.0
+        if patient and self._busy_with_others(_key(store, run, layer, head)):
+            return 0.0
         job = self._job(store, run, layer, head, full_map)
         if not job.done():
             return min(self._done.get(_key(store, run, layer, head), 0.0), 0.99)
@@ -61,6 +75,10 @@ class Pyramids:
             return {name: self.memory.get((*key, name), lambda name=name: read(name)) for name in REDUCTIONS}
         except tensors.TensorError:
             return None  # not built yet, or by a program that laid it out differently
+
+    def _busy_with_others(self, key: Key) -> bool:
+        with self._lock:
+            return bool(self._jobs) and key not in self._jobs
 
     def _job(
         self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion

@@ -62,11 +62,14 @@ def thumbnail(
 def thumbnail_progress(
     store: Store, run_id: int, layer: int, head: int, size: int = KEPT_SIZE, reduce: str = "max"
 ) -> float:
-    """1.0 where `thumbnail` can answer soon; else how far the overview of a long map is, which this call starts."""
+    """1.0 where `thumbnail` can answer soon; else how far the overview of a long map is.
+
+    This call starts to build it unless another one is being built: pictures of many heads are in nobody's way.
+    """
     run, _ = _check(store, run_id, layer, head, size, reduce)
     if _kept(store, run, layer, head, size, reduce) is not None:
         return 1.0
-    return overview_progress(store, run_id, layer, head)
+    return overview_progress(store, run_id, layer, head, patient=True)
 
 
 def thumbnails(store: Store, run_id: int, layer: int, size: int = 64, reduce: str = "max") -> Thumbnails:

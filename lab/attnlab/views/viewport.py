@@ -120,15 +120,25 @@ def viewport(
 
 
 def overview_progress(
-    store: Store, run_id: int, layer: int, head: int, rows: Region = None, cols: Region = None
+    store: Store,
+    run_id: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    *,
+    patient: bool = False,
 ) -> float:
-    """1.0 where `viewport` can answer for this region at once; else how far its pyramid is, which this call starts."""
+    """1.0 where `viewport` can answer for this region at once; else how far its pyramid is, which this call starts.
+
+    ``patient``: starts it only while no other is being built.
+    """
     run, trace = find_trace(store, run_id, layer)
     full_map = head_map(store, run, trace, head)
     region = region_of(full_map.shape, rows, cols)
     if not has_pyramid(full_map) or not is_wide(full_map.shape, full_map.mask, *region):
         return 1.0
-    return PYRAMIDS.progress(store, run, layer, head, full_map)
+    return PYRAMIDS.progress(store, run, layer, head, full_map, patient=patient)
 
 
 def has_pyramid(full_map: AttentionMap) -> bool:
