@@ -90,3 +90,11 @@ def test_a_rollout_needs_every_layer(traced: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "recorded", lambda *_: (run, traces[1:]))
     with pytest.raises(ViewError, match=r"needs every layer from 0; run 1 keeps \[1\]"):
         rollout(traced.store, traced.run_ids[0], 3)
+
+
+def test_between_two_sequences_there_is_no_way_through_the_layers(
+    traced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "attention_role", lambda run, trace: "cross")
+    with pytest.raises(ViewError, match="run 1 has attention between two sequences"):
+        rollout(traced.store, traced.run_ids[0], 3)

@@ -35,6 +35,14 @@ def test_sent_is_the_row_and_received_is_the_column(traced, which, head, row):
     assert json.loads(json.dumps(found)) == found
 
 
+def test_between_two_sequences_a_query_has_no_key_of_its_own(traced, monkeypatch):
+    monkeypatch.setattr("attnlab.views.token.attention_role", lambda run, trace: "cross")
+    found = token_document(traced.store, traced.run_ids[0], 1, 40, 0)
+    assert (found["col"], found["received"]) == (None, None)
+    assert len(found["sent"]["weights"]) == 77
+    assert token_weights(traced.store, traced.run_ids[0], 1, 40).received.size == 0
+
+
 def test_only_the_shown_positions_travel(traced):
     found = token_document(traced.store, traced.run_ids[0], 0, 70, 1, (60, 500), count=3)
     whole = token_weights(traced.store, traced.run_ids[0], 0, 70, 1)

@@ -114,18 +114,50 @@ def test_arrow_keys_and_clicks_move_the_position(view):
     page.wait_for_url(re.compile("token=7"))
 
 
+def changing_the_map(page, change) -> None:
+    """Serves the facts of a run's maps changed: `change` gets the list of layers and gives another."""
+
+    def answer(route):
+        document = route.fetch().json()
+        body = json.dumps(document | {"layers": change(document["layers"])})
+        route.fulfill(body=body, content_type="application/json")
+
+    page.route("**/api/v1/runs/*/map", answer)
+
+
+def address(served) -> str:
+    traced = served.traced
+    return f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=rollout"
+
+
 def test_a_run_without_every_layer_says_why_there_is_none(served, browse):
     page = browse("about:blank")
-
-    def without_the_first_layer(route):
-        document = route.fetch().json()
-        route.fulfill(
-            body=json.dumps(document | {"layers": document["layers"][1:]}), content_type="application/json"
-        )
-
-    page.route("**/api/v1/runs/*/map", without_the_first_layer)
-    traced = served.traced
-    page.goto(f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=rollout")
+    changing_the_map(page, lambda layers: layers[1:])
+    page.goto(address(served))
     page.get_by_text("The way through the layers needs every layer").wait_for()
     page.get_by_role("button", name="Open the map").click()
     page.locator("canvas.at-map").wait_for()
+
+
+def test_where_layers_look_ahead_later_tokens_are_shown_too(served, browse):
+    page = browse("about:blank")
+    changing_the_map(page, lambda layers: [layer | {"grows": False} for layer in layers])
+    page.goto(f"{address(served)}&token=30")
+    page.wait_for_function(IDLE)
+    assert page.locator(".at-token").count() == 77
+    assert shown(page)[31:] == [0.0] * 46
+
+
+def test_what_cannot_be_worked_out_is_said_and_the_choices_stay(served, browse):
+    page = browse("about:blank", expect=["status of 400"])
+    page.route(
+        "**/flow?**",
+        lambda route: route.fulfill(status=400, json={"error": "a flow needs weights of at least 0"}),
+    )
+    page.goto(f"{address(served)}&token=30&through=flow")
+    page.get_by_text("a flow needs weights of at least 0").wait_for()
+    page.wait_for_function(IDLE)
+    assert page.locator(".at-token:visible").count() == 0
+    page.get_by_role("radio", name="rollout").click()
+    wait_for_position(page, 30)
+    assert page.locator(".at-complaint").is_hidden()

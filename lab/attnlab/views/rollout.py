@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from attnlab.views.errors import ViewError
+from attnlab.views.read_inputs import attention_role
 from attnlab.views.viewport import head_map, recorded
 from attnlab_kernels.masks import Mask
 from attnlab_storage.database import Store
@@ -99,10 +100,10 @@ def self_attention(store: Store, run_id: int) -> tuple[RunRow, list[TraceRow]]:
     if layers != list(range(len(layers))):
         raise ViewError(f"a rollout needs every layer from 0; run {run_id} keeps {layers}")
     shapes = {(trace.num_queries, trace.num_keys) for trace in traces}
-    if len(shapes) > 1 or any(queries != keys for queries, keys in shapes):
-        raise ViewError(
-            f"a rollout needs self-attention over one sequence; run {run_id} has {sorted(shapes)}"
-        )
+    crossing = any(attention_role(run, trace) == "cross" for trace in traces)
+    if crossing or len(shapes) > 1 or any(queries != keys for queries, keys in shapes):
+        found = "attention between two sequences" if crossing else sorted(shapes)
+        raise ViewError(f"a rollout needs self-attention over one sequence; run {run_id} has {found}")
     return run, traces
 
 

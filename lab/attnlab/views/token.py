@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from attnlab.views.errors import ViewError
+from attnlab.views.read_inputs import attention_role
 from attnlab.views.trace_map import AttentionMap, column_word
 from attnlab.views.viewport import allowed_pixels, find_trace, head_map
 from attnlab_kernels.sparse_map import SparseMap
 from attnlab_storage.database import Store
-from attnlab_storage.results import TraceRow
+from attnlab_storage.results import RunRow, TraceRow
 
 STRIP = 512
 """blocks that a whole row or column is pooled to, at most"""
@@ -53,9 +54,9 @@ def token_weights(store: Store, run_id: int, layer: int, row: int, head: int | N
 
     Raises ViewError for a layer, head or row that is not there.
     """
-    trace, maps = _maps(store, run_id, layer, row, head)
+    run, trace, maps = _maps(store, run_id, layer, row, head)
     sent = _mean([one.tile(slice(row, row + 1), slice(None))[0] for one in maps])
-    col = _own_key(trace, row)
+    col = _own_key(run, trace, row)
     if col is None:
         return TokenWeights(sent, np.empty(0, np.float32), row, None)
     received = _mean([one.tile(slice(None), slice(col, col + 1))[:, 0] for one in maps])
@@ -82,7 +83,7 @@ def token_document(
     if not 1 <= count <= MOST_TOP:
         raise ViewError(f"count must be in 1..{MOST_TOP}; got {count}")
     found = token_weights(store, run_id, layer, row, head)
-    trace, maps = _maps(store, run_id, layer, row, head)
+    _, trace, maps = _maps(store, run_id, layer, row, head)
     queries, keys = maps[0].shape
     document: dict[str, Any] = {
         "row": row,
@@ -101,18 +102,17 @@ def token_document(
 
 def _maps(
     store: Store, run_id: int, layer: int, row: int, head: int | None
-) -> tuple[TraceRow, list[AttentionMap]]:
+) -> tuple[RunRow, TraceRow, list[AttentionMap]]:
     run, trace = find_trace(store, run_id, layer)
     if not 0 <= row < trace.num_queries:
         raise ViewError(f"row must be in 0..{trace.num_queries - 1} for run {run_id}; got {row}")
     heads = range(trace.heads) if head is None else [head]
-    return trace, [head_map(store, run, trace, one) for one in heads]
+    return run, trace, [head_map(store, run, trace, one) for one in heads]
 
 
-def _own_key(trace: TraceRow, row: int) -> int | None:
-    """The key at the position of a query."""
-    told = trace.detail or {}
-    if told.get("queries") != told.get("keys") or column_word(trace) != "key":
+def _own_key(run: RunRow, trace: TraceRow, row: int) -> int | None:
+    """The key at the position of a query; None between two sequences, and where columns are no keys."""
+    if attention_role(run, trace) == "cross" or column_word(trace) != "key":
         return None
     col = trace.num_keys - trace.num_queries + row
     return col if 0 <= col < trace.num_keys else None

@@ -48,6 +48,7 @@ export const VIEWS = [
 ];
 
 function throughLayers(layers) {
-  const [{ queries }] = layers;
-  return layers.every(({ layer, queries: rows, keys, columns }, i) => layer === i && rows === queries && keys === queries && !columns);
+  const size = layers[0].queries;
+  const fits = ({ layer, role, queries, keys, columns }, i) => layer === i && role !== "cross" && queries === size && keys === size && !columns;
+  return layers.every(fits);
 }

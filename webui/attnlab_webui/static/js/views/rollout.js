@@ -53,7 +53,7 @@ export class Rollout {
     });
     this.find(".at-switch").append(...this.ways);
     this.wire();
-    this.ready = this.load();
+    this.ready = this.reload();
   }
 
   wire() {
@@ -89,10 +89,17 @@ export class Rollout {
     return this.state.get("through");
   }
 
+  // Whether later tokens can have a share: where a layer looks ahead.
+  get ahead() {
+    return this.run.facts.layers.some(({ grows }) => !grows);
+  }
+
   // The tokens that a flow may reach: from the one in the address, or as many as there can be.
   get flowSpan() {
-    const from = this.state.get("from") ?? 0;
-    return [Math.max(Math.min(from, this.row), this.row + 1 - MOST_FLOW), this.row + 1];
+    const last = this.ahead ? this.size : this.row + 1;
+    const from = Math.min(this.state.get("from") ?? 0, this.row);
+    const start = Math.max(from, this.row + 1 - MOST_FLOW);
+    return [start, Math.min(last, start + MOST_FLOW)];
   }
 
   choose(row) {
@@ -146,12 +153,15 @@ export class Rollout {
       if (error.name === "AbortError") return;
       this.wanted = null;
       this.wait(null);
+      this.document = null;
       this.complain(error.message);
+      this.showNothing();
       if (!(error instanceof ApiError)) throw error;
     }
   }
 
   async request() {
+    this.asked = true;
     this.wanted?.abort();
     const controller = new AbortController();
     this.wanted = controller;
@@ -226,15 +236,24 @@ export class Rollout {
     this.find('[data-part="top"]').hidden = !top;
     this.find(".at-layers-place").classList.toggle("at-empty-layers", !this.document.values);
     if (shares) {
+      const stop = this.ahead ? start + shares.length : this.row + 1;
       const first = Math.max(start, Math.min(this.row + 1 - AROUND, this.row));
       this.first = first;
-      const labels = Array.from({ length: this.row + 1 - first }, (_, i) => this.label(first + i));
+      const labels = Array.from({ length: Math.min(stop - first, AROUND) }, (_, i) => this.label(first + i));
       this.text.write(labels, first, "text");
       const words = this.shownWay === "flow" ? "most flow to" : "largest shares";
       topList(this.find('[data-part="top"]'), words, top, (at) => this.label(at), (at) => this.state.go({ token: at }));
     }
     this.draw();
     this.text.reveal();
+  }
+
+  // What could not be worked out leaves no picture of something else behind.
+  showNothing() {
+    this.find('[data-part="text"]').hidden = true;
+    this.find('[data-part="top"]').hidden = true;
+    this.find(".at-layers-place").classList.add("at-empty-layers");
+    this.say(null);
   }
 
   draw() {
@@ -355,7 +374,7 @@ export class Rollout {
   }
 
   get idle() {
-    return Boolean(this.document) && !this.wanted;
+    return this.asked === true && !this.wanted;
   }
 
   stop() {
