@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from attnlab import compare
+from attnlab.views import aligned_map
 from attnlab.views import difference as pixels
 from attnlab.views.errors import NotFound, ViewError
 
@@ -138,11 +139,17 @@ def test_a_mean_difference_is_the_mean_of_the_differences(made):
     np.testing.assert_allclose(view.values, whole.reshape(7, 10, 10, 7).mean(axis=(1, 3)), atol=2e-6)
 
 
-def test_a_difference_of_maps_of_other_sizes_or_other_heads_is_refused(sqlite_store, make_traced):
+def test_maps_of_other_sizes_that_no_token_aligns_or_other_heads_are_refused(
+    sqlite_store, make_traced, monkeypatch
+):
     short, long = make_traced(sqlite_store, tokens=33), make_traced(sqlite_store, tokens=35)
     a, b = short.run_ids[0], long.run_ids[0]
-    with pytest.raises(ViewError, match=rf"run {a} has 33 x 33, run {b} 35 x 35"):
-        compare.difference(sqlite_store, a, b, 0, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(aligned_map.results, "run_input", lambda *_: None)
+        with pytest.raises(
+            ViewError, match=rf"tokens to align them by; run {a} has 33 x 33, run {b} 35 x 35"
+        ):
+            compare.difference(sqlite_store, a, b, 0, 0)
     with pytest.raises(ViewError, match="maps of the same size"):
         compare.map_distance(sqlite_store, a, b)
     with pytest.raises(ViewError, match="signed_max, mean; got 'max'"):

@@ -141,11 +141,47 @@ def test_a_run_without_maps_says_why(client, traced, make_traced):
     assert "out of memory" in answer.json()["error"]
 
 
-def test_maps_of_different_size_have_no_difference(client, traced, make_traced):
-    other = make_traced(traced.store, tokens=30)
-    answer = client.get(f"/api/v1/compare/viewport?a={traced.run_ids[0]}&b={other.run_ids[0]}&layer=0&head=0")
-    assert answer.status_code == 400
-    assert "77 x 77" in answer.json()["error"]
+def test_the_difference_of_other_inputs_is_of_the_tokens_that_both_have(client, traced, make_traced):
+    other = make_traced(traced.store, tokens=30, seed=3)
+    a, b = traced.run_ids[0], other.run_ids[0]
+    # both begin with token0 .. token27 and end with the same two tokens
+    places = np.array([*range(28), *[-1] * 47, 28, 29])
+    told = client.get(f"/api/v1/compare/alignment?a={a}&b={b}&layer=0").json()
+    assert told["key"] == told["query"] == places.tolist()
+    values = pixels(client.get(f"/api/v1/compare/viewport?a={a}&b={b}&layer=0&head=1"))
+    both = (places >= 0)[:, None] & (places >= 0) & np.tri(77, dtype=bool)
+    moved = other.reference(b, 0, 1)[np.ix_(places, places)]
+    expected = traced.reference(a, 0, 1) - moved
+    np.testing.assert_allclose(values[both], expected[both], atol=EPSILON)
+    assert np.isnan(values[~both]).all()
+    path = f"/api/v1/compare/cell?a={a}&b={b}&layer=0&head=1"
+    assert client.get(f"{path}&row=76&col=75").json()["value"] == pytest.approx(expected[76, 75], abs=EPSILON)
+    assert client.get(f"{path}&row=60&col=2").json()["value"] is None
+    small = pixels(
+        client.get(f"/api/v1/compare/viewport?a={a}&b={b}&layer=0&head=1&height=7&width=7&reduce=mean")
+    )
+    assert small[0, 0] == pytest.approx(expected[:11, :11].mean(), abs=EPSILON)
+
+
+def test_equal_tokens_need_no_alignment(client, traced):
+    a, b = traced.run_ids
+    told = client.get(f"/api/v1/compare/alignment?a={a}&b={b}&layer=0").json()
+    assert told == {"query": None, "key": None, "share": 1.0}
+
+
+def test_distances_come_layer_by_layer_and_between_layers_of_one_run(client, traced):
+    a, b = traced.run_ids
+    told = client.get(f"/api/v1/compare/distances?a={a}&b={b}&layer=1").json()
+    for head in range(4):
+        gap = np.abs(traced.reference(a, 1, head) - traced.reference(b, 1, head)).sum(axis=1) / 2
+        # 77 rows are sampled to 64
+        assert told["measures"]["total_variation"][0][head] == pytest.approx(gap.mean(), abs=0.1)
+    assert set(told["words"]) == {"total_variation", "jensen_shannon", "spearman"}
+    across = client.get(f"/api/v1/compare/distances?a={a}&b={a}&layer=0&layer_b=1").json()
+    assert np.array(across["measures"]["spearman"]).shape == (4, 4)
+    refused = client.get(f"/api/v1/compare/distances?a={a}&b={b}&layer=0&layer_b=1")
+    assert refused.status_code == 400
+    assert "a and b must be equal" in refused.json()["error"]
 
 
 def test_colour_tables_have_256_colours(client):

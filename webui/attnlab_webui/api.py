@@ -20,7 +20,7 @@ from attnlab_kernels.catalog import MECHANISMS
 from attnlab_storage import queue, results, settings
 from attnlab_storage.database import Store
 from attnlab_storage.listing import FILTERS, count_runs
-from attnlab_webui import api_charts, api_files, api_inputs, api_maps, api_views
+from attnlab_webui import api_charts, api_compare, api_files, api_inputs, api_maps, api_views
 from attnlab_webui.answers import (
     Refused,
     StoreDep,
@@ -49,6 +49,7 @@ def install(app: FastAPI, store: Store) -> None:
     app.include_router(api_maps.router, prefix=PREFIX)
     app.include_router(api_inputs.router, prefix=PREFIX)
     app.include_router(api_views.router, prefix=PREFIX)
+    app.include_router(api_compare.router, prefix=PREFIX)
     app.include_router(api_files.router, prefix=PREFIX)
     app.include_router(api_charts.router, prefix=PREFIX)
     app.add_api_route(PREFIX + "/{rest:path}", _unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])

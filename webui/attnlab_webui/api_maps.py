@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse
 from attnlab.describe import run_brief
 from attnlab.heads import statistics_document
 from attnlab.views.colormaps import COLORMAPS, colormap
-from attnlab.views.difference import difference
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
 from attnlab.views.read_inputs import attention_role, grows, patch_grid
@@ -174,37 +173,6 @@ def statistics(run_id: int, store: StoreDep) -> dict[str, Any]:
     """Per-layer, per-head numbers: {name: {title, formula, source, unit, layers, heads, values[layer][head]}}."""
     find_run(store, run_id)
     return {"run": run_id, "statistics": statistics_document(store, run_id)}
-
-
-@router.get("/compare/viewport")
-def compare_viewport(
-    a: int,
-    b: int,
-    layer: int,
-    head: int,
-    store: StoreDep,
-    rows: str | None = None,
-    cols: str | None = None,
-    height: Pixels = 512,
-    width: Pixels = 512,
-    reduce: str = "signed_max",
-    v: str | None = None,
-) -> Response:
-    """A − B over a region as float32 [height, width]; NaN where neither map allows a pair."""
-    region = span("rows", rows), span("cols", cols)
-    view = difference(store, a, b, layer, head, *region, height, width, reduce)
-    maps = [load_map(store, run_id, layer, head) for run_id in (a, b)]
-    return octets(*heatmap.encode(view, maps), v)
-
-
-@router.get("/compare/cell")
-def compare_cell(
-    a: int, b: int, layer: int, head: int, row: int, col: int, store: StoreDep
-) -> dict[str, Any]:
-    """The exact difference A − B of one weight."""
-    values = [cell(store, run_id, layer, head, row, col) for run_id in (a, b)]
-    masked = all(_masked(store, run_id, layer, head, row, col) for run_id in (a, b))
-    return {"row": row, "col": col, "value": values[0] - values[1], "masked": masked}
 
 
 def _masked(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> bool:

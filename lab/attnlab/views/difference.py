@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from attnlab.views.aligned_map import AlignedMap, needed_alignment
 from attnlab.views.errors import ViewError
 from attnlab.views.trace_map import AttentionMap, is_signed
 from attnlab.views.viewport import Region, Viewport, check_size, head_map, load_map, recorded, region_of
@@ -40,16 +40,23 @@ def difference(
     ``signed_max`` shows the difference of greatest size under each pixel with its sign, so that a single
     changed cell stays visible; ``mean`` is the mean of A - B. Draw it on -s..s, s = max(|minimum|, maximum).
 
-    Raises ViewError where a map lacks the layer, head or region, or the two maps differ in shape.
+    Where the inputs differ, the region is of A's tokens, and a pixel is NaN where B has none of them.
+
+    Raises ViewError where a map lacks the layer, head or region, or the two maps differ in shape without tokens to
+    align them by.
     """
     check_size(height, width)
     if reduce not in REDUCTIONS:
         raise ViewError(f"reduce of a difference must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
     a = load_map(store, run_a, layer, head)
     b = load_map(store, run_b, layer if layer_b is None else layer_b, head if head_b is None else head_b)
-    _same_shape(run_a, run_b, a.shape, b.shape)
     region = region_of(a.shape, rows, cols)
-    values = difference_pixels(a, b, *region, height, width, reduce)
+    aligned = None if run_a == run_b else needed_alignment(store, run_a, run_b, a.shape, b.shape)
+    if aligned is None:
+        _same_shape(run_a, run_b, a.shape, b.shape)
+        values = difference_pixels(a, b, *region, height, width, reduce)
+    else:
+        values = _streamed(a, AlignedMap(b, *aligned), *region, height, width, reduce)
     return Viewport.of(values, *region, a.shape, reduce)
 
 
@@ -66,6 +73,19 @@ def difference_pixels(
     if reduce == "mean":
         part = slice(*rows), slice(*cols)
         return a.pool(*part, height, width, "mean") - b.pool(*part, height, width, "mean")
+    return _streamed(a, b, rows, cols, height, width, reduce)
+
+
+def _streamed(
+    a: AttentionMap,
+    b: AttentionMap | AlignedMap,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    height: int,
+    width: int,
+    reduce: str,
+) -> np.ndarray:
+    fold = _furthest if reduce == "signed_max" else _mean
     row_edges, col_edges = _edges(*rows, height), _edges(*cols, width)
     out = np.empty((len(row_edges) - 1, len(col_edges) - 1), np.float32)
     per_block = max(1, BLOCK_CELLS // ((cols[1] - cols[0]) * int(np.diff(row_edges).max())))
@@ -73,7 +93,7 @@ def difference_pixels(
         edges = row_edges[top : top + per_block + 1]
         part = slice(int(edges[0]), int(edges[-1])), slice(*cols)
         gap = a.tile(*part) - b.tile(*part)
-        out[top : top + len(edges) - 1] = _furthest(gap, edges - edges[0], col_edges - col_edges[0])
+        out[top : top + len(edges) - 1] = fold(gap, edges - edges[0], col_edges - col_edges[0])
     return out
 
 
@@ -208,12 +228,23 @@ def _plogp(p: np.ndarray) -> float:
 
 
 def _furthest(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
+    """The value furthest from 0 under each pixel; NaN counts nowhere, and stands where there is nothing else."""
     pixels = []
-    for fold in (np.maximum, np.minimum):
-        by_row = np.stack([fold.reduce(gap[a:b], axis=0) for a, b in pairwise(row_edges)])
+    for fold in (np.fmax, np.fmin):
+        by_row = fold.reduceat(gap, row_edges[:-1], axis=0)
         pixels.append(fold.reduceat(by_row, col_edges[:-1], axis=1))
     highest, lowest = pixels
     return np.where(highest >= -lowest, highest, lowest)
+
+
+def _mean(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
+    """The mean of what is no NaN under each pixel."""
+    known = ~np.isnan(gap)
+    sums, counts = (
+        np.add.reduceat(np.add.reduceat(part, row_edges[:-1], axis=0), col_edges[:-1], axis=1)
+        for part in (np.where(known, gap, 0.0), known.astype(np.float64))
+    )
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _edges(start: int, stop: int, pixels: int) -> np.ndarray:

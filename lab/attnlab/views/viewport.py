@@ -69,9 +69,10 @@ class Viewport:
         shape: tuple[int, int],
         reduce: str,
     ) -> Viewport:
-        """A viewport over values that were reduced from the region."""
+        """A viewport over values that were reduced from the region; NaN, where nothing is known, is no extreme."""
         cells = (rows[1] - rows[0], cols[1] - cols[0])
-        extremes = float(values.max()), float(values.min())
+        known = values[~np.isnan(values)] if np.isnan(values).any() else values
+        extremes = (float(known.max()), float(known.min())) if known.size else (0.0, 0.0)
         return cls(values, rows, cols, shape, *extremes, reduce, values.shape == cells)
 
 

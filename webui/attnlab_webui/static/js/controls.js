@@ -3,6 +3,7 @@
 import { axisWord } from "./axes.js";
 import { ColourBar, hatchSwatch } from "./colourbar.js";
 import { makeScale, precise } from "./colour.js";
+import { Distances } from "./distances.js";
 import { HELP } from "./gestures.js";
 import { Minimap } from "./minimap.js";
 import { Options } from "./options.js";
@@ -29,7 +30,7 @@ export class Controls {
       '<div class="at-legend"><span class="at-swatch"></span>masked: no such pair</div></section>' +
       '<section class="at-overlays" data-part="overlays" hidden></section>' +
       '<section class="at-mini-box" data-part="minimap"></section>' +
-      '<section data-part="stats" hidden></section><section data-part="options"></section>' +
+      '<section><div data-part="stats" hidden></div><p class="at-hint" data-part="distance"></p></section><section data-part="options"></section>' +
       '<section class="at-exports" data-part="exports"></section></aside></div>' +
       '<p class="at-complaint" role="alert" hidden></p>';
     this.part = (name) => root.querySelector(`[data-part="${name}"]`);
@@ -40,6 +41,7 @@ export class Controls {
     this.stats = new StatGrid(this.part("stats"), view.state, view.actions);
     this.makeTools(compare);
     this.loadStatistics();
+    if (compare && view.sources.length > 1) this.distances = new Distances(...view.pair(), () => this.showStatistics());
     this.showCell(null, [], false);
   }
 
@@ -96,11 +98,18 @@ export class Controls {
     const { run } = this.view.first.facts;
     try {
       const document = await getJson(`/runs/${run}/statistics`);
-      this.stats.load(document.statistics);
-      this.stats.colour(this.view.table(false));
+      this.statistics = document.statistics;
+      this.showStatistics();
     } catch (error) {
       this.complain(error.message);
     }
+  }
+
+  // How far the compared maps are apart stands before the statistics of the first run.
+  showStatistics() {
+    this.stats.load({ ...this.distances?.statistics, ...this.statistics });
+    this.stats.colour(this.view.table(false));
+    if (this.distances) this.part("distance").textContent = this.distances.words;
   }
 
   complain(message) {
@@ -201,6 +210,7 @@ export class Controls {
   stop() {
     clearInterval(this.blinking);
     this.minimap?.stop();
+    this.distances?.stop();
     this.stats.stop();
   }
 }

@@ -47,7 +47,8 @@ export class Picker {
     this.slider.max = String(layers.length - 1);
     this.slider.value = String(layers.indexOf(layer));
     this.slider.setAttribute("aria-valuetext", `layer ${layer}`);
-    this.of.textContent = `${layer} of ${layers[0]}–${layers.at(-1)}`;
+    this.of.textContent = layers.length > 1 ? `${layer} of ${layers[0]}–${layers.at(-1)}` : `${layer}, the only one`;
+    this.slider.disabled = layers.length < 2;
     this.name.textContent = `L${layer}H${head}`;
     if (this.chips.children.length !== heads) this.makeChips(heads);
     for (const chip of this.chips.children) {

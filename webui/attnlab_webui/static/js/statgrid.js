@@ -49,6 +49,8 @@ export class StatGrid {
   show() {
     const { info } = this;
     if (!info) return;
+    if (this.choice.value !== info.name || !this.ordered) this.order.value = info.order ?? "high";
+    this.ordered = true;
     this.choice.value = info.name;
     this.choice.title = `${info.formula}\n${info.source}`;
     this.canvas.setAttribute(

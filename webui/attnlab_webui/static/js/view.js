@@ -220,7 +220,8 @@ export class View {
   }
 
   get idle() {
-    return this.panels.length > 0 && !this.cellWanted && this.panels.every((panel) => panel.idle);
+    const compared = this.controls?.distances?.idle ?? true;
+    return this.panels.length > 0 && compared && !this.cellWanted && this.panels.every((panel) => panel.idle);
   }
 
   stop() {
