@@ -220,6 +220,13 @@ def served(
             yield Served(address, traced)
 
 
+@pytest.fixture(scope="module")
+def serve_store() -> Iterator[Callable[[Store], str]]:
+    """Serves a store's web pages for all tests of a file; gives the address."""
+    with contextlib.ExitStack() as stack:
+        yield lambda store: stack.enter_context(serving(store))
+
+
 @dataclass
 class ServedRuns:
     """Real runs behind a web server, by the names that a test gave them; nothing may change them."""

@@ -169,21 +169,6 @@ def test_equal_tokens_need_no_alignment(client, traced):
     assert told == {"query": None, "key": None, "share": 1.0}
 
 
-def test_distances_come_layer_by_layer_and_between_layers_of_one_run(client, traced):
-    a, b = traced.run_ids
-    told = client.get(f"/api/v1/compare/distances?a={a}&b={b}&layer=1").json()
-    for head in range(4):
-        gap = np.abs(traced.reference(a, 1, head) - traced.reference(b, 1, head)).sum(axis=1) / 2
-        # 77 rows are sampled to 64
-        assert told["measures"]["total_variation"][0][head] == pytest.approx(gap.mean(), abs=0.1)
-    assert set(told["words"]) == {"total_variation", "jensen_shannon", "spearman"}
-    across = client.get(f"/api/v1/compare/distances?a={a}&b={a}&layer=0&layer_b=1").json()
-    assert np.array(across["measures"]["spearman"]).shape == (4, 4)
-    refused = client.get(f"/api/v1/compare/distances?a={a}&b={b}&layer=0&layer_b=1")
-    assert refused.status_code == 400
-    assert "a and b must be equal" in refused.json()["error"]
-
-
 def test_colour_tables_have_256_colours(client):
     for table in client.get("/api/v1/colormaps").json()["colormaps"].values():
         assert len(table) == 768

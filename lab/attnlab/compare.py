@@ -146,7 +146,9 @@ def validity_notes(
     lengths = {document["sequence_length"] for document, _ in known}
     if len({one for _, one in known}) > 1:
         what = "lengths" if len(lengths) > 1 and _nested([one for _, one in known]) else "tokens"
-        notes.append(f"The inputs differ in their {what}: a cell of one map is not the same cell of another.")
+        notes.append(
+            f"The inputs differ in their {what}: their maps are compared at the tokens that both have."
+        )
     if len(lengths) > 1:
         notes.append("The sequence lengths differ: compare how numbers grow, not their size.")
     if _differ(documents, "dtype"):

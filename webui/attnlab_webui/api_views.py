@@ -100,10 +100,15 @@ def run_curve(run_id: int, name: str, layer: int, head: int, store: StoreDep) ->
 
 @router.get("/runs/{run_id}/distances")
 def distances_of_heads(
-    run_id: int, layer: int, store: StoreDep, layer_b: int | None = None, max_rows: Rows = 64
+    run_id: int,
+    layer: int,
+    store: StoreDep,
+    layer_b: int | None = None,
+    head_b: int | None = None,
+    max_rows: Rows = 64,
 ) -> dict[str, Any]:
-    """How far every head of a layer is from every head of the same layer or of `layer_b`."""
-    return head_distances(store, run_id, layer, layer_b, max_rows).to_json()
+    """How far every head of a layer is from every head, or from `head_b`, of the same layer or of `layer_b`."""
+    return head_distances(store, run_id, layer, layer_b, max_rows, head_b=head_b).to_json()
 
 
 @router.get("/compare/distances")

@@ -50,6 +50,15 @@ def empty(runs: Sequence[RunRow]) -> str:
     return pieces.empty_state(title, text, actions)
 
 
+def of_one_run(run_id: int, against: tuple[int, int]) -> str:
+    """What is compared when one run's heads are."""
+    layer, head = against
+    words = (
+        f"Heads of run #{run_id} against its own L{layer}H{head}: choose another layer and head for A below."
+    )
+    return pieces.notice(words)
+
+
 def latest_pair(runs: Sequence[RunRow]) -> tuple[RunRow, RunRow] | None:
     """The two newest runs of one experiment that have the same size, in grid order; `runs` are newest first."""
     for i, one in enumerate(runs):

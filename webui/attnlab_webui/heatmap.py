@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -35,13 +36,26 @@ def component(elem_id: str = "map") -> gr.HTML:
 
 
 def config(
-    runs: Sequence[int], *, mode: str = "single", pair: Sequence[int] | None = None, stamp: str = ""
+    runs: Sequence[int],
+    *,
+    mode: str = "single",
+    pair: Sequence[int] | None = None,
+    stamp: str = "",
+    against: tuple[int, int] | None = None,
 ) -> str:
     """The value that shows runs: "single" (one map) or "compare" (linked maps, and the difference of a pair).
 
-    `stamp` makes the view start anew when it changes, for example when a run ends.
+    `against` is a layer and head of one run that its others are compared with. `stamp` makes the view start anew when
+    it changes, for example when a run ends.
     """
-    document = {"mode": mode, "runs": list(runs), "pair": list(pair) if pair else None, "stamp": stamp}
+    document: dict[str, Any] = {
+        "mode": mode,
+        "runs": list(runs),
+        "pair": list(pair) if pair else None,
+        "stamp": stamp,
+    }
+    if against is not None:
+        document["against"] = {"layer": against[0], "head": against[1]}
     return json.dumps(document)
 
 

@@ -110,12 +110,23 @@ def run_distances(
 
 
 def head_distances(
-    store: Store, run_id: int, layer: int, layer_b: int | None = None, max_rows: int = 64
+    store: Store,
+    run_id: int,
+    layer: int,
+    layer_b: int | None = None,
+    max_rows: int = 64,
+    *,
+    head_b: int | None = None,
 ) -> DistanceGrid:
-    """Every head of a layer against every head of the same or another layer of one run: heads x heads."""
+    """Every head of a layer against every head (or one) of the same or another layer of one run: heads x heads."""
     layer_b = layer if layer_b is None else layer_b
     heads, heads_b = (find_trace(store, run_id, one)[1].heads for one in (layer, layer_b))
-    pairs = np.array([[(layer, head, layer_b, other) for other in range(heads_b)] for head in range(heads)])
+    if head_b is not None and not 0 <= head_b < heads_b:
+        raise ViewError(
+            f"head_b must be in 0..{heads_b - 1} for layer {layer_b} of run {run_id}; got {head_b}"
+        )
+    others = range(heads_b) if head_b is None else [head_b]
+    pairs = np.array([[(layer, head, layer_b, other) for other in others] for head in range(heads)])
     return _grid(store, run_id, run_id, pairs, None, max_rows)
 
 

@@ -1,10 +1,12 @@
 """Two or more runs side by side: linked maps on one colour scale, their difference, timing, memory, what differs.
 
 `/compare?runs=3,7&pair=3,7&layer=5&head=2&rows=0:128`: runs and pair are read here, the rest by the maps.
+`/compare?runs=3&against=5:2`: every head of one run against one of its own, which stands still.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +28,7 @@ MOST_MAPS = 5  # panels beside the difference; more are compared in charts and t
 CHOSEN_JS = """(runs, first, second) => {
   const params = new URLSearchParams(window.location.search);
   if (runs.length) params.set("runs", runs.join(",")); else params.delete("runs");
+  if (runs.length !== 1) params.delete("against");
   if (first && second && runs.length > 2) params.set("pair", `${first},${second}`); else params.delete("pair");
   const words = params.toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
   history.replaceState(history.state, "", `${window.location.pathname}?${words}`);
@@ -40,6 +43,8 @@ class Asked:
     runs: tuple[int, ...] = ()
     pair: tuple[int, int] | None = None
     problem: str = ""
+    against: tuple[int, int] | None = None
+    """of a single run: the layer and head that its others are compared with"""
 
 
 def build(store: Store) -> None:
@@ -107,7 +112,15 @@ def read_address(store: Store, query: Mapping[str, str]) -> Asked:
     problem = f"There is no run {', '.join(str(run) for run in unknown)}; it is left out." if unknown else ""
     pair = [int(part) for part in query.get("pair", "").split(",") if part.isdigit() and len(part) < 19]
     asked = chosen_runs([run for run in wanted if run in known], *(pair if len(pair) == 2 else (None, None)))
-    return replace(asked, problem=problem)
+    return replace(
+        asked, problem=problem, against=_head(query.get("against", "")) if len(asked.runs) == 1 else None
+    )
+
+
+def _head(text: str) -> tuple[int, int] | None:
+    """``"5:2"`` as layer and head."""
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def chosen_runs(chosen: Sequence[int], a: int | None, b: int | None) -> Asked:
@@ -140,15 +153,22 @@ def picker_values(store: Store, asked: Asked) -> list[Any]:
 def page_values(store: Store, asked: Asked) -> list[Any]:
     """Notice, maps, charts, table and exports."""
     problem = pieces.notice(asked.problem, "error") if asked.problem else ""
+    nothing: list[Any] = [gr.update(visible=False), None, None, None, "", ""]
+    if asked.against is not None and len(asked.runs) == 1:
+        return [
+            problem + compare_view.of_one_run(asked.runs[0], asked.against),
+            map_value(store, asked),
+            *nothing,
+        ]
     if len(asked.runs) < 2:
         rows = results.list_runs(store, filters={"state": "succeeded"}, limit=50).rows
         empty = compare_view.empty(rows)
-        return [problem + empty, "", gr.update(visible=False), None, None, None, "", ""]
+        return [problem + empty, "", *nothing]
     try:
         comparison = compare_runs(store, asked.runs)
     except (CompareError, ViewError) as error:
         words = problem + pieces.notice(str(error), "error")
-        return [words, "", gr.update(visible=False), None, None, None, "", ""]
+        return [words, "", *nothing]
     documents = comparison.documents
     return [
         problem + compare_view.notes(comparison),
@@ -171,7 +191,8 @@ def map_value(store: Store, asked: Asked) -> str:
     pair = [run for run in asked.pair or () if run in ids]
     ids = [*pair, *(run for run in ids if run not in pair)][:MOST_MAPS]
     stamp = "-".join(f"{row.attempt}.{row.finished_at or 0:.0f}" for row in with_maps)
-    return heatmap.config(ids, mode="compare", pair=pair if len(pair) == 2 else None, stamp=stamp)
+    pair = pair if len(pair) == 2 else None
+    return heatmap.config(ids, mode="compare", pair=pair, stamp=stamp, against=asked.against)
 
 
 def _has_maps(store: Store, row: RunRow) -> bool:

@@ -4,6 +4,7 @@ import { short, ticks } from "./colour.js";
 import { readInk } from "./ink.js";
 
 const WIDTH = 256;
+const NARROW = 215; // pixels in which not every tick has room
 
 export class ColourBar {
   constructor(root, words) {
@@ -28,8 +29,9 @@ export class ColourBar {
       image.data.set([...table.colours.subarray(colour, colour + 3), 255], at * 4);
     }
     this.strip.getContext("2d").putImageData(image, 0, 0);
-    this.ticks.replaceChildren();
-    for (const value of ticks(scale)) this.ticks.append(mark(scale, value, clipped));
+    const narrow = this.strip.clientWidth > 0 && this.strip.clientWidth < NARROW;
+    const marks = ticks(scale).filter((value, i, all) => !narrow || i === 0 || i === all.length - 1 || i === all.length >> 1);
+    this.ticks.replaceChildren(...marks.map((value) => mark(scale, value, clipped)));
     const range = `${short(scale.floor)} to ${short(scale.top)}`;
     this.root.setAttribute("aria-label", `${words}, ${scale.kind} from ${range}`);
     this.root.setAttribute("role", "img");

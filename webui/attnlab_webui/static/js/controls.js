@@ -171,8 +171,8 @@ export class Controls {
       tokenLine(axisWord("key (to)", keyTitle), keys?.[cell.col], cell.col),
     );
     this.view.panels.forEach((panel, i) => {
-      const name = panel.source.key.startsWith("difference") ? "difference" : this.view.panels.length > 1 ? `#${panel.source.facts.run}` : "weight";
-      place.append(valueLine(name, values[i], panel, cell));
+      const name = panelName(panel.source, this.view.panels.length);
+      place.append(valueLine(name, values[i], panel, this.view.cellIn(panel)));
     });
     if (held) place.append(line("at-hint", "held · Esc lets go"));
   }
@@ -185,10 +185,10 @@ export class Controls {
     const theme = document.body.classList.contains("dark") ? "dark" : "light";
     const colormap = view.table(false).name;
     const look = { ...region, scale: norm === "row" && !view.first.signed ? "row" : scale, reduce, colormap, theme };
-    const runs = view.sources.map((source) => source.facts.run);
+    const runs = [...new Set(view.sources.map((source) => source.facts.run))];
     const base = runs.length > 1 ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
     const which = runs.length > 1 ? { runs: runs.join(",") } : {};
-    place.replaceChildren(line("at-label", "this view"));
+    place.replaceChildren(line("at-label", view.config.against ? "the first map" : "this view"));
     const numbers = runs.length > 1 ? ["npz"] : ["npz", "parquet", "safetensors"];
     const files = [...["png", "svg", "pdf"].map((format) => [format, look]), ...numbers.map((format) => [format, region])];
     for (const [format, fields] of files) {
@@ -205,6 +205,7 @@ export class Controls {
       setTimeout(() => (share.textContent = "Copy link"), 1500);
     });
     place.append(share);
+    if (view.config.mode !== "compare") place.append(compareLink(runs[0], layer, head));
   }
 
   stop() {
@@ -213,6 +214,21 @@ export class Controls {
     this.distances?.stop();
     this.stats.stop();
   }
+}
+
+// This head against the others of its run.
+function compareLink(run, layer, head) {
+  const link = document.createElement("a");
+  link.href = `/compare?runs=${run}&layer=${layer}&head=${head}&against=${layer}:${head}`;
+  link.textContent = "Compare heads";
+  link.title = `other layers and heads of this run against L${layer}H${head}`;
+  return link;
+}
+
+function panelName(source, panels) {
+  if (source.key.startsWith("difference")) return "difference";
+  if (source.at) return `L${source.at.layer}H${source.at.head}`;
+  return panels > 1 ? `#${source.facts.run}` : "weight";
 }
 
 function largest(values) {
@@ -224,7 +240,7 @@ function largest(values) {
 function signedWords(view) {
   if (view.sources.length === 1) return view.first.part ? `${view.first.part} part of the score` : "signed weight";
   const [a, b] = view.pair();
-  return `#${a.facts.run} − #${b.facts.run}`;
+  return b.at ? `A − L${b.at.layer}H${b.at.head}` : `#${a.facts.run} − #${b.facts.run}`;
 }
 
 function button(words, help, onClick) {
@@ -258,7 +274,7 @@ function valueLine(name, value, panel, cell) {
   const label = document.createElement("span");
   label.textContent = `${name} `;
   const text = document.createElement("b");
-  const pooled = value === null ? panel.pooledAt(cell.row, cell.col) : null;
+  const pooled = value === null && cell ? panel.pooledAt(cell.row, cell.col) : null;
   if (Number.isNaN(value ?? pooled)) text.textContent = "masked";
   else if (value !== null) text.textContent = (panel.source.signed && value > 0 ? "+" : "") + precise(value);
   else text.textContent = pooled === null ? "—" : `≲ ${precise(pooled)}`;

@@ -2,7 +2,12 @@
 
 import { ApiError, getJson, query } from "./request.js";
 
-const LOWEST_FIRST = ["spearman"]; // where a small number means far apart
+const MEASURES = {
+  total_variation: { title: "total variation", formula: "half the sum of |p - q|, mean over rows: 0 equal, 1 disjoint", unit: "" },
+  jensen_shannon: { title: "Jensen-Shannon", formula: "divergence, mean over rows: 0 equal, 1 disjoint", unit: "bits" },
+  // a small correlation means far apart
+  spearman: { title: "rank correlation", formula: "Spearman's, of a row's weights, mean over rows: 1 the same order", unit: "", order: "low" },
+};
 
 export class Distances {
   // a, b: MapSources; changed: called when another layer is there
@@ -18,7 +23,13 @@ export class Distances {
     return Boolean(this.done);
   }
 
+  // Of two runs the layers that both have; of a head that stays all layers of its run.
   get layers() {
+    const [first, second] = this.pair;
+    if (second.at) {
+      const { queries, keys } = second.layer ?? {};
+      return first.facts.layers.filter((one) => one.queries === queries && one.keys === keys).map(({ layer }) => layer);
+    }
     const [a, b] = this.pair.map(({ facts }) => facts.layers.map(({ layer }) => layer));
     return a.filter((layer) => b.includes(layer));
   }
@@ -29,8 +40,11 @@ export class Distances {
     this.words = layers.length ? "" : "These runs have recorded no layer in common.";
     try {
       for (const [i, layer] of layers.entries()) {
-        const asked = query({ a: a.run, b: b.run, layer, v: `${a.stamp}-${b.stamp}` });
-        this.add(layer, await getJson(`/compare/distances?${asked}`, this.controller.signal));
+        const { at } = this.pair[1];
+        const path = at
+          ? `/runs/${a.run}/distances?${query({ layer, layer_b: at.layer, head_b: at.head })}`
+          : `/compare/distances?${query({ a: a.run, b: b.run, layer })}`;
+        this.add(layer, await getJson(path, this.controller.signal), at);
         if (i + 1 < layers.length) this.words = `comparing: ${i + 1} of ${layers.length} layers, ${this.note}`;
         else this.words = this.note;
         this.changed();
@@ -45,27 +59,20 @@ export class Distances {
     this.changed();
   }
 
-  add(layer, { measures, words, note }) {
+  add(layer, { measures, note }, at) {
     const [a, b] = this.pair.map(({ facts }) => facts.run);
+    const between = at ? `from L${at.layer}H${at.head}` : `#${a} and #${b}`;
     this.note = note;
-    for (const [name, [row]] of Object.entries(measures)) {
+    for (const [name, table] of Object.entries(measures)) {
+      const row = at ? table.map(([value]) => value) : table[0];
       if (row.every((value) => value === null)) continue;
-      const { title, formula, unit } = words[name];
-      this.statistics[name] ??= {
-        title: `${title}, #${a} and #${b}`,
-        formula,
-        source: "",
-        unit,
-        order: LOWEST_FIRST.includes(name) ? "low" : "high",
-        layers: [],
-        heads: [],
-        values: [],
-      };
-      const table = this.statistics[name];
-      table.layers.push(layer);
-      table.values.push(row);
-      if (row.length > table.heads.length) table.heads = row.map((_, head) => head);
-      table.values = table.values.map((values) => table.heads.map((head) => values[head] ?? null));
+      const words = MEASURES[name];
+      this.statistics[name] ??= { ...words, title: `${words.title}, ${between}`, source: "", layers: [], heads: [], values: [] };
+      const found = this.statistics[name];
+      found.layers.push(layer);
+      found.values.push(row);
+      if (row.length > found.heads.length) found.heads = row.map((_, head) => head);
+      found.values = found.values.map((values) => found.heads.map((head) => values[head] ?? null));
     }
   }
 

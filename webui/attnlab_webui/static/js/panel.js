@@ -3,7 +3,7 @@
 import { drawAxes, drawCrosshair, plotArea } from "./axes.js";
 import { paint, precise, short, indexOf } from "./colour.js";
 import { attachGestures } from "./gestures.js";
-import { ApiError, getTile, query } from "./request.js";
+import { ApiError, getTile } from "./request.js";
 import { hatch, readInk } from "./ink.js";
 
 const MOST_PIXELS = 512;
@@ -307,7 +307,7 @@ export class Panel {
     context.setTransform(this.dpr, 0, 0, this.dpr, 0, 0);
     context.clearRect(0, 0, this.size.w, this.size.h);
     this.shared.over(context, this, ink);
-    const cell = this.shared.cross();
+    const cell = this.shared.cross(this);
     if (cell) drawCrosshair(context, this.plot, this.camera.window, this.source.labels(), cell, ink);
     if (!this.box) return;
     context.strokeStyle = ink.accent;
@@ -368,7 +368,7 @@ export class Panel {
 
   cellPath(row, col) {
     const { layer, head } = this.shared.state.values;
-    return this.source.cellPath(query({ layer, head, row, col }));
+    return this.source.cellPath({ layer, head, row, col });
   }
 
   stop() {

@@ -64,7 +64,24 @@ export class MapSource {
   }
 
   cellPath(fields) {
-    return `/runs/${this.facts.run}/cell?${fields}${this.part ? `&part=${this.part}` : ""}`;
+    return `/runs/${this.facts.run}/cell?${query({ ...fields, part: this.part ?? undefined })}`;
+  }
+}
+
+// One head of a run that stays, whatever is chosen: another layer or head is compared with it.
+export class PinnedSource extends MapSource {
+  constructor(facts, tokens, state, at) {
+    super(facts, tokens, { get: (name) => (name in at ? at[name] : state.get(name)) });
+    this.at = at;
+    this.key = `run ${facts.run} L${at.layer}H${at.head}`;
+  }
+
+  path(fields) {
+    return super.path({ ...fields, ...this.at });
+  }
+
+  cellPath({ row, col }) {
+    return super.cellPath({ ...this.at, row, col });
   }
 }
 
@@ -77,8 +94,16 @@ export class DifferenceSource {
     this.key = `difference ${a.facts.run} ${b.facts.run}`;
   }
 
+  // What is taken away where it is another head of the same run.
+  get second() {
+    const { at } = this.b;
+    return at ? { layer_b: at.layer, head_b: at.head } : {};
+  }
+
   title() {
     const { layer, head } = this.state.values;
+    const { at } = this.b;
+    if (at) return `difference L${layer}H${head} − L${at.layer}H${at.head}`;
     return `L${layer}H${head} · difference #${this.a.facts.run} − #${this.b.facts.run}`;
   }
 
@@ -94,10 +119,10 @@ export class DifferenceSource {
     const reduce = fields.reduce === "mean" ? "mean" : "signed_max";
     const pair = { a: this.a.facts.run, b: this.b.facts.run };
     const v = `${this.a.facts.stamp}-${this.b.facts.stamp}`;
-    return `/compare/viewport?${query({ ...pair, ...fields, reduce, v })}`;
+    return `/compare/viewport?${query({ ...pair, ...fields, ...this.second, reduce, v })}`;
   }
 
   cellPath(fields) {
-    return `/compare/cell?a=${this.a.facts.run}&b=${this.b.facts.run}&${fields}`;
+    return `/compare/cell?${query({ a: this.a.facts.run, b: this.b.facts.run, ...fields, ...this.second })}`;
   }
 }

@@ -22,6 +22,7 @@ export class StatGrid {
     this.canvas = root.querySelector("canvas");
     this.words = root.querySelector(".at-stats-words");
     this.top = root.querySelector(".at-stats-top");
+    this.usual = "high";
     this.choice.addEventListener("change", () => state.set({ statistic: this.choice.value }));
     this.order.addEventListener("change", () => this.showTop());
     this.canvas.addEventListener("pointermove", (event) => this.say(this.headAt(event)));
@@ -49,8 +50,9 @@ export class StatGrid {
   show() {
     const { info } = this;
     if (!info) return;
-    if (this.choice.value !== info.name || !this.ordered) this.order.value = info.order ?? "high";
-    this.ordered = true;
+    const usual = info.order ?? "high"; // a small correlation is a large change
+    if (usual !== this.usual) this.order.value = usual;
+    this.usual = usual;
     this.choice.value = info.name;
     this.choice.title = `${info.formula}\n${info.source}`;
     this.canvas.setAttribute(

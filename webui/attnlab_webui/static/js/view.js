@@ -1,5 +1,6 @@
 // The map view: panels that share one camera, one crosshair and one colour scale, with their controls.
 
+import { Alignment } from "./alignment.js";
 import { Camera } from "./camera.js";
 import { chooseTable, loadTables, makeScale, topOf } from "./colour.js";
 import { Controls } from "./controls.js";
@@ -8,7 +9,7 @@ import { Panel } from "./panel.js";
 import { Overlays } from "./overlay.js";
 import { getJson, getTile, query, TileCache } from "./request.js";
 import { Selection } from "./selection.js";
-import { DifferenceSource, MapSource } from "./source.js";
+import { DifferenceSource, MapSource, PinnedSource } from "./source.js";
 import { State } from "./state.js";
 
 const CELL_MS = 40;
@@ -22,6 +23,7 @@ export class View {
     this.state = given.state ?? new State();
     this.cache = given.cache ?? new TileCache();
     this.panels = [];
+    this.alignment = new Alignment();
     this.hovered = null;
     this.held = null;
     this.camera = new Camera((rows, cols) => this.state.set({ rows, cols }));
@@ -42,6 +44,7 @@ export class View {
     const [tables, ...facts] = await Promise.all(answers);
     const tokens = await Promise.all(runs.map((run) => getJson(`/runs/${run}/tokens`)));
     const sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
+    if (this.config.against) sources.push(new PinnedSource(facts[0], tokens[0], this.state, this.config.against));
     if (!this.stopped) await this.show(tables, sources);
   }
 
@@ -75,15 +78,37 @@ export class View {
       state: this.state,
       cache: this.cache,
       actions: this.actions,
-      cross: () => this.held ?? this.hovered,
+      cross: (panel) => this.cellIn(panel),
       onTile: () => this.recolour(),
       over: (context, panel, ink) => this.overlays.draw(context, panel, ink),
       pad: (panel) => this.overlays.pad(panel),
     };
     const sources = [...this.sources];
     if (this.config.mode === "compare" && sources.length > 1) sources.push(new DifferenceSource(...this.pair(), this.state));
-    this.panels = sources.map((source) => new Panel(this.controls.panelRoot(), source, shared));
+    this.panels = sources.map((source) => {
+      const ours = (cell) => this.alignment.from(source.a ?? source, cell);
+      const actions = { ...this.actions, hover: (cell) => this.hover(ours(cell)), hold: (cell) => this.hold(ours(cell)) };
+      return new Panel(this.controls.panelRoot(), source, { ...shared, actions });
+    });
     this.controls.arrange(this.panels);
+  }
+
+  // The crosshair's cell as a panel counts it: other inputs have other places for the same tokens.
+  cellIn({ source }) {
+    return this.alignment.to(source.a ?? source, this.held ?? this.hovered);
+  }
+
+  async align() {
+    if (this.sources.length < 2) return;
+    this.aligning?.abort();
+    this.aligning = new AbortController();
+    try {
+      await this.alignment.load(this.sources, this.state.get("layer"), this.aligning.signal);
+      this.aligning = null;
+      this.readCross();
+    } catch (error) {
+      if (error.name !== "AbortError") throw error;
+    }
   }
 
   openCamera() {
@@ -104,6 +129,7 @@ export class View {
     this.controls.showSelection();
     this.loadThumbs();
     this.overlays.load();
+    this.align();
     this.readCross();
   }
 
@@ -194,7 +220,7 @@ export class View {
     this.cellWanted?.abort();
     clearTimeout(this.cellTimer);
     for (const panel of this.panels) if (panel.plot) panel.drawOver();
-    const values = this.panels.map((panel) => (cell ? inside(panel, cell) : null));
+    const values = this.panels.map((panel) => inside(panel, this.cellIn(panel)));
     this.panels.forEach((panel, i) => panel.showValue(values[i]));
     this.controls.showCell(cell, values, this.held !== null);
     if (!cell || values.every((value) => value !== null)) return;
@@ -204,11 +230,11 @@ export class View {
   async askCell(cell, values) {
     const controller = new AbortController();
     this.cellWanted = controller;
-    const { row, col } = cell;
     const asked = this.panels.map(async (panel, i) => {
       const extent = panel.source.extent();
-      if (values[i] !== null || !extent || row >= extent.rows || col >= extent.cols) return values[i];
-      const answer = await getJson(panel.cellPath(row, col), controller.signal);
+      const at = this.cellIn(panel);
+      if (values[i] !== null || !extent || !at || at.row >= extent.rows || at.col >= extent.cols) return values[i];
+      const answer = await getJson(panel.cellPath(at.row, at.col), controller.signal);
       return answer.masked ? Number.NaN : answer.value;
     });
     const answers = await Promise.allSettled(asked);
@@ -221,12 +247,13 @@ export class View {
 
   get idle() {
     const compared = this.controls?.distances?.idle ?? true;
-    return this.panels.length > 0 && compared && !this.cellWanted && this.panels.every((panel) => panel.idle);
+    return this.panels.length > 0 && compared && !this.aligning && !this.cellWanted && this.panels.every((panel) => panel.idle);
   }
 
   stop() {
     this.stopped = true;
     this.cellWanted?.abort();
+    this.aligning?.abort();
     this.thumbsWanted?.abort();
     clearTimeout(this.cellTimer);
     this.unwatch?.();
@@ -238,9 +265,11 @@ export class View {
   }
 }
 
-function inside(panel, { row, col }) {
+function inside(panel, cell) {
   const extent = panel.source.extent();
-  return extent && row < extent.rows && col < extent.cols ? panel.valueAt(row, col) : null;
+  if (!extent || !cell) return null;
+  const { row, col } = cell;
+  return row < extent.rows && col < extent.cols ? panel.valueAt(row, col) : null;
 }
 
 function same(a, b) {

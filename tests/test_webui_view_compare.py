@@ -1,0 +1,129 @@
+"""Laws of comparing: distances lead to the heads that changed most, and other inputs are compared by their tokens."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from attnlab.views.distances import head_distances, run_distances
+from attnlab_storage.database import open_store
+
+pytestmark = pytest.mark.browser
+
+IDLE = "() => window.__attnlab?.idle"
+
+
+@pytest.fixture(scope="module")
+def lengths(sqlite_template, tmp_path_factory, make_traced, serve_store):
+    """Runs of 77 and of 30 tokens; both begin with the same 28 and end with the same two."""
+    path = tmp_path_factory.mktemp("lengths") / "attnlab.db"
+    shutil.copyfile(sqlite_template, path)
+    with open_store(f"sqlite:///{path}") as store:
+        long, short = make_traced(store), make_traced(store, tokens=30, seed=3)
+        yield serve_store(store), long, short
+
+
+@pytest.fixture
+def compare(lengths, browse):
+    def open_page(query, **options):
+        page = browse(f"{lengths[0]}/compare?{query}", **options)
+        page.wait_for_function(IDLE)
+        return page
+
+    return open_page
+
+
+def top_heads(page):
+    return [words.split()[0] for words in page.locator(".at-stats-top button").all_inner_texts()]
+
+
+def name_of(change):
+    return f"L{change.layer}H{change.head}"
+
+
+def test_the_list_leads_to_the_heads_that_changed_most(compare, lengths):
+    _, long, _ = lengths
+    a, b = long.run_ids[:2]
+    page = compare(f"runs={a},{b}&layer=0&head=0")
+    grid = run_distances(long.store, a, b)
+    assert top_heads(page) == [name_of(change) for change in grid.most_changed(count=5)]
+    page.get_by_label("statistic").select_option(label=f"rank correlation, #{a} and #{b}")
+    assert page.get_by_label("order").input_value() == "low"
+    assert top_heads(page) == [name_of(change) for change in grid.most_changed("spearman", 5)]
+    first = grid.most_changed("spearman", 1)[0]
+    page.locator(".at-stats-top button").first.click()
+    page.locator(".at-panel-title").first.get_by_text(f"{name_of(first)} ·").wait_for()
+
+
+def test_the_crosshair_stands_on_the_same_token_in_both_maps(compare, lengths):
+    _, long, short = lengths
+    a, b = long.run_ids[0], short.run_ids[0]
+    page = compare(f"runs={a},{b}&layer=0&head=1&scale=linear")
+    assert page.get_by_text("The inputs differ in their tokens").is_visible()
+    panel = page.locator("canvas.at-map").first
+    plot = page.evaluate("() => window.__attnlab.panels()[0].plot")
+    row, col = 76, 75  # the last two tokens, 29 and 28 of the shorter
+    x = plot["x"] + (col + 0.5) * plot["w"] / 77
+    panel.hover(position={"x": x, "y": plot["y"] + (row + 0.5) * plot["h"] / 77})
+    numbers = page.locator(".at-readout .at-weight b")
+    other = short.reference(b, 0, 1)[29, 28]
+    numbers.nth(2).wait_for()
+    page.wait_for_function(IDLE)
+    assert float(numbers.nth(1).inner_text()) == pytest.approx(other, abs=1e-5)
+    ours = long.reference(a, 0, 1)[row, col]
+    assert float(numbers.nth(0).inner_text()) == pytest.approx(ours, abs=1e-5)
+    assert float(numbers.nth(2).inner_text()) == pytest.approx(ours - other, abs=1e-5)
+
+
+def test_the_difference_of_other_inputs_is_drawn_where_both_have_the_tokens(compare, lengths):
+    _, long, short = lengths
+    a, b = long.run_ids[0], short.run_ids[0]
+    page = compare(f"runs={a},{b}&layer=0&head=1")
+    shown = page.evaluate(
+        "() => [...window.__attnlab.panels()[2].tile.values].map(v => Number.isNaN(v) ? null : v)"
+    )
+    values = np.array(shown, float).reshape(77, 77)
+    assert np.isnan(values[40]).all()
+    expected = long.reference(a, 0, 1)[20, :21] - short.reference(b, 0, 1)[20, :21]
+    np.testing.assert_allclose(values[20, :21], expected, atol=4e-6)
+
+
+def test_heads_of_one_run_are_compared_with_one_that_stays(compare, lengths):
+    _, long, _ = lengths
+    run = long.run_ids[0]
+    page = compare(f"runs={run}&layer=0&head=1&against=1:3")
+    titles = page.evaluate("() => window.__attnlab.panels().map(panel => panel.title)")
+    assert [title.split(" · ")[0] for title in titles] == ["L0H1", "L1H3", "difference L0H1 − L1H3"]
+    shown = page.evaluate("() => window.__attnlab.panels()[2].tile.values[20 * 77 + 5]")
+    assert shown == pytest.approx(
+        long.reference(run, 0, 1)[20, 5] - long.reference(run, 1, 3)[20, 5], abs=4e-6
+    )
+    grids = [head_distances(long.store, run, layer, 1, head_b=3) for layer in (0, 1)]
+    changes = sorted((c for grid in grids for c in grid.most_changed()), key=lambda change: -change.value)
+    assert top_heads(page) == [name_of(change) for change in changes[:5]]
+    assert page.locator(".at-stats-words").inner_text().startswith("L0H1")
+    page.get_by_role("radio", name="head 2").click()
+    page.wait_for_function(IDLE)
+    assert page.evaluate("() => window.__attnlab.panels()[1].title").startswith("L1H3")
+
+
+def test_the_map_of_a_run_leads_to_the_comparison_of_its_heads(lengths, browse):
+    address, long, _ = lengths
+    page = browse(f"{address}/experiment?id={long.experiment_id}&run={long.run_ids[0]}&layer=1&head=2")
+    page.wait_for_function(IDLE)
+    page.get_by_role("link", name="Compare heads").click()
+    page.wait_for_url("**/compare?*against=1:2*")
+    page.get_by_text("against its own L1H2").wait_for()
+
+
+def test_a_run_of_one_layer_has_no_range_of_layers(serve_runs, browse):
+    ran = serve_runs(
+        one={
+            "module": {"dim": 24, "num_heads": 2},
+            "vary": {"mechanism": ["multi_head"], "sequence_length": [5]},
+        }
+    )
+    page = browse(ran.link("one"))
+    page.wait_for_function(IDLE)
+    assert page.locator(".at-layer .at-of").inner_text() == "0, the only one"
+    assert page.locator(".at-layer input").is_disabled()
