@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from attnlab_storage import results
+from attnlab_storage import results, tensors
 
 pytestmark = pytest.mark.browser
 
@@ -104,3 +104,25 @@ def test_the_curve_has_a_dot_for_every_head_and_a_point_for_every_layer(grid, en
     means = [np.mean([entropy[f"L{layer}H{head}"] for head in range(4)]) for layer in range(2)]
     assert (heights[0] < heights[1]) == (means[0] > means[1])  # y runs down
     assert page.locator(".at-curves-chosen title").text_content().startswith("L1H3 ")
+
+
+def test_what_a_run_keeps_along_the_positions_is_drawn_for_the_chosen_head(serve, browse, traced):
+    run_id = traced.run_ids[0]
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    for layer in range(2):
+        assert tensors.keep_derived(traced.store, run_id, 1, "row_entropy", layer, rows + layer)
+    page = browse(
+        f"{serve(traced.store)}/experiment?id={traced.experiment_id}&run={run_id}&view=grid&layer=1&head=2"
+    )
+    page.wait_for_function(IDLE)
+    place = page.locator('[data-part="positions"]')
+    assert "L1H2 · entropy of each query, nats" in place.inner_text()
+    line = place.locator("polyline").get_attribute("points").split()
+    heights = [float(point.split(",")[1]) for point in line]
+    assert heights == sorted(heights, reverse=True)  # 7, 8, 9: y runs down
+    assert len(line) == 3
+    page.locator(".at-stats-grid").focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function(
+        "() => document.querySelector('[data-part=positions]').textContent.includes('L1H1')"
+    )

@@ -14,6 +14,7 @@ from attnlab.views.colormaps import COLORMAPS, colormap
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab.views.overlays import part_names
 from attnlab.views.read_inputs import attention_role, grows, patch_grid
+from attnlab.views.statistics import kept_curves
 from attnlab.views.thumbnails import KEPT_SIZE, thumbnail, thumbnail_progress
 from attnlab.views.tokens import stream_axes, token_labels
 from attnlab.views.trace_map import is_signed, map_facts
@@ -170,9 +171,13 @@ def run_thumbnails(
 
 @router.get("/runs/{run_id}/statistics")
 def statistics(run_id: int, store: StoreDep) -> dict[str, Any]:
-    """Per-layer, per-head numbers: {name: {title, formula, source, unit, layers, heads, values[layer][head]}}."""
+    """Per-layer, per-head numbers: {name: {title, formula, source, unit, layers, heads, values[layer][head]}}.
+
+    `curves` names those that the run keeps along the positions: ask for them at `/curve`.
+    """
     find_run(store, run_id)
-    return {"run": run_id, "statistics": statistics_document(store, run_id)}
+    document = {"run": run_id, "statistics": statistics_document(store, run_id)}
+    return document | {"curves": kept_curves(store, run_id)}
 
 
 def _masked(store: Store, run_id: int, layer: int, head: int, row: int, col: int) -> bool:

@@ -178,6 +178,12 @@ def curve(store: Store, run_id: int, name: str, layer: int, head: int) -> np.nda
         raise NothingRecorded(f"run {run_id} holds no {name} of L{layer}H{head}: {why} ({error})") from None
 
 
+def kept_curves(store: Store, run_id: int) -> list[str]:
+    """The `CURVES` that a run keeps of any layer."""
+    names = {info.name for info in tensors.tensor_info(store, run_id)}
+    return [name for name in CURVES if name in names]
+
+
 def statistics_table() -> str:
     """The statistics as a Markdown table: what the documents show."""
     lines = ["| name | what it is | unit | formula | source |", "| --- | --- | --- | --- | --- |"]

@@ -45,6 +45,30 @@ export function drawCurves(root, info, chosen, select) {
   if (chosenDot) picture.append(chosenDot);
 }
 
+// Numbers along the positions of a head, from the first to the last.
+export function drawLine(root, title, points, last) {
+  const height = 62;
+  const picture = make("svg", { viewBox: `0 0 ${SIZE.width} ${height}`, class: "at-curves", role: "img", "aria-label": title });
+  const top = Math.max(...points) || 1;
+  const x = (at) => SIZE.left + (at * (SIZE.width - SIZE.left - SIZE.right)) / Math.max(1, points.length - 1);
+  const y = (value) => height - 14 - (value / top) * (height - 20);
+  for (const value of [0, top]) {
+    picture.append(
+      make("line", { class: "at-curves-rule", x1: SIZE.left, x2: SIZE.width - SIZE.right, y1: y(value), y2: y(value) }),
+      words(short(value), { x: SIZE.left - 5, y: y(value) + 3, "text-anchor": "end" }),
+    );
+  }
+  picture.append(
+    make("polyline", { class: "at-curves-mean", points: points.map((value, at) => `${x(at)},${y(value)}`).join(" ") }),
+    words("0", { x: SIZE.left, y: height - 3, "text-anchor": "start" }),
+    words(String(last), { x: SIZE.width - SIZE.right, y: height - 3, "text-anchor": "end" }),
+  );
+  const name = document.createElement("div");
+  name.className = "at-hint";
+  name.textContent = title;
+  root.append(name, picture);
+}
+
 function mean(values) {
   return values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
 }

@@ -2,7 +2,7 @@
 
 import { makeScale, paint, short } from "../colour.js";
 import { parseConditions } from "../conditions.js";
-import { drawCurves } from "../curves.js";
+import { drawCurves, drawLine } from "../curves.js";
 import { onTheme } from "../dark.js";
 import { hatch, readInk } from "../ink.js";
 import { ApiError, getJson } from "../request.js";
@@ -30,7 +30,8 @@ export class Grid {
       '<p class="at-complaint" role="alert" hidden></p>' +
       '<div class="at-grid-body"><div class="at-grid" role="grid" aria-label="heads"></div>' +
       '<aside class="at-side"><section data-part="stats" hidden></section>' +
-      '<section data-part="curves"></section><section data-part="formula" class="at-hint"></section></aside></div>';
+      '<section data-part="curves"></section><section data-part="formula" class="at-hint"></section>' +
+      '<section data-part="positions"></section></aside></div>';
     this.find = (name) => root.querySelector(name);
     this.grid = this.find(".at-grid");
     this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "120px" });
@@ -57,7 +58,9 @@ export class Grid {
     this.makeTiles();
     this.arrange();
     try {
-      this.statistics = (await getJson(`/runs/${this.run.run}/statistics`)).statistics;
+      const found = await getJson(`/runs/${this.run.run}/statistics`);
+      this.statistics = found.statistics;
+      this.curves = found.curves;
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       this.complain(error.message);
@@ -72,6 +75,31 @@ export class Grid {
     this.loaded = true;
     this.arrange();
     this.recolour();
+    await this.showPositions();
+  }
+
+  // What the run keeps of the chosen head along its positions.
+  async showPositions() {
+    const { layer, head } = this.state.values;
+    const { queries, keys } = this.run.source.layer;
+    const place = this.find('[data-part="positions"]');
+    this.curvesWanted?.abort();
+    const controller = new AbortController();
+    this.curvesWanted = controller;
+    try {
+      const asked = (this.curves ?? []).map((name) => getJson(this.run.path("curve", { name, layer, head }), controller.signal));
+      const found = await Promise.all(asked);
+      place.replaceChildren();
+      for (const { name, points } of found) {
+        const [words, last] = name === "row_entropy" ? ["entropy of each query, nats", queries - 1] : ["weight that each key receives", keys - 1];
+        drawLine(place, `L${layer}H${head} · ${words}`, points, last);
+      }
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof ApiError)) throw error;
+      place.replaceChildren(); // a layer that kept none
+    }
+    if (this.curvesWanted === controller) this.curvesWanted = null;
   }
 
   makeTiles() {
@@ -244,6 +272,7 @@ export class Grid {
       this.showChosen();
       this.stats.show();
       this.showStatistic();
+      this.showPositions();
     }
   }
 
@@ -306,12 +335,13 @@ export class Grid {
   }
 
   get idle() {
-    return Boolean(this.loaded) && this.thumbs.idle;
+    return Boolean(this.loaded) && this.thumbs.idle && !this.curvesWanted;
   }
 
   stop() {
     this.stopped = true;
     this.thumbs.stop();
+    this.curvesWanted?.abort();
     this.seen.disconnect();
     this.stats.stop();
     for (const detach of this.detach) detach();
