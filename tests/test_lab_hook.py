@@ -19,8 +19,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    GptOssConfig,
-    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -28,8 +26,6 @@ from transformers import (
     ModernBertConfig,
     ModernBertModel,
     StaticCache,
-    T5Config,
-    T5Model,
     ViTConfig,
     ViTModel,
 )
@@ -305,21 +301,19 @@ def test_the_models_own_attention_comes_back() -> None:
 
 
 def test_what_our_kernels_would_ignore_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match="head_mask: BertSelfAttention asks for it"):
+        through_hook(build(_bert), Swap(), input_ids=tokens(), head_mask=torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    "mechanism", ["linear", "paged", "ring", "chunked_prefill", "neighborhood", "sparse"]
+)
+def test_what_a_mechanism_cannot_add_to_its_scores_is_refused_by_name(mechanism: str) -> None:
     gemma = build(lambda: Gemma2ForCausalLM(Gemma2Config(**DECODER, num_key_value_heads=2, head_dim=8)))
-    with pytest.raises(Unsupported, match="softcap"):
-        through_hook(gemma, Swap(), input_ids=tokens())
-    t5 = build(
-        lambda: T5Model(T5Config(d_model=48, d_kv=8, d_ff=40, num_layers=1, num_heads=6, vocab_size=97))
-    )
-    with pytest.raises(Unsupported, match="position_bias"):
-        through_hook(t5, Swap(), input_ids=tokens(), decoder_input_ids=tokens())
-    oss = build(
-        lambda: GptOssForCausalLM(
-            GptOssConfig(**DECODER, num_key_value_heads=2, head_dim=8, num_local_experts=2)
-        )
-    )
-    with pytest.raises(Unsupported, match="s_aux"):
-        through_hook(oss, Swap(), input_ids=tokens())
+    with pytest.raises(
+        Unsupported, match=f"{mechanism}: has no softcap, which model.layers.0.self_attn asks"
+    ):
+        through_hook(gemma, plan_swap(mechanism, {}, "auto"), input_ids=tokens())
 
 
 def test_dropout_is_refused_for_it_leaves_no_map() -> None:

@@ -55,6 +55,8 @@ class AttentionCall:
     """values ``[B, Hkv, m', Dv]`` of the first rows, where these have their own"""
     unmapped: str = ""
     """why no map can be made of this call"""
+    modifiers: Mapping[str, Any] = field(default_factory=dict)
+    """softcap, alibi, bias and sinks of a softmax, as ``attend`` takes them"""
 
     def retold(self, kind: str, **detail: Any) -> AttentionCall:
         """The same call as another kind, with more facts."""
@@ -64,12 +66,12 @@ class AttentionCall:
 def softmax_call(call: AttendCall, run: Run | None = None, kind: str = "softmax") -> AttentionCall:
     """A softmax attention; ``run`` where it did not go through ``attend``."""
 
-    modifiers = ("bias", "softcap", "sinks", "alibi")
-    modified = [name for name in modifiers if getattr(call, name) is not None]
+    names = ("bias", "softcap", "sinks", "alibi")
+    modifiers = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
 
     def plain(implementation: str) -> Run:
         def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            rules = {name: getattr(call, name) for name in ("mask", "scale", *modifiers)}
+            rules = {"mask": call.mask, "scale": call.scale, **modifiers}
             return attend(query, key, value, implementation=implementation, **rules).output
 
         return attended
@@ -87,7 +89,7 @@ def softmax_call(call: AttendCall, run: Run | None = None, kind: str = "softmax"
         run or plain(call.implementation),
         plain("eager"),
         (call.q, call.k, call.v),
-        unmapped=f"its scores have {' and '.join(modified)}, which no trace holds" if modified else "",
+        modifiers=modifiers,
     )
 
 
@@ -196,8 +198,10 @@ def chained(parts: list[AttentionCall]) -> AttentionCall | None:
         return run
 
     query = joined("query")
+    biased = "bias" in last.modifiers
     return replace(
         last,
+        unmapped="its scores have a bias, which is known by chunks only" if biased else last.unmapped,
         query=query,
         output=joined("output"),
         normaliser=joined("normaliser"),

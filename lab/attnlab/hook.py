@@ -7,7 +7,7 @@ for its mask. Both are registered as "attnlab": without the second, transformers
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -44,6 +44,9 @@ HARMLESS = frozenset(
 )
 """keywords that models pass along and that change nothing in the attention itself"""
 
+EXTRAS = {"softcap": "softcap", "s_aux": "sinks", "position_bias": "bias"}
+"""what models add to softmax attention, and what ``attend`` calls it"""
+
 CONTEXT = ("key_value_states", "encoder_hidden_states")
 """what a model's attention calls the other sequence that it reads"""
 
@@ -76,6 +79,8 @@ class LayerCall:
     """the keys are of another sequence than the queries"""
     attention: AttentionCall | None = None
     """what the mechanism told, where its map is not that of one softmax; the fields above repeat its tensors"""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """softcap, alibi, bias and sinks, as ``attend`` takes them"""
 
     @classmethod
     def told(cls, layer: int, name: str, call: AttentionCall) -> "LayerCall":
@@ -83,7 +88,7 @@ class LayerCall:
         tensors = (call.query, call.key, call.value, call.output, call.normaliser)
         query, key, value, output, normaliser = (tensor.detach() for tensor in tensors)
         facts = (layer, name, query, key, value, call.mask, call.scale, output, normaliser)
-        return cls(*facts, call.implementation, "", attention=call)
+        return cls(*facts, call.implementation, "", attention=call, extras=call.modifiers)
 
 
 Listener = Callable[[LayerCall], None]
@@ -154,11 +159,18 @@ class Hook:
         return result
 
     def attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        scale: float,
+        extras: dict[str, Any],
     ) -> Tensor:
         """Compute one attention with the swapped mechanism; returns [B, Hq, Sq, Dv]."""
         layer, name = self._place(module)
-        call = ModelCall(query, key, value, mask, scale, layer, name, id(module) in self._crossing)
+        call = ModelCall(query, key, value, mask, scale, layer, name, id(module) in self._crossing, extras)
         made = self.swap.attend(call)
         self.implementations[made.implementation] += 1
         if self.listener is not None:
@@ -178,6 +190,7 @@ class Hook:
                     made.again,
                     call.cross,
                     made.attention,
+                    extras,
                 )
             )
         return made.output
@@ -228,11 +241,16 @@ def _attention(
     if hook is None:
         raise RuntimeError('attention "attnlab" was called outside Hook.installed()')
     _refuse_unknown(module, attention_mask, dropout, keywords)
+    extras = {ours: keywords[theirs] for theirs, ours in EXTRAS.items() if keywords.get(theirs) is not None}
     mask, num_keys = _mask_of(module, query, key, attention_mask, is_causal)
     if num_keys < key.shape[2]:
         key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+    if "bias" in extras:
+        extras["bias"] = extras["bias"][..., :num_keys]
+        if not extras["bias"].any():
+            del extras["bias"]  # layers without one of their own are given zeros
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = hook.attend(module, query, key, value, mask, scale)
+    output = hook.attend(module, query, key, value, mask, scale, extras)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -240,7 +258,7 @@ def _refuse_unknown(module: Any, attention_mask: Any, dropout: float, keywords: 
     if dropout:
         raise Unsupported(f"dropout: must be 0 for a map to exist, got {dropout}")
     for name, value in keywords.items():
-        if value is None or value is False or name in HARMLESS:
+        if value is None or value is False or name in HARMLESS or name in EXTRAS:
             continue
         if name == "sliding_window" and isinstance(attention_mask, MaskCarrier):
             continue  # the described mask holds the window already

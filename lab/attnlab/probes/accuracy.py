@@ -14,7 +14,8 @@ from attnlab_storage.results import MeasurementRow
 from ..hook import LayerCall
 from ..views.trace_map import SOFTMAX_KINDS
 from .map_checks import exact_maps, mixed_values, wide
-from .maps import first_element, kind_of, trace_of
+from .maps import first_element, kind_of, score_rules, trace_of
+from .score_rules import ScoreRules
 
 ROWS = 512
 """query rows that are compared, evenly spread; a reference of more would take longer than the run"""
@@ -35,12 +36,16 @@ def attention_errors(call: LayerCall) -> list[MeasurementRow]:
         return _map_errors(one)
     heads = one.query.shape[1]
     group = heads // one.key.shape[1]
+    rules = score_rules(one)
     rows: list[MeasurementRow] = []
     for head in _sampled_heads(heads):
         query, key, value = (one.query[0, head], one.key[0, head // group], one.value[0, head // group])
         places, allowed = _sampled(one)
-        output, lse = _reference(query.double(), key.double(), value.double(), one.scale, places, allowed)
-        plain, _ = _reference(query, key, value, one.scale, places, allowed)
+        own = rules.of_head(head)
+        output, lse = _reference(
+            query.double(), key.double(), value.double(), one.scale, places, allowed, own
+        )
+        plain, _ = _reference(query, key, value, one.scale, places, allowed, own)
         budget = (plain.double() - output).abs().max()
         error = (one.output[0, head][places].double() - output).abs().max()
         alive = torch.isfinite(lse)
@@ -92,12 +97,23 @@ def _sampled(call: LayerCall) -> tuple[Tensor, Tensor]:
 
 
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, places: Tensor, allowed: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    places: Tensor,
+    allowed: Tensor,
+    rules: ScoreRules,
 ) -> tuple[Tensor, Tensor]:
     """Plain softmax attention of some rows, in the dtype given; a row without keys: 0 and minus infinity."""
-    scores = (query[places] @ key.T * scale).masked_fill(~allowed, -math.inf)
-    lse = scores.logsumexp(-1)
-    weights = torch.where(lse.isneginf()[:, None], 0, scores.softmax(-1)).to(value.dtype)
+    scores = rules.apply(
+        (query[places] @ key.T * scale)[None], places, torch.arange(len(key), device=key.device)
+    )
+    scores = scores[0].masked_fill(~allowed, -math.inf)
+    lse = rules.with_sinks(scores.logsumexp(-1)[None])[0]
+    if rules.sinks is not None:
+        scores = torch.cat([scores, rules.sinks.to(scores).expand(len(places), 1)], dim=1)
+    weights = torch.where(lse.isneginf()[:, None], 0, scores.softmax(-1))[:, : len(key)].to(value.dtype)
     return weights @ value, lse
 
 

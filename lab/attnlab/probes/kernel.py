@@ -54,7 +54,7 @@ def _task(call: LayerCall, backward: bool) -> tuple[tuple[Tensor, ...], Callable
         return (), lambda: again()
 
     def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rules = {"mask": call.mask, "scale": call.scale}
+        rules = {"mask": call.mask, "scale": call.scale, **call.extras}
         return attend(query, key, value, implementation=call.implementation, **rules).output
 
     return (call.query, call.key, call.value), attended

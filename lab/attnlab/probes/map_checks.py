@@ -15,6 +15,7 @@ from attnlab_storage.results import TraceRow
 
 from ..hook import LayerCall
 from ..views.trace_map import AttentionMap, make_map, map_facts
+from .score_rules import rules_of
 
 Arrays = Mapping[str, np.ndarray]
 """[heads, S, D] or [heads, S] by name"""
@@ -98,7 +99,9 @@ def call_arrays(call: LayerCall) -> dict[str, np.ndarray]:
     """What the mechanism itself told, batch element 0, its own normaliser included."""
     kind, extra = ("softmax", {}) if call.attention is None else (call.attention.kind, call.attention.extra)
     named = {"query": call.query, "key": call.key, normaliser_names(kind)[0]: call.lse}
-    return {name: wide(tensor[0]) for name, tensor in {**named, **extra}.items()}
+    arrays = {name: wide(tensor[0]) for name, tensor in {**named, **extra}.items()}
+    rules = rules_of(call.extras, *call.query.shape[1:3], call.key.shape[2])
+    return arrays | {name: wide(tensor) for name, tensor in rules.stored().items()}
 
 
 def exact_maps(call: LayerCall, row: TraceRow) -> list[AttentionMap]:

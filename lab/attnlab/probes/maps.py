@@ -22,11 +22,13 @@ from ..views.trace_map import BY_KEY_HEAD, SOFTMAX_KINDS, map_facts
 from .map_checks import (
     call_arrays,
     exact_normalisers,
+    map_of,
     normaliser_names,
     output_distance,
     row_defect,
     with_facts,
 )
+from .score_rules import ScoreRules, rules_of, rules_of_trace
 
 CHECKED_ROWS = 4
 """of each head, against the kernel's output while the model waits"""
@@ -72,7 +74,7 @@ def capture_call(call: LayerCall) -> LayerCapture:
         row = with_facts(row, batch=f"element 0 of {call.query.shape[0]}")
     row = replace(row, output_defect=_output_defect(one, row))
     extra = {} if one.attention is None else one.attention.extra
-    stored = {name: extra[name][0] for name in map_facts(row).get("tensors", ())}
+    stored = {name: extra[name][0] for name in map_facts(row).get("tensors", ())} | score_rules(one).stored()
     norms = torch.linalg.vector_norm(one.value[0].double(), dim=-1).float()
     arrays = tuple(
         (name, *_array(tensor))
@@ -101,6 +103,8 @@ def trace_of(call: LayerCall) -> TraceRow:
         # normalisers are made anew from what is stored
         stored = set(call.attention.extra) - set(normaliser_names(call.attention.kind))
         detail["map"] = {**call.attention.detail, "tensors": sorted(stored)}
+    if score := score_rules(call).detail():
+        detail["score"] = score
     return TraceRow(
         layer=call.layer,
         name=call.name,
@@ -135,7 +139,7 @@ def finish(
     row = capture.row
     query, key = stored("query", row.heads), stored("key", row.kv_heads)
     if row.kind in SOFTMAX_KINDS:
-        row, lse = refine(capture, query, key, device)
+        row, lse = refine(capture, query, key, device, rules_of_trace(row, stored))
         return row, [lse]
     arrays = {"query": query, "key": key}
     for name in map_facts(row)["tensors"]:
@@ -159,7 +163,11 @@ def finish(
 
 
 def refine(
-    capture: LayerCapture, query: np.ndarray, key: np.ndarray, device: torch.device
+    capture: LayerCapture,
+    query: np.ndarray,
+    key: np.ndarray,
+    device: torch.device,
+    rules: ScoreRules | None = None,
 ) -> tuple[TraceRow, Named]:
     """Return the finished trace and its log-sum-exp, from Q and K as they were stored.
 
@@ -167,22 +175,24 @@ def refine(
         query: [Hq, Sq, D] as read back.
         key: [Hkv, Sk, D] as read back.
     """
-    lse = exact_lse(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), capture)
+    rules = rules or ScoreRules(query.shape[1], key.shape[1])
+    lse = exact_lse(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), capture, rules)
     exact = lse.cpu().numpy()
     alive = np.isfinite(exact)
     lse_defect = float(np.abs(exact[alive] - capture.kernel_lse[alive]).max(initial=0.0))
     detail = (capture.row.detail or {}) | {"lse_defect": lse_defect}
-    defect = row_sum_defect(capture, query, key, exact)
+    defect = row_sum_defect(capture, query, key, exact, rules)
     return replace(capture.row, row_sum_defect=defect, detail=detail), ("lse", exact, "float64")
 
 
-def exact_lse(query: Tensor, key: Tensor, capture: LayerCapture) -> Tensor:
+def exact_lse(query: Tensor, key: Tensor, capture: LayerCapture, rules: ScoreRules | None = None) -> Tensor:
     """Return the log-sum-exp of every row in float64 [Hq, Sq], streamed over the mask (dead row: minus infinity)."""
     heads, num_queries = query.shape[:2]
     num_keys = key.shape[1]
     size = {"num_queries": num_queries, "num_keys": num_keys}
     lse = query.new_full((heads, num_queries), -torch.inf, dtype=torch.float64)
     wide = key.double()
+    places = torch.arange(num_queries, device=query.device)
     step = max(1, BLOCK_CELLS // (heads * num_keys))
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
@@ -190,23 +200,38 @@ def exact_lse(query: Tensor, key: Tensor, capture: LayerCapture) -> Tensor:
         if low == high:
             continue
         scores = grouped_scores(query[:, start:stop].double(), wide[:, low:high]).mul_(capture.row.scale)
+        if rules is not None:
+            scores = rules.apply(scores, places[start:stop], torch.arange(low, high, device=query.device))
         allowed = capture.mask.allowed(np.arange(start, stop), np.arange(low, high), **size)
         if not allowed.all():
             scores.masked_fill_(torch.from_numpy(~allowed).to(scores.device), -torch.inf)
         lse[:, start:stop] = scores.logsumexp(-1)
-    return lse
+    return lse if rules is None else rules.with_sinks(lse)
 
 
-def row_sum_defect(capture: LayerCapture, query: np.ndarray, key: np.ndarray, lse: np.ndarray) -> float:
-    """Return how far sampled rows of the map, as the viewer draws it, are from summing to 1 (to 0 for a dead row)."""
-    group = query.shape[0] // key.shape[0]
+def row_sum_defect(
+    capture: LayerCapture, query: np.ndarray, key: np.ndarray, lse: np.ndarray, rules: ScoreRules
+) -> float:
+    """Return how far sampled rows of the map, as the viewer draws it, are from what they must sum to.
+
+    That is 1, less the sink's share, and 0 for a dead row.
+    """
     worst = 0.0
+    arrays = {"query": query, "key": key, "lse": lse}
+    arrays |= {name: tensor.cpu().numpy() for name, tensor in rules.stored().items()}
     for head in range(query.shape[0]):
-        drawn = SoftmaxMap(query[head], key[head // group], lse[head], capture.row.scale, capture.mask)
+        drawn = map_of(capture.row, arrays, head)
+        assert isinstance(drawn, SoftmaxMap)
+        wanted = np.isfinite(lse[head]) - drawn.sink_shares()
         for row in _sampled(query.shape[1], SUMMED_ROWS):
             total = drawn.tile(slice(row, row + 1), slice(0, key.shape[1])).sum(dtype=np.float64)
-            worst = max(worst, abs(total - np.isfinite(lse[head, row])))
+            worst = max(worst, abs(total - wanted[row]))
     return float(worst)
+
+
+def score_rules(call: LayerCall) -> ScoreRules:
+    """Return what a call of one batch element does to its scores."""
+    return rules_of(call.extras, call.query.shape[1], call.query.shape[2], call.key.shape[2])
 
 
 def first_element(call: LayerCall) -> LayerCall:
@@ -216,7 +241,10 @@ def first_element(call: LayerCall) -> LayerCall:
     if attention is not None:
         own = {name: tensor[:1] for name, tensor in attention.extra.items()}
         attention = replace(attention, extra=own)
-    return replace(call, mask=element_mask(call.mask, 0), attention=attention, **tensors)
+    extras = dict(call.extras)
+    if "bias" in extras and extras["bias"].ndim == 4:
+        extras["bias"] = extras["bias"][:1]
+    return replace(call, mask=element_mask(call.mask, 0), attention=attention, extras=extras, **tensors)
 
 
 def element_mask(mask: Mask, element: int) -> Mask:
@@ -256,6 +284,7 @@ def _rebuilt_rows(call: LayerCall) -> tuple[Tensor, Tensor]:
     chosen = torch.as_tensor(places, device=call.query.device)
     allowed = call.mask.allowed(places, np.arange(num_keys), num_queries=num_queries, num_keys=num_keys)
     scores = grouped_scores(call.query[0][:, chosen].double(), call.key[0].double()) * call.scale
+    scores = score_rules(call).apply(scores, chosen, torch.arange(num_keys, device=chosen.device))
     weights = torch.exp(scores - call.lse[0][:, chosen].double()[..., None])
     return chosen, weights.masked_fill(~torch.as_tensor(allowed, device=weights.device), 0.0)
 

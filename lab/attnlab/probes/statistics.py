@@ -19,7 +19,8 @@ from ..views.statistics import COVERED, CURVE_POINTS, LOCAL_BAND, STATISTICS, TO
 from ..views.trace_map import SOFTMAX_KINDS
 from .head_sums import Block, HeadSums
 from .map_checks import exact_maps
-from .maps import BLOCK_CELLS, first_element, grouped_scores, kind_of, trace_of
+from .maps import BLOCK_CELLS, first_element, grouped_scores, kind_of, score_rules, trace_of
+from .score_rules import ScoreRules
 from .token_facts import TokenFacts
 
 CONSTANTS: dict[str, dict[str, Any]] = {
@@ -64,8 +65,9 @@ def head_statistics(call: LayerCall, tokens: TokenFacts | None = None) -> HeadSt
         norms.repeat_interleave(heads // len(norms), 0),
         one.query.device,
     )
+    rules = score_rules(one)
     for span in _spans(one.mask, shape):
-        sums.add(_softmax_block(one, *span))
+        sums.add(_softmax_block(one, rules, *span))
     return _finished(sums, call.layer)
 
 
@@ -137,12 +139,13 @@ def _spans(mask: Mask, shape: tuple[int, int, int]) -> Iterator[tuple[int, int, 
             yield start, stop, low, high
 
 
-def _softmax_block(call: LayerCall, start: int, stop: int, low: int, high: int) -> Block:
+def _softmax_block(call: LayerCall, rules: ScoreRules, start: int, stop: int, low: int, high: int) -> Block:
     """Return the weights of some rows, rebuilt from Q, K and the kernel's log-sum-exp."""
     wide = torch.promote_types(call.query.dtype, torch.float32)
     size = {"num_queries": call.query.shape[2], "num_keys": call.key.shape[2]}
     query, key = call.query[0][:, start:stop].to(wide), call.key[0][:, low:high].to(wide)
-    scores = grouped_scores(query, key).mul_(call.scale)
+    places = (torch.arange(*span, device=query.device) for span in ((start, stop), (low, high)))
+    scores = rules.apply(grouped_scores(query, key).mul_(call.scale), *places)
     allowed = call.mask.allowed(np.arange(start, stop), np.arange(low, high), **size)
     scores -= call.lse[0][:, start:stop].to(wide)[..., None].nan_to_num(neginf=0.0)
     weights: Tensor = scores.exp_()

@@ -134,7 +134,7 @@ class Swap:
         """
         key, value = self.keys_and_values(call.key, call.value)
         mask = call.mask if call.cross else self.mask(call.mask)
-        name = self.chosen(call.query, key, value, mask)
+        name = self.chosen(call.query, key, value, mask, call.extras)
         made = attend(call.query, key, value, mask=mask, scale=call.scale, implementation=name, **call.extras)
         return softmax_attended(call, key, value, mask, made)
 
@@ -181,7 +181,9 @@ class Swap:
         key, value = self.keys_and_values(call.key, call.value)
         return replace(call, key=key, value=value)
 
-    def chosen(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str:
+    def chosen(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, extras: dict[str, Any] | None = None
+    ) -> str:
         """Return the implementation to ask for: flash on auto takes the first fused one that runs the call.
 
         Raises:
@@ -191,7 +193,7 @@ class Swap:
             return self.implementation
         refused = []
         for name in FUSED:
-            support = supports(name, query, key, value, mask=mask)
+            support = supports(name, query, key, value, mask=mask, **(extras or {}))
             if support:
                 return name
             refused.append(f"{name}: {support.reason}")

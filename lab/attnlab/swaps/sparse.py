@@ -50,7 +50,10 @@ class SparseSwap(Swap):
         def reference() -> Tensor:
             return sparse_by_the_book(call.query, call.key, call.value, pattern, **rules)
 
-        return attended.told("sparse", reference, pattern=pattern_to_json(pattern))
+        told = attended.told("sparse", reference, pattern=pattern_to_json(pattern))
+        assert told.attention is not None
+        biased = "its scores have a bias, which no trace of a pattern holds" if call.extras else ""
+        return replace(told, attention=replace(told.attention, unmapped=biased))
 
     def kind(self, shape: Shape) -> Kind:
         mask = Causal() if shape.causal else Full()

@@ -18,6 +18,7 @@ from attnlab_kernels.linear_map import LinearMap
 from attnlab_kernels.masks import Mask, mask_from_json
 from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodMap
 from attnlab_kernels.patterns import pattern_from_json
+from attnlab_kernels.score_bias import DenseBias, RelativeBias
 from attnlab_kernels.sparse_map import SparseMap
 from attnlab_storage.results import TraceRow
 
@@ -25,6 +26,9 @@ SOFTMAX_KINDS = frozenset({"softmax", "latent", "experts", "paged", "ring", "chu
 """maps of queries and keys under a mask; a slot or a cell of ``slots`` and ``reduced`` stands where a key does"""
 BY_KEY_HEAD = frozenset({"key", "second_key", "global_key"})
 """tensors that have a head for each key head; the others have one for each query head"""
+
+SCORE_BIAS = "score_bias"
+"""the tensor [heads, ..] of what is added to the scores: by distance, or whole"""
 
 Read: TypeAlias = Callable[[str, int], np.ndarray]
 """a stored tensor by its name and head"""
@@ -61,6 +65,11 @@ def map_facts(trace: TraceRow) -> Mapping[str, Any]:
     return (trace.detail or {}).get("map", {})
 
 
+def score_facts(trace: TraceRow) -> Mapping[str, Any]:
+    """What happened to its scaled scores besides the mask: soft cap, slopes, sinks, which form of bias."""
+    return (trace.detail or {}).get("score", {})
+
+
 def is_signed(trace: TraceRow) -> bool:
     """Whether weights may be below 0."""
     return trace.kind == "difference" or map_facts(trace).get("features") == "identity"
@@ -79,7 +88,8 @@ def make_map(trace: TraceRow, head: int, read: Read) -> AttentionMap:
 
     mask, facts = mask_from_json(trace.mask), map_facts(trace)
     if trace.kind in SOFTMAX_KINDS:
-        return SoftmaxMap(tensor("query"), tensor("key"), tensor("lse"), trace.scale, mask)
+        plain = (tensor("query"), tensor("key"), tensor("lse"), trace.scale, mask)
+        return SoftmaxMap(*plain, **_score_rules(trace, head, tensor))
     if trace.kind == "linear":
         return LinearMap(tensor("query"), tensor("key"), tensor("denominator"), mask)
     if trace.kind == "difference":
@@ -101,6 +111,20 @@ def make_map(trace: TraceRow, head: int, read: Read) -> AttentionMap:
         return NeighborhoodMap(tensor("query"), tensor("key"), tensor("lse"), trace.scale, near, bias)
     known = ", ".join(sorted(SOFTMAX_KINDS | {"linear", "difference", "sparse", "neighborhood"}))
     raise ViewError(f"the map's kind must be one of {known}; got {trace.kind!r}")
+
+
+def _score_rules(trace: TraceRow, head: int, tensor: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """What `SoftmaxMap` takes besides queries, keys, log-sum-exp, scale and mask."""
+    told = score_facts(trace)
+    rules: dict[str, Any] = {"softcap": told.get("softcap")}
+    for name, field in (("alibi", "alibi"), ("sinks", "sink")):
+        if name in told:
+            rules[field] = told[name][head]
+    if told.get("bias") == "by_distance":
+        rules["bias"] = RelativeBias(tensor(SCORE_BIAS), 1 - trace.num_keys)
+    elif told.get("bias") == "dense":
+        rules["bias"] = DenseBias(tensor(SCORE_BIAS))
+    return rules
 
 
 def neighborhood_of(facts: Mapping[str, Any]) -> Neighborhood:
