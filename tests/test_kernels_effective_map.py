@@ -150,9 +150,9 @@ def test_cost_follows_the_mask(monkeypatch):
     query, key = rng.standard_normal((2, n, 64), dtype=np.float32)
     inner = SoftmaxMap._log_weights
 
-    def counting(self, r0, r1, c0, c1, dtype):
+    def counting(self, r0, r1, c0, c1):
         cells.append((r1 - r0) * (c1 - c0))
-        return inner(self, r0, r1, c0, c1, dtype)
+        return inner(self, r0, r1, c0, c1)
 
     monkeypatch.setattr(SoftmaxMap, "_log_weights", counting)
     for mask, most in ((Window(127), 6.0), (Causal(), 1.1)):
@@ -178,3 +178,18 @@ def test_a_question_without_an_answer_is_refused_by_name(ask, says):
     effective, _ = make(20, 20, Causal())
     with pytest.raises(ValueError, match=says):
         ask(effective)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_a_large_region_is_as_exact_as_a_small_one(reduce: str) -> None:
+    random = np.random.default_rng(7)
+    query, key = (random.standard_normal((601, 16)).astype(np.float32) * 6 for _ in range(2))
+    scores = query.astype(np.float64) @ key.astype(np.float64).T * 0.25
+    top = scores.max(1)
+    lse = top + np.log(np.exp(scores - top[:, None]).sum(1))
+    wanted = np.exp(scores - lse[:, None])
+    drawn = SoftmaxMap(query, key, lse, 0.25, Full())
+    np.testing.assert_allclose(drawn.tile(slice(None), slice(None)), wanted, atol=1e-7)
+    fold = np.max if reduce == "max" else np.mean
+    pixels = fold(wanted.reshape(601, 601)[:600, :600].reshape(300, 2, 300, 2), axis=(1, 3))
+    np.testing.assert_allclose(drawn.pool(slice(0, 600), slice(0, 600), 300, 300, reduce), pixels, atol=1e-7)

@@ -63,15 +63,20 @@ def gemma2() -> Any:
 
 
 def gpt_oss() -> Any:
-    model = GptOssForCausalLM(GptOssConfig(**GROUPED, num_local_experts=4, sliding_window=6))
+    model: Any = GptOssForCausalLM(GptOssConfig(**GROUPED, num_local_experts=4, sliding_window=6))
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks, std=1.5)
     return model
 
 
 def deepseek() -> Any:
-    sizes = {"q_lora_rank": 12, "kv_lora_rank": 20, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    sizes: dict[str, Any] = {
+        "q_lora_rank": 12,
+        "kv_lora_rank": 20,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+    }
+    experts: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **DECODER,
@@ -98,13 +103,19 @@ def vit() -> Any:
 
 
 def t5() -> Any:
-    sizes = {"d_model": 48, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 6, "vocab_size": 97}
+    sizes: dict[str, Any] = {
+        "d_model": 48,
+        "d_kv": 8,
+        "d_ff": 40,
+        "num_layers": 2,
+        "num_heads": 6,
+        "vocab_size": 97,
+    }
     return T5ForConditionalGeneration(
         T5Config(
             **sizes,
             relative_attention_num_buckets=8,
             relative_attention_max_distance=16,
-            decoder_start_token_id=0,
             pad_token_id=0,
         )
     )

@@ -100,7 +100,7 @@ def call_arrays(call: LayerCall) -> dict[str, np.ndarray]:
     kind, extra = ("softmax", {}) if call.attention is None else (call.attention.kind, call.attention.extra)
     named = {"query": call.query, "key": call.key, normaliser_names(kind)[0]: call.lse}
     arrays = {name: wide(tensor[0]) for name, tensor in {**named, **extra}.items()}
-    rules = rules_of(call.extras, *call.query.shape[1:3], call.key.shape[2])
+    rules = rules_of(call.extras, call.query.shape[1], call.query.shape[2], call.key.shape[2])
     return arrays | {name: wide(tensor) for name, tensor in rules.stored().items()}
 
 

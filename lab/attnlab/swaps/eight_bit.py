@@ -19,7 +19,7 @@ class FlashAttention3Swap(Swap):
     fp8_block_size: int = 128
 
     def attend(self, call: ModelCall) -> Attended:
-        if self.use_fp8:
+        if self.use_fp8 or call.extras.keys() - {"bias"}:
             call.plain("flash_attention_3")
         core = FlashAttention3Core(self.use_fp8, self.fp8_block_size)
 

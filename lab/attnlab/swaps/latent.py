@@ -33,6 +33,8 @@ class LatentSwap(Swap):
     _bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def attend(self, call: ModelCall) -> Attended:
+        if call.extras.keys() - {"bias"}:
+            call.plain("multi_head_latent")
         basis = self._basis(call)
         latent = _side_by_side(call) @ basis
         heads, size = call.key.shape[1], call.key.shape[3]

@@ -13,6 +13,7 @@ from attnlab_kernels.operations.ring.link import Ring
 from attnlab_kernels.operations.ring.shards import join, split
 from attnlab_kernels.operations.softmax import chunked
 from attnlab_kernels.operations.softmax.api import Unsupported, attend
+from attnlab_kernels.operations.softmax.support import Modifiers
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.paged_cache import OutOfBlocks, PagedKV
 
@@ -217,6 +218,8 @@ class MemoryEfficientSwap(Swap):
         return softmax_attended(call, call.key, call.value, call.mask, made, again=lambda: self._run(call))
 
     def _run(self, call: ModelCall) -> AttentionOutput:
+        others = dict(call.extras)
+        bias = others.pop("bias", None)
         output, lse = chunked.run(
             call.query,
             call.key,
@@ -224,7 +227,8 @@ class MemoryEfficientSwap(Swap):
             mask=call.mask,
             scale=call.scale,
             chunk=self.chunk_size,
-            **call.extras,
+            bias=bias,
+            modifiers=Modifiers(**others),
         )
         lse = lse if lse.dtype == torch.float64 else lse.float()
         reason = f"chunks of {self.chunk_size} queries and keys"

@@ -15,7 +15,7 @@ import numpy as np
 
 from attnlab_kernels.masks import Mask
 
-EXACT_CELLS = 12 << 20
+EXACT_CELLS = 4 << 20
 """cells of a region that are computed when somebody looks: a twentieth of a second on one core"""
 SMALLEST_BLOCK = 16
 MOST_BLOCKS = 1 << 23
