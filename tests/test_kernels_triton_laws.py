@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnlab_kernels.masks import Causal, Full, Mask, Padding, Window
+from attnlab_kernels.masks import Causal, Documents, Full, Mask, Padding, Window
 from attnlab_kernels.operations.paged.api import attend_paged
 from attnlab_kernels.operations.paged.write import write_cache
 from attnlab_kernels.operations.softmax import triton_forward
@@ -47,7 +47,9 @@ def modifiers(heads: int, dtype=torch.float32) -> dict:
     }
 
 
-def worst(got: Tensor, want: Tensor) -> float:
+def worst(got: Tensor | None, want: Tensor | None) -> float:
+    assert got is not None
+    assert want is not None
     both = torch.isneginf(got.double()) & torch.isneginf(want.double())
     return (got.double() - want.double()).masked_fill(both, 0).abs().max().item()
 
@@ -92,6 +94,52 @@ def test_gradients_stay_within_twice_the_error_of_the_same_dtype(dtype, shape, m
         # the reference keeps float32 inside; the kernel rounds the weights and their gradients to half
         step = 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * float(exact.abs().max())
         assert worst(mine, exact) <= 2 * worst(base, exact) + step + 5e-6
+
+
+LENGTHS = (5, 1, 17, 9)
+RAGGED = Causal() & Documents((LENGTHS, (32,), (3, 29))) & Padding(((0, 32), (2, 30), (5, 9)))
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "given"),
+    [
+        (Documents(LENGTHS), 32, {}),
+        (Causal() & Documents(LENGTHS), 40, {}),
+        (Window(3) & Documents(LENGTHS), 11, {}),
+        (RAGGED, 32, {}),
+        (RAGGED, 11, modifiers(4)),
+    ],
+    ids=["whole", "queries before the keys", "window", "ragged", "ragged and modified"],
+)
+def test_documents_have_the_values_and_gradients_of_the_reference(mask, queries, given):
+    shape = (3, 4, 2, queries, 32, 16, 16)
+    want = gradients("eager", shape, mask, torch.float64, given)
+    fair = gradients("eager", shape, mask, torch.float32, given)
+    got = gradients("triton", shape, mask, torch.float32, given)
+    for mine, base, exact in zip(got, fair, want, strict=True):
+        assert worst(mine, exact) <= 2 * worst(base, exact) + 5e-6
+    parts = [made(3, heads, n, 16, seed=heads) for heads, n in ((4, queries), (2, 32), (2, 32))]
+    given = {key: value.float() if isinstance(value, Tensor) else value for key, value in given.items()}
+    result = attend(*(part.float() for part in parts), mask=mask, implementation="triton", **given)
+    exact = attend(*parts, mask=mask, implementation="eager", **given)
+    assert worst(result.output, exact.output) < 4e-6
+    assert worst(result.lse, exact.lse) < 4e-6
+
+
+@pytest.mark.parametrize("heads", [2, 8], ids=["blocks", "packed and split"])
+def test_no_tile_outside_a_document_is_visited(heads):
+    """Documents as long as two blocks: whatever lies in another one would show as NaN."""
+    n = 64 if heads == 2 else 3
+    q, k, v = (made(1, h, size, 16, dtype=torch.float32) for h, size in ((heads, n), (2, 256), (2, 256)))
+    mask = Causal() & Documents((64, 64, 64, 64))
+    want = attend(q, k[:, :, 192:], v[:, :, 192:], mask=Causal(), implementation="triton")
+    k[:, :, :192] = v[:, :, :192] = torch.nan
+    leaves = [part.requires_grad_() for part in (q, k, v)]
+    result = attend(*leaves, mask=mask, implementation="triton")
+    assert worst(result.output, want.output) < 2e-6
+    grads = torch.autograd.grad(result.output.sum(), leaves)
+    assert grads[0].isfinite().all()
+    assert not grads[1][:, :, :192].any()
 
 
 def test_two_backward_passes_give_the_same_bits():

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-READ_DOCUMENTS = ("eager", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex")
+READ_DOCUMENTS = ("eager", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex", "triton")
 
 
 class Unsupported(ValueError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnlab_kernels.masks import Mask
+from attnlab_kernels.masks import Band, Mask
 from attnlab_kernels.operations.softmax.support import Modifiers
 from attnlab_kernels.operations.softmax.triton_config import Config, choose_key_config, choose_query_config
 from attnlab_kernels.operations.softmax.triton_forward import (
@@ -18,6 +18,7 @@ from attnlab_kernels.operations.softmax.triton_forward import (
     as_float,
     capability_of,
     forward,
+    limits_of,
     ranges_of,
 )
 from attnlab_kernels.operations.triton_platform import load_kernels, padded
@@ -100,10 +101,13 @@ def backward(
         BLOCK_DV=padded(value_dim),
         num_warps=4,
     )
-    band = mask.band()
-    ranges = ranges_of(mask, batch, num_keys, q.device)
+    limits, reach = limits_of(mask, batch, num_queries, num_keys, q.device)
+    band = mask.form() if limits is None else Band()
+    ranges = ranges_of(mask, batch, num_keys, q.device) if limits is None else None
+    several = limits is not None and len(limits) > 1
     bias_strides = (0, 0, 0, 0) if bias is None else bias.expand(batch, heads, num_queries, num_keys).stride()
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *gradient.stride()[:3], *bias_strides]
+    row_step, key_step = (2 * length if several else 0 for length in (num_queries, num_keys))
     numbers = [heads // kv_heads, num_queries, num_keys, band.left or 0, band.right or 0]
     numbers += [scale, scale * LOG2E, (softcap or 0.0) * LOG2E]
     constants = {
@@ -114,6 +118,7 @@ def backward(
         "HAS_LEFT": band.left is not None,
         "HAS_RIGHT": band.right is not None,
         "HAS_RANGES": ranges is not None,
+        "HAS_LIMITS": limits is not None,
         "HAS_SOFTCAP": softcap is not None,
         "HAS_ALIBI": alibi is not None,
         "HAS_BIAS": bias is not None,
@@ -121,14 +126,27 @@ def backward(
     modified = bias is not None or softcap is not None or alibi is not None
     choice = (max(padded(dim), padded(value_dim)), q.element_size(), capability_of(q), modified)
     query_config, query_launch = _launched(choose_query_config(*choice), kernels.INTERPRETED)
-    key_config, key_launch = _launched(choose_key_config(*choice), kernels.INTERPRETED)
+    key_config, key_launch = _launched(choose_key_config(*choice, limits is not None), kernels.INTERPRETED)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    given, extras = (q, k, v, gradient, lse, delta), (ranges, as_float(alibi), bias)
+    given, extras = (q, k, v, gradient, lse, delta), (as_float(alibi), bias)
     kernels.softmax_query_gradient_kernel[(-(-num_queries // query_config.block_m), batch * heads)](
-        *given, dq, *extras, *strides, heads, *numbers, **constants, **query_launch
+        *given, dq, ranges, limits, *extras, *strides, row_step, heads, *numbers, **constants, **query_launch
     )
     kernels.softmax_key_gradient_kernel[(-(-num_keys // key_config.block_n), batch * kv_heads)](
-        *given, dk, dv, *extras, *strides, kv_heads, *numbers, **constants, **key_launch
+        *given,
+        dk,
+        dv,
+        ranges,
+        limits,
+        reach,
+        *extras,
+        *strides,
+        row_step,
+        key_step,
+        kv_heads,
+        *numbers,
+        **constants,
+        **key_launch,
     )
     return dq, dk, dv, delta
 

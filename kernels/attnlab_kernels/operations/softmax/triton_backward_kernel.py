@@ -113,6 +113,7 @@ def softmax_query_gradient_kernel(
     delta_ptr,
     dq_ptr,
     ranges_ptr,
+    limits_ptr,
     slopes_ptr,
     bias_ptr,
     stride_qb,
@@ -131,6 +132,7 @@ def softmax_query_gradient_kernel(
     stride_bias_h,
     stride_bias_m,
     stride_bias_n,
+    stride_limits,
     heads,
     group,
     num_queries,
@@ -149,11 +151,12 @@ def softmax_query_gradient_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_RANGES: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """dQ, contiguous ``[B, H, Sq, D]``. Grid: query blocks, batch x heads."""
+    """dQ, contiguous ``[B, H, Sq, D]``. Grid: query blocks, batch x heads. ``limits`` as in the forward."""
     first_row = tl.program_id(0) * BLOCK_M
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -194,6 +197,17 @@ def softmax_query_gradient_kernel(
         lo = tl.maximum(lo, offset + first_row - left)
     if HAS_RIGHT:
         hi = tl.minimum(hi, offset + tl.minimum(first_row + BLOCK_M, num_queries) + right)
+    key_first = lo
+    key_last = hi
+    if HAS_LIMITS:
+        row_limits = limits_ptr + batch * stride_limits + rows
+        row_first = tl.load(row_limits, mask=live, other=0)
+        row_last = tl.load(row_limits + num_queries, mask=live, other=0)
+        alive = row_first < row_last
+        lo = tl.min(tl.where(alive, row_first, num_keys), 0)
+        hi = tl.max(tl.where(alive, row_last, 0), 0)
+        key_first = row_first[:, None]
+        key_last = row_last[:, None]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(lo, hi, BLOCK_N):
         keys = start + offs_n
@@ -207,7 +221,8 @@ def softmax_query_gradient_kernel(
         products = tl.dot(grad, v, input_precision="ieee")
         _, gradient = _score_gradient(
             scores, products, lse[:, None], delta[:, None], position[:, None], keys[None, :], slope,
-            bias_rows[:, None], stride_bias_n, live[:, None] & exists[None, :], lo, hi, left, right, qk_scale, softcap,
+            bias_rows[:, None], stride_bias_n, live[:, None] & exists[None, :], key_first, key_last,
+            left, right, qk_scale, softcap,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
         )  # fmt: skip
         dq = tl.dot(gradient.to(k.dtype), k, dq, input_precision="ieee")
@@ -226,6 +241,8 @@ def softmax_key_gradient_kernel(
     dk_ptr,
     dv_ptr,
     ranges_ptr,
+    limits_ptr,
+    reach_ptr,
     slopes_ptr,
     bias_ptr,
     stride_qb,
@@ -244,6 +261,8 @@ def softmax_key_gradient_kernel(
     stride_bias_h,
     stride_bias_m,
     stride_bias_n,
+    stride_limits,
+    stride_reach,
     kv_heads,
     group,
     num_queries,
@@ -262,11 +281,15 @@ def softmax_key_gradient_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_RANGES: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """dK and dV, contiguous ``[B, Hkv, Sk, .]``, summed over the group. Grid: key blocks, batch x key heads."""
+    """dK and dV, contiguous ``[B, Hkv, Sk, .]``, summed over the group. Grid: key blocks, batch x key heads.
+
+    ``reach`` int32 [B, 2, Sk]: the first query that sees each key and one past the last.
+    """
     first_key = tl.program_id(0) * BLOCK_N
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     key_head = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -297,6 +320,12 @@ def softmax_key_gradient_kernel(
         bottom = tl.minimum(bottom, first_key + BLOCK_N + left - offset)
     if HAS_RANGES:
         bottom = tl.where((first_key < hi) & (first_key + BLOCK_N > lo), bottom, top)
+    if HAS_LIMITS:
+        key_reach = reach_ptr + batch * stride_reach + keys
+        query_first = tl.load(key_reach, mask=exists, other=num_queries)
+        query_last = tl.load(key_reach + num_keys, mask=exists, other=0)
+        top = tl.min(query_first, 0)
+        bottom = tl.max(query_last, 0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(group):
@@ -321,12 +350,18 @@ def softmax_key_gradient_kernel(
             grad = tl.load(g_ptrs, mask=live[:, None] & (offs_dv[None, :] < DV), other=0.0)
             lse = tl.load(lse_ptr + flat_base + rows64, mask=live, other=float("-inf"))
             delta = tl.load(delta_ptr + flat_base + rows64, mask=live, other=0.0)
+            key_first = lo
+            key_last = hi
+            if HAS_LIMITS:
+                row_limits = limits_ptr + batch * stride_limits + rows
+                key_first = tl.load(row_limits, mask=live, other=0)[None, :]
+                key_last = tl.load(row_limits + num_queries, mask=live, other=0)[None, :]
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
             products = tl.dot(v, tl.trans(grad), input_precision="ieee")
             weights, gradient = _score_gradient(
                 scores, products, lse[None, :], delta[None, :], (offset + rows)[None, :], keys[:, None], slope,
-                (bias_base + rows64 * stride_bias_m)[None, :], stride_bias_n, exists[:, None] & live[None, :], lo, hi,
-                left, right, qk_scale, softcap,
+                (bias_base + rows64 * stride_bias_m)[None, :], stride_bias_n, exists[:, None] & live[None, :],
+                key_first, key_last, left, right, qk_scale, softcap,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
             )  # fmt: skip
             dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")

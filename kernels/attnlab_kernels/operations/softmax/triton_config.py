@@ -62,7 +62,12 @@ FEW_ROWS, MEDIUM_ROWS = 16, 64
 
 
 def choose_config(
-    block_d: int, element_size: int, num_rows: int, capability: int, modified: bool = False
+    block_d: int,
+    element_size: int,
+    num_rows: int,
+    capability: int,
+    modified: bool = False,
+    limited: bool = False,
 ) -> Config:
     """Tile for a padded head dimension, bytes of a number, query rows and compute capability (80, 90, 100).
 
@@ -70,13 +75,18 @@ def choose_config(
 
     Args:
         modified: the call has a soft cap, ALiBi or a bias.
+        limited: each query has limits of its own (documents), which take registers and make tiles narrow.
     """
     if element_size == 4:
         # float32 products run on the plain cores, where small tiles lose nothing
         return FLOAT32[block_d] if num_rows > FEW_ROWS else FLOAT32_FEW_ROWS[block_d]
     generation = min(100, max(80, capability // 10 * 10))
-    if modified:
-        return HALF_MODIFIED_FEW_ROWS[block_d] if num_rows <= FEW_ROWS else HALF_MODIFIED[generation][block_d]
+    if modified or limited:
+        if num_rows <= FEW_ROWS:
+            return HALF_MODIFIED_FEW_ROWS[block_d]
+        if modified and limited and block_d <= 32:
+            return Config(32, 32, 4, 2)
+        return HALF_MODIFIED[generation][block_d]
     wide, medium, few = HALF[generation]
     return (few if num_rows <= FEW_ROWS else medium if num_rows <= MEDIUM_ROWS else wide)[block_d]
 
@@ -104,6 +114,7 @@ KEY_HALF = {
     100: {dim: Config(64, 64, 8, 2) for dim in _SMALL}
     | {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
 }
+KEY_HALF_LIMITED = KEY_HALF[80] | {128: Config(32, 64, 8, 1)}
 KEY_HALF_MODIFIED = {dim: Config(32, 32, 4, 1) for dim in (*_SMALL, 128)} | {256: Config(32, 32, 8, 1)}
 
 
@@ -114,13 +125,15 @@ def choose_query_config(block_d: int, element_size: int, capability: int, modifi
     return QUERY_HALF[80 if capability < 90 else 90][block_d]
 
 
-def choose_key_config(block_d: int, element_size: int, capability: int, modified: bool = False) -> Config:
+def choose_key_config(
+    block_d: int, element_size: int, capability: int, modified: bool = False, limited: bool = False
+) -> Config:
     """Tile of the kernel of dK and dV: ``block_n`` keys, ``block_m`` queries at a time."""
     if element_size == 4:
         return KEY_FLOAT32[block_d]
     if modified:
         return KEY_HALF_MODIFIED[block_d]
-    return KEY_HALF[min(100, max(80, capability // 10 * 10))][block_d]
+    return (KEY_HALF_LIMITED if limited else KEY_HALF[min(100, max(80, capability // 10 * 10))])[block_d]
 
 
 def choose_splits(programs: int, num_tiles: int, multiprocessors: int) -> int:

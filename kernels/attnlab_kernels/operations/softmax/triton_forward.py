@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from attnlab_kernels.masks import Mask
+from attnlab_kernels.masks import Band, Mask
 from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
 from attnlab_kernels.operations.softmax.triton_config import (
     MEDIUM_ROWS,
@@ -48,7 +51,7 @@ class Plan:
     config: Config
 
 
-def plan(q: Tensor, size: Size, value_dim: int, modified: bool) -> Plan:
+def plan(q: Tensor, size: Size, value_dim: int, modified: bool, limited: bool = False) -> Plan:
     """The cut for queries of any layout with heads second and D last."""
     heads = q.shape[1]
     group = heads // size.kv_heads
@@ -58,7 +61,7 @@ def plan(q: Tensor, size: Size, value_dim: int, modified: bool) -> Plan:
     if q.device.type == "cuda":
         cores = torch.cuda.get_device_properties(q.device).multi_processor_count
     block_d = max(padded(q.shape[-1]), padded(value_dim))
-    config = choose_config(block_d, q.element_size(), rows, capability_of(q), modified)
+    config = choose_config(block_d, q.element_size(), rows, capability_of(q), modified, limited)
     if q.device.type != "cuda":
         config = Config(min(config.block_m, 32), min(config.block_n, 32), 1, 1)
     programs = -(-rows // config.block_m) * size.batch * heads // pack
@@ -103,10 +106,10 @@ def forward(
     kv_heads, num_keys, value_dim = k.shape[1], k.shape[2], v.shape[-1]
     modified = bias is not None or modifiers.softcap is not None or modifiers.alibi is not None
     size = Size(batch, num_queries, num_keys, kv_heads)
-    cut = plan(q, size, value_dim, modified)
+    limits, _ = limits_of(mask, batch, num_queries, num_keys, q.device)
+    cut = plan(q, size, value_dim, modified, limits is not None)
     out = torch.empty(batch, heads, num_queries, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
-    ranges = ranges_of(mask, batch, num_keys, q.device)
     launch(
         q,
         k,
@@ -118,7 +121,8 @@ def forward(
         mask=mask,
         scale=scale,
         modifiers=modifiers,
-        ranges=ranges,
+        ranges=ranges_of(mask, batch, num_keys, q.device) if limits is None else None,
+        limits=limits,
         bias=None if bias is None else bias.expand(batch, heads, num_queries, num_keys),
     )
     return out, lse
@@ -137,6 +141,7 @@ def launch(
     scale: float,
     modifiers: Modifiers,
     ranges: Tensor | None = None,
+    limits: Tensor | None = None,
     bias: Tensor | None = None,
     key_strides: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     starts: tuple[Tensor, Tensor] | None = None,
@@ -148,6 +153,7 @@ def launch(
     Packed sequences have ``starts``, and ``size`` is then the longest sequence's.
 
     Args:
+        limits: keys of each query, see ``limits_of``; the mask is then not read.
         bias: expanded to ``[B, H, n, m]``.
         key_strides: (batch, head, token, page) of k and of v, if they are not ``[B, Hkv, Sk, D]``.
         starts: int32 cuts of the queries, and cuts (or, with a table, lengths) of the keys.
@@ -156,7 +162,7 @@ def launch(
     kernels = load_kernels(KERNELS)
     heads, dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     config = cut.config
-    band = mask.band()
+    band = mask.form() if limits is None else Band()
     strides_k, strides_v = key_strides or ((*k.stride()[:3], 0), (*v.stride()[:3], 0))
     target, target_lse = (out[None], lse[None]) if cut.splits == 1 else _parts(out, lse, cut.splits)
     bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
@@ -164,7 +170,8 @@ def launch(
     grid = (-(-size.num_queries * cut.pack // config.block_m), size.batch * programs, cut.splits)
     softcap = modifiers.softcap
     kernels.softmax_forward_kernel[grid](
-        *(q, k, v, target, target_lse, ranges, as_float(modifiers.alibi), as_float(modifiers.sinks), bias),
+        *(q, k, v, target, target_lse, ranges, limits),
+        *(as_float(modifiers.alibi), as_float(modifiers.sinks), bias),
         *(starts or (None, None)),
         table,
         *_row_strides(q),
@@ -175,6 +182,7 @@ def launch(
         *_row_strides(target_lse[0, ..., None]),
         target_lse.stride(0),
         *bias_strides,
+        2 * size.num_queries if limits is not None and len(limits) > 1 else 0,
         0 if table is None else table.stride(0),
         strides_k[3],
         strides_v[3],
@@ -199,6 +207,7 @@ def launch(
         HAS_LEFT=band.left is not None,
         HAS_RIGHT=band.right is not None,
         HAS_RANGES=ranges is not None,
+        HAS_LIMITS=limits is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_ALIBI=modifiers.alibi is not None,
         HAS_BIAS=bias is not None,
@@ -280,8 +289,44 @@ def capability_of(q: Tensor) -> int:
 
 def ranges_of(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor | None:
     """Keys ``[start, stop)`` that exist for each batch element, int32 ``[B, 2]``; None where all do."""
-    band = mask.band()
+    band = mask.form()
     if band.ranges is None:
         return None
     rows = [band.key_interval(num_keys, index) for index in range(batch)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=16)
+def limits_of(
+    mask: Mask, batch: int, num_queries: int, num_keys: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Keys of each query and queries of each key, for a mask with documents; None where one band says it all.
+
+    Both are int32 ``[1 or B, 2, .]``: the first, and one past the last. Nothing is visited outside of them, and they
+    grow with the tokens, not with the pairs.
+    """
+    band = mask.form()
+    if band.documents is None:
+        return None, None
+    every = [
+        np.stack(
+            band.row_limits(np.arange(num_queries), num_queries=num_queries, num_keys=num_keys, batch=index)
+        )
+        for index in range(batch if band.batch_size > 1 else 1)
+    ]
+    reach = [_reach(first, last, num_keys) for first, last in every]
+    limits, reached = (
+        torch.from_numpy(np.stack(part).astype(np.int32)).to(device) for part in (every, reach)
+    )
+    return limits, reached
+
+
+def _reach(first: NDArray[np.int64], last: NDArray[np.int64], num_keys: int) -> NDArray[np.int64]:
+    """First query and one past the last whose ``first <= key < last``, of every key ``[2, Sk]``; the limits rise."""
+    live = np.flatnonzero(first < last)
+    keys = np.arange(num_keys)
+    start = np.searchsorted(last[live], keys, side="right")
+    stop = np.searchsorted(first[live], keys, side="right")
+    rows = np.append(live, 0)
+    seen = start < stop
+    return np.stack((np.where(seen, rows[start], len(first)), np.where(seen, rows[stop - 1] + 1, 0)))

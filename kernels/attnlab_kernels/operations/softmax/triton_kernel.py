@@ -82,6 +82,8 @@ def _visit(
     stride_vp,
     stride_bias_n,
     position,
+    row_first,
+    row_last,
     lo,
     hi,
     left,
@@ -97,6 +99,7 @@ def _visit(
     MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -145,6 +148,8 @@ def _visit(
                 keep = keep & (keys[None, :] >= position[:, None] - left)
             if HAS_RIGHT:
                 keep = keep & (keys[None, :] <= position[:, None] + right)
+            if HAS_LIMITS:
+                keep = keep & (keys[None, :] >= row_first[:, None]) & (keys[None, :] < row_last[:, None])
             scores = tl.where(keep, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
         # a row that has seen no key yet: subtract 0, so that its exponentials are 0 and not NaN
@@ -166,6 +171,7 @@ def softmax_forward_kernel(
     out_ptr,
     lse_ptr,
     ranges_ptr,
+    limits_ptr,
     slopes_ptr,
     sinks_ptr,
     bias_ptr,
@@ -193,6 +199,7 @@ def softmax_forward_kernel(
     stride_bias_h,
     stride_bias_m,
     stride_bias_n,
+    stride_limits,
     stride_table,
     stride_kp,
     stride_vp,
@@ -217,6 +224,7 @@ def softmax_forward_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_RANGES: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -225,7 +233,8 @@ def softmax_forward_kernel(
     """``qk_scale`` is scale * log2(e), above 0; ``softcap`` holds log2(e) too.
 
     Grid: query blocks, batch x programs (heads, or key heads where PACK query heads share the rows), splits.
-    ``ranges`` is int32 [B, 2]. VARLEN: ``starts_q`` int32 [B + 1] cuts packed queries ``[tokens, H, D]``; ``starts_k``
+    ``ranges`` is int32 [B, 2]; ``limits`` int32 [B, 2, Sq]: the first key of each query and one past the last, for
+    masks that are not one band. VARLEN: ``starts_q`` int32 [B + 1] cuts packed queries ``[tokens, H, D]``; ``starts_k``
     cuts packed keys the same way, or, with PAGE slots a block, holds lengths [B], and ``table`` [B, blocks] the blocks.
     """
     block = tl.program_id(0)
@@ -296,6 +305,17 @@ def softmax_forward_kernel(
         if HAS_RIGHT:
             inner_hi = tl.minimum(inner_hi, first + right + 1)
             hi = tl.minimum(hi, last + right + 1)
+        row_first = position
+        row_last = position
+        if HAS_LIMITS:
+            row_limits = limits_ptr + batch * stride_limits + queries
+            row_first = tl.load(row_limits, mask=live, other=0)
+            row_last = tl.load(row_limits + num_queries, mask=live, other=0)
+            alive = row_first < row_last
+            lo = tl.min(tl.where(alive, row_first, num_keys), 0)
+            hi = tl.max(tl.where(alive, row_last, 0), 0)
+            inner_lo = tl.max(tl.where(live, row_first, 0), 0)
+            inner_hi = tl.min(tl.where(live, row_last, num_keys), 0)
         hi = tl.maximum(hi, lo)
         # whole tiles between them need no mask
         inner_lo = lo + tl.cdiv(tl.maximum(inner_lo - lo, 0), BLOCK_N) * BLOCK_N
@@ -317,21 +337,24 @@ def softmax_forward_kernel(
             sinks = tl.load(sinks_ptr + heads, mask=live, other=0.0) * 1.4426950408889634
             row_max = tl.where(split == 0, sinks, row_max)
             row_sum += tl.where(split == 0, 1.0, 0.0)
-        if HAS_LEFT:
+        if HAS_LEFT or HAS_LIMITS:
             acc, row_max, row_sum = _visit(
                 acc, row_max, row_sum, q, k_base, v_base, table, bias_rows, slopes, live, stride_kn, stride_vn,
-                stride_kp, stride_vp, stride_bias_n, position, lo, inner_lo, left, right, qk_scale, softcap,
-                D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PAGE, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
+                stride_kp, stride_vp, stride_bias_n, position, row_first, row_last, lo, inner_lo, left, right,
+                qk_scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PAGE, True, HAS_LEFT, HAS_RIGHT, HAS_LIMITS,
+                HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
             )  # fmt: skip
         acc, row_max, row_sum = _visit(
             acc, row_max, row_sum, q, k_base, v_base, table, bias_rows, slopes, live, stride_kn, stride_vn,
-            stride_kp, stride_vp, stride_bias_n, position, inner_lo, inner_hi, left, right, qk_scale, softcap,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PAGE, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
+            stride_kp, stride_vp, stride_bias_n, position, row_first, row_last, inner_lo, inner_hi, left, right,
+            qk_scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PAGE, False, HAS_LEFT, HAS_RIGHT, HAS_LIMITS,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
         )  # fmt: skip
         acc, row_max, row_sum = _visit(
             acc, row_max, row_sum, q, k_base, v_base, table, bias_rows, slopes, live, stride_kn, stride_vn,
-            stride_kp, stride_vp, stride_bias_n, position, inner_hi, hi, left, right, qk_scale, softcap,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PAGE, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
+            stride_kp, stride_vp, stride_bias_n, position, row_first, row_last, inner_hi, hi, left, right,
+            qk_scale, softcap, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PAGE, True, HAS_LEFT, HAS_RIGHT, HAS_LIMITS,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
         )  # fmt: skip
 
         dead = row_sum == 0.0

@@ -31,6 +31,8 @@ _TYPES = {
     "lse_ptr": "*fp32",
     "delta_ptr": "*fp32",
     "ranges_ptr": "*i32",
+    "limits_ptr": "*i32",
+    "reach_ptr": "*i32",
     "slopes_ptr": "*fp32",
     "sinks_ptr": "*fp32",
     "starts_q_ptr": "*i32",
@@ -42,6 +44,7 @@ _TYPES = {
 }
 _MODIFIED = {"HAS_SOFTCAP": True, "HAS_ALIBI": True, "HAS_BIAS": True}
 _PLAIN = dict.fromkeys(_MODIFIED, False)
+_DOCUMENTS = {"HAS_LEFT": False, "HAS_RIGHT": False, "HAS_RANGES": False, "HAS_LIMITS": True}
 _PAGED = {"PACK": 8, "PAGE": 16, "VARLEN": True, "HAS_RANGES": False}
 
 
@@ -55,6 +58,10 @@ def cases(capability: int) -> list[StaticCase]:
                 made.append(forward_case(dtype, block_d, config, "modified", _MODIFIED))
             config = choose_config(block_d, size, 16, capability)
             made.append(forward_case(dtype, block_d, config, "paged", _PAGED))
+            config = choose_config(block_d, size, 4096, capability, limited=True)
+            made.append(forward_case(dtype, block_d, config, "documents", _DOCUMENTS))
+            config = choose_config(block_d, size, 4096, capability, modified=True, limited=True)
+            made.append(forward_case(dtype, block_d, config, "documents modified", _DOCUMENTS | _MODIFIED))
             made += backward_cases(dtype, block_d, capability)
             made += small_cases(dtype, block_d)
     if capability == 90:
@@ -88,12 +95,17 @@ def forward_case(
 
 
 def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCase]:
-    """dQ, and dK with dV, plain and modified."""
+    """dQ, and dK with dV: plain, modified, and over documents."""
     size = ELEMENT_SIZE[dtype]
     made = []
-    for kind, flags in (("", {}), (" modified", _MODIFIED)):
-        for name, choose in (("query", choose_query_config), ("key", choose_key_config)):
-            config = choose(block_d, size, capability, bool(flags))
+    for kind, flags in (("", {}), (" modified", _MODIFIED), (" documents", _DOCUMENTS)):
+        for name in ("query", "key"):
+            modified, limited = flags is _MODIFIED, flags is _DOCUMENTS
+            config = (
+                choose_key_config(block_d, size, capability, modified, limited)
+                if name == "key"
+                else choose_query_config(block_d, size, capability, modified)
+            )
             made.append(
                 _case(
                     f"softmax {name} gradient{kind}",
@@ -152,6 +164,7 @@ def _shape(block_d: int, config: Config) -> dict[str, Any]:
         "HAS_LEFT": True,
         "HAS_RIGHT": True,
         "HAS_RANGES": True,
+        "HAS_LIMITS": False,
         **_PLAIN,
     }
 
@@ -167,9 +180,11 @@ def _case(
     tensor_cores: bool = True,
 ) -> StaticCase:
     if types is None:
-        unused = ("sinks_ptr", "starts_q_ptr", "starts_k_ptr", "table_ptr") if module == BACKWARD else ()
-        forward_only = ("delta_ptr", "scale") if module == FORWARD else ()
-        types = {name: kind for name, kind in _TYPES.items() if name not in (*unused, *forward_only)}
+        unused = ("delta_ptr", "scale", "reach_ptr")
+        if module == BACKWARD:
+            unused = ("sinks_ptr", "starts_q_ptr", "starts_k_ptr", "table_ptr")
+            unused += ("reach_ptr",) if "query" in function else ()
+        types = {name: kind for name, kind in _TYPES.items() if name not in unused}
     return StaticCase(
         kernel=kernel,
         form=f"{dtype} D {constants.get('BLOCK_D') or constants.get('BLOCK_DV') or constants['D']}, "
