@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Padding, Window
-from attnlab_kernels.neighborhood import Neighborhood
+from attnlab_kernels.neighborhood import Neighborhood, inverse_limits
 from attnlab_kernels.operations.expert_projection import api as experts
 from attnlab_kernels.operations.expert_projection.triton_grouped import sort_into_blocks
 from attnlab_kernels.operations.latent import triton_absorbed
@@ -70,7 +70,7 @@ def dense_windows(q: Tensor, k: Tensor, v: Tensor, windows: Neighborhood, seen: 
 def test_triton_windows_are_those_of_a_dense_mask(dtype, windows, hidden, poisoned):
     q, k = (normal(1, 2, *windows.space, 10 + side, dtype=dtype)[..., :10] for side in range(2))
     v = normal(1, 2, *windows.space, 20, dtype=dtype)
-    if not supports(q, v, windows, bias=None, dropout=0, need_windows=False, need_grad=False):
+    if not supports(q, v, windows, bias=None, dropout=0, need_windows=False):
         with pytest.raises(Unsupported):
             neighborhood_attend(q, k, v, windows, implementation="triton")
         return
@@ -92,14 +92,57 @@ def test_triton_windows_are_those_of_a_dense_mask(dtype, windows, hidden, poison
     assert error(result.lse.masked_fill(dead, 0), exact_lse.masked_fill(dead, 0)) < 1e-5
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_triton_window_gradients_are_those_of_a_dense_mask(windows, hidden, poisoned):
+    dtype = torch.float16 if windows.causal[-1] and not hidden else torch.float32
+    q, k, v = (normal(1, 2, *windows.space, size, dtype=dtype) for size in (10, 10, 20))
+    k = k.flip(2)
+    if not supports(q, v, windows, bias=None, dropout=0, need_windows=False):
+        with pytest.raises(Unsupported):
+            neighborhood_attend(q, k, v, windows, implementation="triton")
+        return
+    seen = (torch.arange(windows.size, device=DEVICE) % 3 > 0).view(1, *windows.space) if hidden else None
+    slope = torch.linspace(-1, 1, 20, device=DEVICE)
+
+    def gradients(attend, *given: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        return torch.autograd.grad((attend(*leaves) * slope).sum(), leaves)
+
+    def plain(*given: Tensor) -> Tensor:
+        return dense_windows(*given, windows, seen)
+
+    def kernel(*given: Tensor) -> Tensor:
+        return neighborhood_attend(*given, windows, visible=seen, implementation="triton").result.output
+
+    want = gradients(plain, q.double(), k.double(), v.double())
+    base = gradients(plain, q, k, v)
+    if seen is not None:
+        k, v = (tensor.masked_fill(~seen[:, None, ..., None], torch.nan) for tensor in (k, v))
+    poisoned()
+    for mine, fair, exact in zip(gradients(kernel, q, k, v), base, want, strict=True):
+        step = 0.0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+        assert error(mine, exact) <= 2 * error(fair, exact) + step + 4e-6
+
+
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+def test_queries_of_a_key_are_a_run_on_every_axis_triton(windows):
+    for (first, count), step in zip(windows.limits, windows.dilation, strict=True):
+        start, size = inverse_limits(first, count, step)
+        for key in range(len(first)):
+            seeing = [
+                q for q in range(len(first)) if key in range(first[q], first[q] + count[q] * step, step)
+            ]
+            assert seeing == list(range(start[key], start[key] + size[key] * step, step))
+
+
 def test_triton_windows_say_why_not():
     windows = WINDOWS["line"]
     q = normal(1, 2, 37, 8, dtype=torch.float32)
-    plain: dict[str, Any] = {"bias": None, "dropout": 0.0, "need_windows": False, "need_grad": False}
+    plain: dict[str, Any] = {"bias": None, "dropout": 0.0, "need_windows": False}
     here = bool(supports(q, q, windows, **plain))
     changes = {
         "dropout": (0.1, "keeps no weights"),
-        "need_grad": (True, "no backward"),
         "bias": (q, "no table"),
     }
     for name, (value, says) in changes.items():

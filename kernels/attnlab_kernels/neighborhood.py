@@ -48,6 +48,22 @@ def window_limits(
     return start * dilation + residue, count
 
 
+def inverse_limits(first: Indices, count: Indices, dilation: int) -> tuple[Indices, Indices]:
+    """First query and number of queries that see each key of one axis, ``dilation`` apart, from ``window_limits``.
+
+    Windows move only forwards along a residue class, so the queries of a key are a run as well.
+    """
+    length = len(first)
+    start, size = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    for residue in range(min(dilation, length)):
+        members = np.arange(residue, length, dilation)
+        low = np.searchsorted(first[members] + (count[members] - 1) * dilation, members, side="left")
+        high = np.searchsorted(first[members], members, side="right")
+        start[members] = residue + low * dilation
+        size[members] = np.maximum(high - low, 0)
+    return start, size
+
+
 @dataclass(frozen=True)
 class Neighborhood:
     """Windows over a grid of ``space`` (one to three axes); the other fields have one entry for each axis.

@@ -1,4 +1,4 @@
-"""Differential attention in one pass by our Triton kernel, forward only. ``triton_kernel`` is loaded on first use."""
+"""Differential attention in one pass by our Triton kernel. ``triton_kernel`` is loaded on first use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.differential.reference import Pair
 from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.softmax.triton_forward import capability_of
 from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.differential.triton_kernel"
@@ -26,15 +27,26 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @property
+    def launch(self) -> dict[str, int]:
+        """As a launch takes them."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
-def choose_config(block_d: int, block_dv: int, element_size: int) -> Config:
-    """Tile for padded dimensions and the bytes of a number; a test compiles some for every target."""
+
+def choose_config(block_d: int, block_dv: int, element_size: int, capability: int) -> Config:
+    """Tile for padded dimensions, the bytes of a number and the card; a test compiles some for every target."""
     widest = max(block_d, block_dv)
     if element_size == 4:
-        return Config(16, 16, 4, 1)
-    if widest <= 64:
-        return Config(64, 64, 4, 2)
-    return Config(64, 32, 4 if widest <= 128 else 8, 2)
+        return Config(16, 16, 4 if widest <= 128 else 8, 1)
+    if widest <= 128:
+        return Config(64, 64, 4, 2) if widest <= 64 else Config(64, 32, 8, 2)
+    # Ampere keeps both sums of 64 rows in no registers that are left
+    return Config(64, 16, 8, 2) if capability >= 90 else Config(32, 32, 8, 2)
 
 
 def run(
@@ -47,8 +59,26 @@ def run(
     scale: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Pair]:
-    """Output ``[B, h, n, dv]`` and the two log-sum-exps ``[B, h, n]``, float32."""
+    """Output ``[B, h, n, dv]`` and the two log-sum-exps ``[B, h, n]``, float32; with gradients where asked for."""
     assert bias is None
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (*query, *key, value, weight)):
+        from attnlab_kernels.operations.differential.triton_backward import run_with_gradient
+
+        return run_with_gradient(query, key, value, weight, mask=mask, scale=scale)
+    return forward(query, key, value, weight, mask=mask, scale=scale)
+
+
+def forward(
+    query: Pair,
+    key: Pair,
+    value: Tensor,
+    weight: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    second_output: Tensor | None = None,
+) -> tuple[Tensor, Pair]:
+    """The forward alone. ``second_output`` float32 ``[B, h, n, dv]`` receives what the second map gives."""
     kernels = load_kernels(KERNELS)
     tensors = [*query, *key, value]
     q1, q2, k1, k2, v = (part if part.stride(-1) == 1 else part.contiguous() for part in tensors)
@@ -60,25 +90,31 @@ def run(
     )
     weights = weight.float().expand(batch, heads, num_queries)
     band = mask.band()
-    intervals = [band.key_interval(k1.shape[2], index if band.ranges else 0) for index in range(batch)]
-    ranges = torch.tensor(intervals, dtype=torch.int32, device=q1.device)
-    config = choose_config(padded(dim), padded(value_dim), q1.element_size())
+    ranges = ranges_of_keys(mask, batch, k1.shape[2], q1.device)
+    config = choose_config(padded(dim), padded(value_dim), q1.element_size(), capability_of(q1))
     kernels.difference_forward_kernel[(-(-num_queries // config.block_m), batch * heads)](
-        q1, q2, k1, k2, v, weights, out, *lse, ranges,
+        q1, q2, k1, k2, v, weights, out, *lse, second_output, ranges,
         *q1.stride()[:3], *q2.stride()[:3], *k1.stride()[:3], *k2.stride()[:3], *v.stride()[:3], *weights.stride(),
         heads, heads // k1.shape[1], num_queries, k1.shape[2], band.left or 0, band.right or 0,
         scale * math.log2(math.e),
-        D=dim, DV=value_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded(dim),
-        BLOCK_DV=padded(value_dim), HAS_LEFT=band.left is not None, HAS_RIGHT=band.right is not None,
-        SHARED_KEY=key.first is key.second, num_warps=config.num_warps, num_stages=config.num_stages,
+        D=dim, DV=value_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim), HAS_LEFT=band.left is not None,
+        HAS_RIGHT=band.right is not None, SHARED_KEY=key.first is key.second,
+        KEEP_SECOND=second_output is not None, **config.launch,
     )  # fmt: skip
     return out, lse
+
+
+def ranges_of_keys(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor:
+    """Keys ``[start, stop)`` of each batch element, int32 ``[B, 2]``."""
+    band = mask.band()
+    intervals = [band.key_interval(num_keys, index if band.ranges else 0) for index in range(batch)]
+    return torch.tensor(intervals, dtype=torch.int32, device=device)
 
 
 def supports(
     query: Pair, key: Pair, value: Tensor, weight: Tensor, *, bias: Tensor | None, need_grad: bool
 ) -> Support:
-    """Every mask, any head dimension to 256, forward only, no bias."""
+    """Every mask of one band, any head dimension to 256, no bias; with gradients."""
     support = triton_support(value)
     if not support:
         return support
@@ -90,8 +126,6 @@ def supports(
         )
     if bias is not None:
         return Support(False, "the Triton kernel takes no bias")
-    if need_grad:
-        return Support(False, "the Triton kernel has no backward: use a pair of softmax calls")
     if 0 in (query.first.shape[0], query.first.shape[2], value.shape[2]):
         return Support(False, "there is nothing to attend to")
     return Support(True, support.reason or "reads each tile of values once for both maps")

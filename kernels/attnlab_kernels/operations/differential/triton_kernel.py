@@ -31,16 +31,19 @@ def _fold(acc, row_max, row_sum, scores, v):
 
 @triton.jit
 def difference_forward_kernel(
-    q1_ptr, q2_ptr, k1_ptr, k2_ptr, v_ptr, weight_ptr, out_ptr, lse1_ptr, lse2_ptr, ranges_ptr,
+    q1_ptr, q2_ptr, k1_ptr, k2_ptr, v_ptr, weight_ptr, out_ptr, lse1_ptr, lse2_ptr, second_ptr, ranges_ptr,
     stride_q1b, stride_q1h, stride_q1m, stride_q2b, stride_q2h, stride_q2m,
     stride_k1b, stride_k1h, stride_k1n, stride_k2b, stride_k2h, stride_k2n, stride_vb, stride_vh, stride_vn,
     stride_wb, stride_wh, stride_wm,
     heads, group, num_queries, num_keys, left, right, qk_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SHARED_KEY: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SHARED_KEY: tl.constexpr, KEEP_SECOND: tl.constexpr,
 ):  # fmt: skip
-    """``qk_scale`` is scale * log2(e); ``out`` [B, H, Sq, DV] and both ``lse`` float32 [B, H, Sq] are contiguous."""
+    """``qk_scale`` is scale * log2(e); ``out`` [B, H, Sq, DV] and both ``lse`` float32 [B, H, Sq] are contiguous.
+
+    KEEP_SECOND stores the second map's output too, float32, which the backward needs.
+    """
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     key_head = head // group
@@ -99,9 +102,12 @@ def difference_forward_kernel(
     # a dead row is dead in both: its outputs are zero, its maxima minus infinity
     sum1 = tl.where(sum1 == 0.0, 1.0, sum1)
     sum2 = tl.where(sum2 == 0.0, 1.0, sum2)
-    out = acc1 / sum1[:, None] - (weight / sum2)[:, None] * acc2
     place = (batch * heads + head) * num_queries + rows64
+    in_out = live[:, None] & (offs_dv[None, :] < DV)
+    if KEEP_SECOND:
+        tl.store(second_ptr + place[:, None] * DV + offs_dv[None, :], acc2 / sum2[:, None], mask=in_out)
+    out = acc1 / sum1[:, None] - (weight / sum2)[:, None] * acc2
     tl.store(lse1_ptr + place, (max1 + tl.math.log2(sum1)) * 0.6931471805599453, mask=live)
     tl.store(lse2_ptr + place, (max2 + tl.math.log2(sum2)) * 0.6931471805599453, mask=live)
     out_ptrs = out_ptr + place[:, None] * DV + offs_dv[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=live[:, None] & (offs_dv[None, :] < DV))
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from attnlab_kernels.neighborhood import Neighborhood
@@ -48,8 +47,7 @@ def neighborhood_attend(
     reference.check(q, k, v, neighborhood, bias, visible)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "triton" or (implementation == "auto" and q.device.type == "cuda"):
-        need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-        rest = {"bias": bias, "dropout": dropout, "need_windows": need_windows, "need_grad": need_grad}
+        rest = {"bias": bias, "dropout": dropout, "need_windows": need_windows}
         kernel = triton_forward.supports(q, v, neighborhood, **rest)
         if implementation == "triton" and not kernel:
             raise Unsupported(f"implementation 'triton' cannot run this call: {kernel.reason}")

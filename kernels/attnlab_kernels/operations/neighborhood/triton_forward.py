@@ -1,15 +1,16 @@
-"""Neighborhood attention on one or two axes by our Triton kernel, forward. ``triton_kernel`` loads on first use."""
+"""Neighborhood attention on one or two axes by our Triton kernels, which load on first use."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attnlab_kernels.neighborhood import Neighborhood
+from attnlab_kernels.neighborhood import Indices, Neighborhood, inverse_limits
 from attnlab_kernels.operations.neighborhood.reference import Result
 from attnlab_kernels.operations.softmax.support import Support
 from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
@@ -38,6 +39,49 @@ def choose_config(axes: int, block_d: int, element_size: int) -> Config:
     return Config(*tile, 64 if block_d <= 128 else 32, 4, 2)
 
 
+def choose_gradient_config(axes: int, block_d: int, element_size: int) -> Config:
+    """Tile of both kernels of the backward."""
+    if element_size == 4:
+        return Config(*((1, 16) if axes == 1 else (4, 4)), 16, 4, 1)
+    tile = (1, 32) if axes == 1 else (4, 8)
+    return Config(*tile, 32, 4 if block_d <= 128 else 8, 1)
+
+
+class Grid(NamedTuple):
+    """One or two axes as the kernels see them: a line is a grid of height 1."""
+
+    height: int
+    width: int
+    dilation: tuple[int, int]
+    limits: tuple[tuple[Indices, Indices], ...]
+
+    @classmethod
+    def of(cls, neighborhood: Neighborhood) -> Grid:
+        """The grid with the windows of its queries."""
+        if len(neighborhood.space) == 2:
+            height, width = neighborhood.space
+            along, across = neighborhood.dilation
+            return cls(height, width, (along, across), neighborhood.limits)
+        line = (np.zeros(1, np.int64), np.ones(1, np.int64))
+        return cls(1, neighborhood.space[0], (1, neighborhood.dilation[0]), (line, *neighborhood.limits))
+
+    def inverse(self) -> Grid:
+        """The grid with the queries of each key for windows."""
+        pairs = zip(self.limits, self.dilation, strict=True)
+        return self._replace(limits=tuple(inverse_limits(*limits, step) for limits, step in pairs))
+
+    def tables(self, device: torch.device) -> list[Tensor]:
+        """First and count of each axis, int32."""
+        parts = (np.ascontiguousarray(table, np.int32) for axis in self.limits for table in axis)
+        return [torch.from_numpy(part).to(device) for part in parts]
+
+    def tiles(self, config: Config) -> tuple[int, int]:
+        """Rectangles of a residue class: how many, and how many side by side."""
+        down = math.ceil(math.ceil(self.height / self.dilation[0]) / config.tile_y)
+        beside = math.ceil(math.ceil(self.width / self.dilation[1]) / config.tile_x)
+        return down * beside, beside
+
+
 def run(
     q: Tensor,
     k: Tensor,
@@ -47,34 +91,40 @@ def run(
     scale: float | None = None,
     visible: Tensor | None = None,
 ) -> Result:
-    """Attend from every pixel ``[B, H, *space, D]`` to its window."""
-    kernels = load_kernels(KERNELS)
-    space, axes = neighborhood.space, len(neighborhood.space)
-    height, width = (1, *space) if axes == 1 else space
-    dilation = (1, *neighborhood.dilation) if axes == 1 else neighborhood.dilation
-    line = (np.zeros(1, np.int64), np.ones(1, np.int64))
-    limits = (line, *neighborhood.limits) if axes == 1 else neighborhood.limits
-    tables = [
-        torch.from_numpy(np.ascontiguousarray(table, np.int32)).to(q.device)
-        for axis in limits
-        for table in axis
-    ]
-    batch, heads, dim, value_dim = *q.shape[:2], q.shape[-1], v.shape[-1]
-    q, k, v = (tensor.flatten(2, -2).contiguous() for tensor in (q, k, v))
-    out = torch.empty(batch, heads, height * width, value_dim, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, height * width, dtype=torch.float32, device=q.device)
+    """Attend from every pixel ``[B, H, *space, D]`` to its window, with a gradient where one is asked for."""
+    grid = Grid.of(neighborhood)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     seen = None if visible is None else visible.flatten(1).to(torch.uint8).contiguous()
+    flat = [tensor.flatten(2, -2).contiguous() for tensor in (q, k, v)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat):
+        from attnlab_kernels.operations.neighborhood.triton_backward import run_with_gradient
+
+        out, lse = run_with_gradient(flat[0], flat[1], flat[2], grid, factor, seen)
+    else:
+        out, lse = forward(flat[0], flat[1], flat[2], grid, factor, seen)
+    return Result(out.unflatten(2, neighborhood.space), lse.unflatten(2, neighborhood.space), None)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, scale: float, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B, H, N, Dv]`` and log-sum-exp ``[B, H, N]`` of contiguous ``[B, H, N, D]``; ``seen`` uint8 [B, N]."""
+    kernels = load_kernels(KERNELS)
+    batch, heads, pixels, dim = q.shape
+    value_dim = v.shape[-1]
+    out = torch.empty(batch, heads, pixels, value_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, pixels, dtype=torch.float32, device=q.device)
+    axes = 1 if grid.height == 1 else 2
     config = choose_config(axes, max(padded(dim), padded(value_dim)), q.element_size())
-    tiles_y = math.ceil(math.ceil(height / dilation[0]) / config.tile_y)
-    tiles_x = math.ceil(math.ceil(width / dilation[1]) / config.tile_x)
-    factor = dim**-0.5 if scale is None else scale
-    kernels.neighborhood_forward_kernel[(tiles_y * tiles_x, dilation[0] * dilation[1], batch * heads)](
-        q, k, v, out, lse, *tables, seen, heads, height, width, *dilation, tiles_x, factor * math.log2(math.e),
+    tiles, beside = grid.tiles(config)
+    kernels.neighborhood_forward_kernel[(tiles, math.prod(grid.dilation), batch * heads)](
+        q, k, v, out, lse, *grid.tables(q.device), seen, heads, grid.height, grid.width, *grid.dilation, beside,
+        scale * math.log2(math.e),
         D=dim, DV=value_dim, TILE_Y=config.tile_y, TILE_X=config.tile_x, BLOCK_N=config.block_n,
         BLOCK_D=padded(dim), BLOCK_DV=padded(value_dim), HAS_VISIBLE=seen is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return Result(out.unflatten(2, space), lse.unflatten(2, space), None)
+    return out, lse
 
 
 def supports(
@@ -85,9 +135,8 @@ def supports(
     bias: Tensor | None,
     dropout: float,
     need_windows: bool,
-    need_grad: bool,
 ) -> Support:
-    """One and two axes, every window, head dimensions to 256; forward only, no bias, no weights by slot."""
+    """One and two axes, every window, head dimensions to 256; no bias, no weights by slot."""
     support = triton_support(q)
     if not support:
         return support
@@ -99,6 +148,4 @@ def supports(
         return Support(False, "the Triton kernel takes no table of relative positions")
     if dropout or need_windows:
         return Support(False, "the Triton kernel keeps no weights: no dropout, no weights by window slot")
-    if need_grad:
-        return Support(False, "the Triton kernel has no backward")
     return support

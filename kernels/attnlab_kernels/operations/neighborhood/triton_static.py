@@ -1,33 +1,46 @@
-"""Forms of the neighborhood kernel for the static panel: one and two axes."""
+"""Forms of the neighborhood kernels for the static panel: forward and both gradients on one and two axes."""
 
 from __future__ import annotations
 
-from attnlab_kernels.operations.neighborhood.triton_forward import KERNELS, choose_config
+from attnlab_kernels.operations.neighborhood import triton_backward
+from attnlab_kernels.operations.neighborhood.triton_forward import (
+    KERNELS,
+    Config,
+    choose_config,
+    choose_gradient_config,
+)
 from attnlab_kernels.static_facts import StaticCase
+
+TABLES = ("first_y", "count_y", "first_x", "count_x")
 
 
 def cases(capability: int) -> list[StaticCase]:
-    """Three head dimensions on one and two axes."""
-    return [
-        forward_case(dtype, axes, dim)
-        for dtype in ("bf16", "fp32")
-        for axes in (1, 2)
-        for dim in (32, 64, 128)
-    ]
+    """Three head dimensions on one and two axes, every pixel visible."""
+    made: list[StaticCase] = []
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        for axes in (1, 2):
+            for dim in (32, 64, 128):
+                made.append(window_case("forward", dtype, axes, dim, choose_config(axes, dim, size)))
+                config = choose_gradient_config(axes, dim, size)
+                made += [
+                    window_case(f"{kind} gradient", dtype, axes, dim, config) for kind in ("query", "key")
+                ]
+    return made
 
 
-def forward_case(dtype: str, axes: int, dim: int) -> StaticCase:
-    """Every pixel visible."""
-    config = choose_config(axes, dim, 4 if dtype == "fp32" else 2)
-    tables = ("first_y", "count_y", "first_x", "count_x")
+def window_case(kind: str, dtype: str, axes: int, dim: int, config: Config) -> StaticCase:
+    """One kernel in its largest form."""
+    types = {f"{name}_ptr": "*i32" for name in TABLES}
+    types |= {"lse_ptr": "*fp32", "visible_ptr": "*u8", "qk_scale": "fp32"}
+    if kind != "forward":
+        types |= {"delta_ptr": "*fp32", "scale": "fp32"}
     return StaticCase(
-        kernel="neighborhood forward",
+        kernel=f"neighborhood {kind}",
         form=f"{dtype} {axes}-D, D {dim}, tile {config.tile_y} x {config.tile_x}",
-        module=KERNELS,
-        function="neighborhood_forward_kernel",
+        module=KERNELS if kind == "forward" else triton_backward.KERNELS,
+        function=f"neighborhood_{kind.replace(' ', '_')}_kernel",
         dtype=dtype,
-        types={f"{name}_ptr": "*i32" for name in tables}
-        | {"lse_ptr": "*fp32", "visible_ptr": "*u8", "qk_scale": "fp32"},
+        types=types,
         constants={
             "D": dim,
             "DV": dim,
@@ -41,6 +54,6 @@ def forward_case(dtype: str, axes: int, dim: int) -> StaticCase:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores=dtype == "bf16",
-        spill_bound=0 if dtype == "bf16" else 64,
+        spill_bound=32 if dtype == "bf16" else 64,
         typical=axes == 2 and dim == 64,
     )
