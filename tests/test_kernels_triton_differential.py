@@ -85,14 +85,15 @@ def gradients(
     name: str, dtype: torch.dtype, sizes: tuple[int, int], mask: Mask, shared: bool
 ) -> list[Tensor]:
     given = inputs(sizes[0], sizes[1], torch.float16 if dtype == torch.float16 else torch.float32)
-    query, key, value, weight = given
-    parts = [*query, key.first] if shared else [*query, *key]
+    pairs, key, value, weight = given
+    parts = [*pairs, key.first] if shared else [*pairs, *key]
     leaves = [part.detach().to(dtype).requires_grad_() for part in (*parts, value)]
     leaves.append(
         weight.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
     )
     pair = Pair(leaves[2], leaves[2] if shared else leaves[3])
-    output = difference_attend(Pair(*leaves[:2]), pair, *leaves[-2:], mask=mask, implementation=name).output
+    query = Pair(leaves[0], leaves[1])
+    output = difference_attend(query, pair, leaves[-2], leaves[-1], mask=mask, implementation=name).output
     return list(torch.autograd.grad((output * torch.linspace(-1, 1, 20, device=DEVICE)).sum(), leaves))
 
 
@@ -108,7 +109,7 @@ def gradients(
     ids=["causal", "window", "padding", "dead rows, one key for both", "half"],
 )
 def test_triton_gradients_are_those_of_the_signed_map(mask, sizes, dtype, shared, monkeypatch):
-    if refused(*inputs(*sizes, dtype)):
+    if refused(*inputs(sizes[0], sizes[1], dtype)):
         return
     want = gradients("maps", torch.float64, sizes, mask, shared)
     base = gradients("maps", dtype, sizes, mask, shared)

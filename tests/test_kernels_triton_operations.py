@@ -27,26 +27,20 @@ MATRIX_INSTRUCTIONS = {
 
 
 @pytest.mark.slow
-def test_the_kernels_obey_every_law_under_the_interpreter(tmp_path):
+@pytest.mark.parametrize("path", [*LAWS, FOLDER / "test_kernels_map_pooling.py"], ids=lambda path: path.stem)
+def test_the_kernels_obey_every_law_under_the_interpreter(path, tmp_path):
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     report = tmp_path / "report.xml"
     command = [*("-m", "pytest", "-q", "-p", "no:cacheprovider"), f"--junitxml={report}"]
     subprocess.run(
-        [
-            sys.executable,
-            *command,
-            *map(str, LAWS),
-            str(FOLDER / "test_kernels_map_pooling.py"),
-            "-k",
-            "triton",
-        ],
+        [sys.executable, *command, str(path), "-k", "triton"],
         cwd=FOLDER.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         check=True,
         timeout=280,
     )
     suite = ElementTree.parse(report).getroot()[0]
-    assert int(suite.attrib["tests"]) >= 10 * len(LAWS)
+    assert int(suite.attrib["tests"]) >= 8
     assert int(suite.attrib["skipped"]) == 0
 
 

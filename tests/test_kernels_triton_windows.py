@@ -109,11 +109,11 @@ def test_triton_window_gradients_are_those_of_a_dense_mask(windows, hidden, pois
         leaves = [tensor.detach().requires_grad_() for tensor in given]
         return torch.autograd.grad((attend(*leaves) * slope).sum(), leaves)
 
-    def plain(*given: Tensor) -> Tensor:
-        return dense_windows(*given, windows, seen)
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense_windows(q, k, v, windows, seen)
 
-    def kernel(*given: Tensor) -> Tensor:
-        return neighborhood_attend(*given, windows, visible=seen, implementation="triton").result.output
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighborhood_attend(q, k, v, windows, visible=seen, implementation="triton").result.output
 
     want = gradients(plain, q.double(), k.double(), v.double())
     base = gradients(plain, q, k, v)

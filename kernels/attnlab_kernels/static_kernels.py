@@ -21,6 +21,7 @@ from attnlab_kernels.static_facts import CAPABILITIES, StaticCase, compile_case
 # operation -> module with ``cases(capability)``; a kernel that is not here is not on the panel
 REGISTRY: dict[str, str] = {
     "softmax": "attnlab_kernels.operations.softmax.triton_static",
+    "fp8": "attnlab_kernels.operations.fp8.triton_static",
     "linear": "attnlab_kernels.operations.linear.triton_static",
     "differential": "attnlab_kernels.operations.differential.triton_static",
     "neighborhood": "attnlab_kernels.operations.neighborhood.triton_static",

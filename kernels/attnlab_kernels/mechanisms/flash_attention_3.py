@@ -17,6 +17,7 @@ from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.mechanisms.attention_mask import read_attention_mask
 from attnlab_kernels.mechanisms.base import WIDTH_NAMES, SoftmaxModule, read_width
 from attnlab_kernels.operations.fp8 import reference as fp8
+from attnlab_kernels.operations.fp8 import triton_forward as fp8_kernel
 from attnlab_kernels.operations.softmax import hopper
 from attnlab_kernels.operations.softmax.api import (
     AttendCall,
@@ -110,7 +111,8 @@ class FlashAttention3Core(nn.Module):
         """As ``operations.softmax.attend``; aux says what ran and why.
 
         Args:
-            implementation: "auto", "hopper", or a name of ``operations.softmax`` (16 bits only).
+            implementation: "auto", "hopper", or a name of ``operations.softmax`` (16 bits only); in eight bits
+                "auto", "fp8_reference" (the simulation) or "fp8_triton" (our kernel, which computes the same).
 
         Raises:
             Unsupported: the named implementation cannot run the call; FP8 with gradients or dropout.
@@ -159,12 +161,20 @@ class FlashAttention3Core(nn.Module):
         if 0 in (q.shape[0], q.shape[2], k.shape[2]):
             empty = attend(q, k, v, mask=mask, scale=scale, bias=bias)
             return self._label(empty, "fp8 simulation", "nothing to attend to")
-        ran = fp8.run(q, k, v, mask=mask, scale=scale, bias=bias, block_size=self.fp8_block_size)
+        kernel = fp8_kernel.supports(q, v, bias=bias, block_size=self.fp8_block_size)
+        if implementation == "fp8_triton" and not kernel:
+            raise Unsupported(f"implementation 'fp8_triton' cannot run this call: {kernel.reason}")
+        own = implementation == "fp8_triton" or (implementation == "auto" and q.is_cuda and bool(kernel))
+        name = "fp8_triton" if own else "fp8_reference"
+        if own:
+            ran = fp8_kernel.run(q, k, v, mask=mask, scale=scale, block_size=self.fp8_block_size)
+        else:
+            ran = fp8.run(q, k, v, mask=mask, scale=scale, bias=bias, block_size=self.fp8_block_size)
         query, key, value = (numbers.dequantize() for numbers in (ran.query, ran.key, ran.value))
-        tell(AttendCall(query, key, value, mask, scale, bias, ran.output, ran.lse, "fp8_reference"))
-        result = AttentionOutput(ran.output, lse=ran.lse, aux={"implementation": "fp8_reference"})
+        tell(AttendCall(query, key, value, mask, scale, bias, ran.output, ran.lse, name))
+        result = AttentionOutput(ran.output, lse=ran.lse, aux={"implementation": name})
         reason = "block scales with a Hadamard rotation: the released kernel takes one scale a head and does not rotate"
-        result = self._label(result, "fp8 simulation", reason)
+        result = self._label(result, "fp8 kernel" if own else "fp8 simulation", reason)
         result.aux["fp8_block_size"] = self.fp8_block_size
         result.aux["padded_head_dim"] = ran.query.values.shape[-1]
         return result
@@ -224,7 +234,7 @@ class FlashAttention3(SoftmaxModule):
 
         Returns:
             the output ``[B, n, embed_dim]``; ``AttentionOutput`` with ``return_dict=True``. Its aux has "ran" ("hopper
-            kernel", "exact simulation" or "fp8 simulation"), "reason", "implementation" and "async".
+            kernel", "exact simulation", "fp8 kernel" or "fp8 simulation"), "reason", "implementation" and "async".
         """
         if attn_mask is not None:
             if arguments.get("attention_mask") is not None:
@@ -292,7 +302,7 @@ def _merge(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
 
 
 def _supports_fp8(tensors: tuple[Tensor | None, ...], dropout: float, implementation: str) -> Support:
-    if implementation not in ("auto", "fp8_reference"):
+    if implementation not in ("auto", "fp8_reference", "fp8_triton"):
         return Support(
             False, f"implementation {implementation!r} cannot run FP8 with block scales; pass 'auto'"
         )

@@ -64,7 +64,7 @@ class _Difference(torch.autograd.Function):
         ctx.save_for_backward(q1, q2, k1, k2, v, weight, output, second, *lse)
         ctx.terms = terms
         ctx.mark_non_differentiable(*lse)
-        return output, *lse
+        return output, lse.first, lse.second
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
