@@ -196,8 +196,8 @@ def test_log_charts_environment_and_spec_are_one_click_away(served, traced, brow
     page.get_by_text("2.13.0").wait_for()
     page.get_by_role("tab", name="Spec").click()
     page.get_by_label("spec").wait_for()
-    page.get_by_role("tab", name="Timing and memory of all runs").click()
-    page.locator("#experiment-latency .js-plotly-plot").wait_for()
+    page.get_by_role("tab", name="Charts of all runs").click()
+    page.locator("#experiment-chart-plot .js-plotly-plot").wait_for()
 
 
 def test_an_unknown_experiment_offers_ways_out(served, traced, browse):

@@ -3,8 +3,11 @@
 import pytest
 
 from attnlab.describe import run_document
+from attnlab.views.chart import Axes
+from attnlab.views.labels import run_label
 from attnlab_storage import queue, results
 from attnlab_webui import experiment_view
+from attnlab_webui.chart_view import CHART_CHOICES, Chosen, panel, picked, read_choice
 from attnlab_webui.pages import experiment
 from attnlab_webui.pages.experiment import Seen
 
@@ -161,10 +164,26 @@ def test_what_must_not_be_deleted_says_why(sqlite_store, make_traced):
 
 
 def test_charts_hold_every_run(outcomes):
-    latency, memory = experiment.run_charts(outcomes.store, outcomes.experiment_id)
-    assert len(latency.data) >= 2
-    assert len(memory.data) >= 2
-    assert experiment.run_charts(outcomes.store, None) == (None, None)
+    documents = experiment.charted(outcomes.store, outcomes.experiment_id)
+    shown = panel(documents, Chosen())
+    assert shown.chosen == picked("latency")
+    assert shown.figure is not None
+    drawn = {name for trace in shown.figure.data for name in trace.x}
+    assert drawn == {run_label(document) for document in documents}
+    assert "made to be unsupported" in shown.table
+    for name in CHART_CHOICES:
+        made = panel(documents, picked(name[1]))
+        assert made.figure is not None or "at-notice" in made.note
+        assert made.table.count("<tr") == 1 + len(documents)
+    assert panel([], Chosen()).figure is None
+
+
+def test_a_link_says_which_chart_and_one_that_says_nonsense_gets_the_first():
+    assert read_choice({"chart": "memory"}) == picked("memory")
+    own = read_choice({"chart": "own", "x": "latency_ms", "y": "kl", "facet": "dtype"})
+    assert own == Chosen("own", Axes("latency_ms", "kl", "", "dtype"))
+    for query in ({}, {"chart": "<b>"}, {"chart": "own", "y": "run"}):
+        assert read_choice(query) == Chosen()
 
 
 def test_log_environment_and_spec_are_escaped(traced):

@@ -70,7 +70,7 @@ def roofline_info(documents: Sequence[Mapping[str, Any]]) -> RooflineInfo:
 def _why(document: Mapping[str, Any]) -> str:
     if document["state"] == "succeeded":
         return "no count of operations, or no time"
-    word = OUTCOME_WORDS.get(document["state"], document["state"])
+    word = OUTCOME_WORDS.get(document["state"], str(document["state"]))
     return f"{word}: {document['reason']}" if document.get("reason") else word
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import gradio as gr
 
 from attnlab.describe import run_document
-from attnlab.views.figures import latency_figure, latency_info, memory_figure, memory_info
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
 from attnlab_storage.results import ExperimentRow, RunRow
-from attnlab_webui import experiment_view, heatmap, pieces, theme
+from attnlab_webui import chart_panel, experiment_view, heatmap, pieces, theme
+from attnlab_webui.chart_view import PARTS, STATE_JS, Chosen, panel, read_choice
 from attnlab_webui.memory_view import memory_charts
 
 TICK_SECONDS = 1.5
 LOG_LINES = 200
-MAX_RUNS_CHARTED = 24
+MAX_RUNS_CHARTED = 96
 RECENT = 5
 RUNS_JS = 'import("{url}/js/runs.js").then((module) => module.mount(element, trigger, watch)); // "select"'
 TABS = ("log", "charts", "memory", "environment", "spec")
-CHARTS = ("latency", "memory", "timeline", "kernel_timeline", "holders")
+CHARTS = (*PARTS, "figure", "note", "chart_table", "timeline", "kernel_timeline", "holders")
 # writes the open tab into the address, so that the link shows the same
 TAB_JS = """() => {
   const params = new URLSearchParams(window.location.search);
@@ -49,6 +49,7 @@ class Seen:
     experiment: int | None = None
     run: int | None = None
     tab: str = "log"
+    chosen: Chosen = field(default_factory=Chosen)
     revision: int = -1
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -81,9 +82,8 @@ def build(store: Store) -> None:
     with gr.Tabs(visible=False, elem_classes="at-tabs") as tabs:
         with gr.Tab("Log", id="log") as log_tab:
             log = gr.HTML("", elem_id="experiment-log", js_on_load=None, autoscroll=True)
-        with gr.Tab("Timing and memory of all runs", id="charts") as charts, gr.Row():
-            latency = gr.Plot(show_label=False, elem_id="experiment-latency")
-            memory = gr.Plot(show_label=False, elem_id="experiment-memory")
+        with gr.Tab("Charts of all runs", id="charts") as charts:
+            chart = chart_panel.build("experiment-chart")
         with gr.Tab("Memory over time", id="memory") as memory_tab:
             with gr.Row():
                 timeline = gr.Plot(show_label=False, elem_id="experiment-timeline")
@@ -111,8 +111,7 @@ def build(store: Store) -> None:
         "log": log,
         "environment": environment,
         "spec": spec,
-        "latency": latency,
-        "memory": memory,
+        **chart.outputs,
         "timeline": timeline,
         "kernel_timeline": kernel_timeline,
         "holders": holders,
@@ -134,7 +133,8 @@ def build(store: Store) -> None:
     def load(request: gr.Request) -> list[Any]:
         asked = dict(request.query_params)
         tab = asked.get("tab", "")
-        now = Seen(_number(asked.get("id")), _number(asked.get("run")), tab if tab in TABS else "log")
+        tab = tab if tab in TABS else "charts" if "chart" in asked else "log"
+        now = Seen(_number(asked.get("id")), _number(asked.get("run")), tab, read_choice(asked))
         return show(now, asked_for_nothing(store, now, asked.get("id", "")), fresh=True)
 
     def tick(now: Seen) -> list[Any]:
@@ -152,6 +152,13 @@ def build(store: Store) -> None:
 
         return handler
 
+    def pick(changed: str) -> Any:
+        def handler(now: Seen, *picked: Any) -> list[Any]:
+            now.chosen = chart_panel.choice_of(changed, *picked)
+            return show(now)
+
+        return handler
+
     def opened(tab: str) -> Any:
         def handler(now: Seen) -> list[Any]:
             now.tab = tab
@@ -164,6 +171,11 @@ def build(store: Store) -> None:
     runs.select(choose, seen, everything, **pieces.INTERNAL)
     for button, action in ((cancel, on_cancel), (retry, on_retry), (delete, on_delete), (undo, on_undo)):
         button.click(act(action), seen, everything, **pieces.ACTION)
+    pickers = list(chart.pickers.values())
+    for name, picker in chart.pickers.items():
+        picker.input(pick(name), [seen, *pickers], everything, **pieces.INTERNAL).then(
+            None, pickers, None, js=STATE_JS
+        )
     for name, tab in (("log", log_tab), ("charts", charts), ("memory", memory_tab)):
         tab.select(opened(name), seen, everything, **pieces.INTERNAL)
         tab.select(None, None, None, js=TAB_JS % name)
@@ -210,7 +222,8 @@ def chart_values(store: Store, now: Seen, run: RunRow | None) -> dict[str, Any]:
     """The charts of the open tab; those of the others stay what they were, and are made when one opens them."""
     values = {name: now.values.get(name) for name in CHARTS}
     if now.tab == "charts":
-        values["latency"], values["memory"] = run_charts(store, now.experiment)
+        shown = panel(charted(store, now.experiment), now.chosen)
+        values |= chart_panel.values(shown)
     elif now.tab == "memory":
         made = memory_charts(store, run.id if run else None)
         values["timeline"], values["kernel_timeline"], values["holders"] = made
@@ -277,13 +290,10 @@ def on_undo(store: Store, now: Seen) -> str:
     return pieces.notice("Restored." if found else "It cannot be restored: it was removed for good.")
 
 
-def run_charts(store: Store, experiment_id: int | None) -> tuple[Any, Any]:
-    """Timing and memory of the experiment's runs as Plotly figures."""
+def charted(store: Store, experiment_id: int | None) -> list[dict[str, Any]]:
+    """The documents of the experiment's runs, as many as a chart can show."""
     rows = results.runs_of(store, experiment_id=experiment_id)[:MAX_RUNS_CHARTED] if experiment_id else []
-    documents = [run_document(store, row.id) for row in rows]
-    if not documents:
-        return None, None
-    return latency_figure(latency_info(documents)), memory_figure(memory_info(documents))
+    return [run_document(store, row.id) for row in rows]
 
 
 def _experiment(store: Store, now: Seen) -> ExperimentRow | None:

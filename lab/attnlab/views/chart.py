@@ -1,0 +1,205 @@
+"""A chart of runs with chosen axes. Two pure functions: what is shown, then the Plotly figure.
+
+Runs that gave no number stay where their line ends, as a cross with the outcome and its reason.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attnlab.views.chart_table import (
+    FIELDS,
+    MEASURES,
+    NUMERIC_FIELDS,
+    chart_rows,
+    measured,
+    samples_of,
+    varying,
+)
+from attnlab.views.errors import ViewError
+from attnlab.views.labels import OUTCOME_WORDS
+from attnlab.views.scaling_fit import Fit, fit_power
+
+LIVE = ("queued", "running")
+MOST_LINES = 40
+
+
+class Axes(NamedTuple):
+    """What is drawn against what. x: a field or a measure; y: a measure; colour and facet: a field or ""."""
+
+    x: str
+    y: str
+    colour: str = ""
+    facet: str = ""
+
+
+PRESETS: dict[str, tuple[str, Axes]] = {
+    "latency": ("Time", Axes("run", "latency_ms", "mechanism")),
+    "attention": ("Time of the attention alone", Axes("run", "attention_latency_ms", "mechanism")),
+    "throughput": ("Throughput", Axes("run", "tokens_per_s", "mechanism")),
+    "memory": ("Memory", Axes("run", "peak_memory_bytes", "mechanism")),
+    "scaling": ("Scaling of time", Axes("sequence_length", "attention_latency_ms", "mechanism")),
+    "memory-scaling": (
+        "Scaling of memory",
+        Axes("sequence_length", "attention_peak_memory_bytes", "mechanism"),
+    ),
+    "error": ("Error against speed", Axes("attention_latency_ms", "attention_error", "mechanism")),
+    "frontier": ("Longest that fits", Axes("run", "longest_fit", "mechanism")),
+}
+ROOFLINE = "roofline"
+
+
+class Point(NamedTuple):
+    """All runs that are alike at one x: their samples together."""
+
+    x: Any
+    y: float  # median
+    low: float  # 10th percentile of all samples
+    high: float  # 90th
+    runs: tuple[int, ...]
+    samples: int
+
+
+class End(NamedTuple):
+    """A run without a number."""
+
+    x: Any  # None where x is a measure, and so unknown too
+    run: int
+    outcome: str
+    reason: str
+    y: float | None = None  # where it ended, if that is known
+
+
+class Line(NamedTuple):
+    """One colour in one facet."""
+
+    label: str
+    facet: str
+    points: list[Point]
+    ends: list[End]
+    fit: Fit | None  # None unless both axes are numbers
+
+
+class ChartInfo(NamedTuple):
+    title: str
+    axes: Axes
+    x_words: str
+    y_words: str
+    log_x: bool
+    log_y: bool
+    lines: list[Line]
+    facets: list[str]
+    labels: list[str]  # the positions of x in order, where it is no number
+
+
+def check_axes(axes: Axes) -> None:
+    """Raises ViewError where an axis is none of the choices."""
+    choices = {
+        "x": (*FIELDS, *MEASURES),
+        "y": tuple(MEASURES),
+        "colour": ("", *FIELDS),
+        "facet": ("", *FIELDS),
+    }
+    for name, allowed in choices.items():
+        if (value := getattr(axes, name)) not in allowed:
+            words = ", ".join(choice or "(none)" for choice in allowed)
+            raise ViewError(f"{name} must be one of {words}; got {value!r}")
+
+
+def best_axes(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The preset that says most of these runs at first sight."""
+    rows = chart_rows(documents)
+    numbers = measured(rows)
+    if "longest_fit" in numbers:
+        return "frontier"
+    if "sequence_length" in varying(rows):
+        if "attention_latency_ms" in numbers:
+            return "scaling"
+        if "attention_peak_memory_bytes" in numbers:
+            return "memory-scaling"
+    return "memory" if "latency_ms" not in numbers and "peak_memory_bytes" in numbers else "latency"
+
+
+def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
+    """Group runs that are alike in everything but their number, and lines that are alike in everything but x."""
+    check_axes(axes)
+    rows = chart_rows(documents)
+    apart = [name for name in varying(rows) if name not in (axes.x, axes.facet)]
+    if axes.x in MEASURES:  # a scatter: lengths and batches are its points, not its colours
+        apart = [name for name in apart if name not in NUMERIC_FIELDS]
+    named = [name for name in dict.fromkeys((axes.colour, *apart)) if name]
+    if axes.x == "run":
+        named = [axes.colour] if axes.colour else []
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, row in enumerate(rows):
+        label = " · ".join(str(row[name]) for name in named) or "all runs"
+        groups.setdefault((label, _text(row, axes.facet)), []).append(index)
+    numeric = axes.x in NUMERIC_FIELDS or axes.x in MEASURES
+    lines = [
+        _line(label, facet, [(rows[i], documents[i]) for i in members], axes, numeric)
+        for (label, facet), members in list(groups.items())[:MOST_LINES]
+    ]
+    labels = [] if numeric else list(dict.fromkeys(str(row[axes.x]) for row in rows))
+    y = MEASURES[axes.y]
+    x_words = FIELDS[axes.x].words if axes.x in FIELDS else _words(axes.x)
+    values = [point.y for line in lines for point in line.points]
+    return ChartInfo(
+        title=f"{y.words[:1].upper()}{y.words[1:]}" + (f" by {x_words}" if axes.x != "run" else ""),
+        axes=axes,
+        x_words=x_words,
+        y_words=_words(axes.y),
+        log_x=numeric and all(point.x > 0 for line in lines for point in line.points),
+        log_y=numeric and bool(values) and min(values) > 0,
+        lines=lines,
+        facets=list(dict.fromkeys(line.facet for line in lines)),
+        labels=labels,
+    )
+
+
+def _line(
+    label: str, facet: str, members: list[tuple[dict[str, Any], Mapping[str, Any]]], axes: Axes, numeric: bool
+) -> Line:
+    found: dict[Any, list[tuple[int, list[float]]]] = {}
+    ends: list[End] = []
+    for row, document in members:
+        x = row[axes.x] if numeric else str(row[axes.x])
+        samples = samples_of(document, axes.y)
+        if x is not None and samples:
+            found.setdefault(x, []).append((row["id"], samples))
+            fails = (document.get("frontier") or {}).get("fails") if axes.y == "longest_fit" else None
+            if fails:
+                ends.append(End(x, row["id"], fails["outcome"], fails["reason"], fails["tokens"]))
+        elif row["outcome"] not in LIVE:
+            ends.append(End(x, row["id"], row["outcome"], str(row["reason"] or "")))
+    points = [_point(x, runs) for x, runs in found.items()]
+    fit = None
+    if numeric:
+        points.sort(key=lambda point: point.x)
+        if axes.x in NUMERIC_FIELDS and all(point.x > 0 and point.y > 0 for point in points):
+            fit = fit_power([point.x for point in points], [point.y for point in points])
+    return Line(label, facet, points, ends, fit)
+
+
+def _point(x: Any, runs: list[tuple[int, list[float]]]) -> Point:
+    samples = [sample for _, found in runs for sample in found]
+    low, high = np.percentile(samples, [10, 90]).tolist()
+    return Point(x, statistics.median(samples), low, high, tuple(run for run, _ in runs), len(samples))
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    return str(row[name]) if name else ""
+
+
+def _words(name: str) -> str:
+    measure = MEASURES[name]
+    return f"{measure.words} ({measure.unit})" if measure.unit else measure.words
+
+
+def outcome_words(end: End) -> str:
+    """``#3 out of memory: asked for ...``."""
+    word = "not recorded" if end.outcome == "succeeded" else OUTCOME_WORDS.get(end.outcome, end.outcome)
+    return f"#{end.run} {word}" + (f": {end.reason}" if end.reason else "")

@@ -1,0 +1,155 @@
+"""A chart of runs as a Plotly figure: bars for names, lines for numbers, every outcome that gave no number marked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from attnlab.views.chart import ChartInfo, Line, Point, outcome_words
+from attnlab.views.chart_style import color, plain, styled, symbol
+from attnlab.views.chart_table import FIELDS, MEASURES
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes
+
+MOST_FACETS = 4
+LABEL_CHARS = 26
+
+
+def chart_figure(info: ChartInfo) -> go.Figure:
+    """One panel a facet, at most four of them, on one scale; hover has the interval, the runs and the reasons."""
+    facets = info.facets[:MOST_FACETS] or [""]
+    titles = (
+        [plain(f"{FIELDS[info.axes.facet].words} {facet}") for facet in facets] if info.axes.facet else None
+    )
+    figure = make_subplots(rows=1, cols=len(facets), shared_yaxes=True, subplot_titles=titles)
+    labels = list(dict.fromkeys(line.label for line in info.lines))
+    ended = [line.label for line in info.lines if any(end.x is not None for end in line.ends)]
+    shown: set[str] = set()
+    for line in info.lines:
+        if line.facet in facets:
+            place = {"row": 1, "col": facets.index(line.facet) + 1}
+            row = ended.index(line.label) if line.label in ended else 0
+            height = end_height(info, row)
+            _draw(figure, info, line, labels.index(line.label), height, line.label not in shown, place)
+            shown.add(line.label)
+    styled(figure, title=info.title, x=info.x_words, y="", height=440)
+    figure.update_yaxes(title_text=plain(info.y_words), row=1, col=1)
+    figure.update_layout(barmode="group", margin={"t": 64 if titles else 40}, showlegend=True)
+    _scales(figure, info)
+    return figure
+
+
+def end_height(info: ChartInfo, row: int) -> float:
+    """Where the ends of a line are marked: above all points, each line in a row of its own; at 0 under bars."""
+    if info.labels:
+        return 0.0
+    values = [value for line in info.lines for point in line.points for value in (point.low, point.high)]
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    if info.log_y and low > 0:
+        return high * max(high / low, 10.0) ** (0.09 * (row + 1))
+    return high + (high - low or high or 1.0) * 0.09 * (row + 1)
+
+
+def _draw(
+    figure: go.Figure,
+    info: ChartInfo,
+    line: Line,
+    index: int,
+    top: float,
+    legend: bool,
+    place: dict[str, Any],
+) -> None:
+    look = {"color": color(index), "symbol": symbol(index), "size": 8}
+    name = plain(line.label) + (f" · {line.fit.words()}" if line.fit else "")
+    common: dict[str, Any] = {
+        "name": name,
+        "legendgroup": line.label,
+        "showlegend": legend,
+        "x": [point.x for point in line.points],
+        "y": [point.y for point in line.points],
+        "customdata": [_hover(info, point) for point in line.points],
+        "hovertemplate": "%{customdata}<extra>" + plain(line.label) + "</extra>",
+        "error_y": {
+            "type": "data",
+            "array": [point.high - point.y for point in line.points],
+            "arrayminus": [point.y - point.low for point in line.points],
+            "visible": any(point.samples > 1 for point in line.points),
+            "thickness": 1.2,
+        },
+    }
+    if info.labels:
+        figure.add_trace(go.Bar(marker_color=color(index), offsetgroup="all", **common), **place)
+    else:
+        mode = "lines+markers" if info.axes.x in FIELDS else "markers"
+        figure.add_trace(go.Scatter(mode=mode, marker=look, line_color=color(index), **common), **place)
+    ends = [end for end in line.ends if end.x is not None]
+    if ends:
+        figure.add_trace(
+            go.Scatter(
+                x=[end.x for end in ends],
+                y=[top if end.y is None else end.y for end in ends],
+                mode="markers+text",
+                marker={"color": color(index), "symbol": "x", "size": 11},
+                text=[
+                    "not recorded"
+                    if end.outcome == "succeeded"
+                    else OUTCOME_WORDS.get(end.outcome, end.outcome)
+                    for end in ends
+                ],
+                textposition="top center",
+                customdata=[plain(outcome_words(end)) for end in ends],
+                hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
+                name=name,
+                legendgroup=line.label,
+                showlegend=legend and not line.points,
+                cliponaxis=False,
+            ),
+            **place,
+        )
+
+
+def _hover(info: ChartInfo, point: Point) -> str:
+    y = _value(info.axes.y, point.y)
+    parts = [y if info.labels else f"{_value(info.axes.x, point.x)} {_short(info.axes.x)}: {y}"]
+    if point.samples > 1:
+        interval = f"{_value(info.axes.y, point.low)} to {_value(info.axes.y, point.high)}"
+        parts.append(f"p10 to p90: {interval}, {point.samples} samples")
+    runs = " ".join(f"#{run}" for run in point.runs)
+    return "<br>".join([*parts, f"run {runs}" if len(point.runs) == 1 else f"runs {runs}"])
+
+
+def _short(name: str) -> str:
+    return FIELDS[name].words if name in FIELDS else ""
+
+
+def _value(name: str, value: float) -> str:
+    if name not in MEASURES:
+        return f"{value:,}"
+    unit = MEASURES[name].unit
+    return format_bytes(value) if unit == "bytes" else f"{value:.4g} {unit}".strip()
+
+
+def _scales(figure: go.Figure, info: ChartInfo) -> None:
+    if info.labels:
+        texts = [
+            plain(label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…")
+            for label in info.labels
+        ]
+        figure.update_xaxes(
+            type="category", tickmode="array", tickvals=info.labels, ticktext=texts, categoryarray=info.labels
+        )
+        figure.update_yaxes(rangemode="tozero")
+    elif info.log_x:
+        figure.update_xaxes(type="log")
+        if info.axes.x in FIELDS:
+            places = {point.x for line in info.lines for point in line.points}
+            places |= {end.x for line in info.lines for end in line.ends if end.x}
+            ticks = sorted(places)
+            figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+    if info.log_y:
+        figure.update_yaxes(type="log")
+    if MEASURES[info.axes.y].unit in ("bytes", "FLOP/s"):
+        figure.update_yaxes(tickformat=".2s")
+    elif MEASURES[info.axes.y].unit == "":
+        figure.update_yaxes(tickformat=".1e")

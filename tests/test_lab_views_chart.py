@@ -1,0 +1,146 @@
+"""Charts with chosen axes: what is grouped, where lines end, how they grow, and that nothing is lost on the way."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnlab.describe import run_document
+from attnlab.views.chart import PRESETS, Axes, best_axes, chart_info
+from attnlab.views.chart_figure import chart_figure
+from attnlab.views.chart_table import FIELDS, MEASURES, chart_rows
+from attnlab.views.errors import ViewError
+from attnlab.views.scaling_fit import fit_power
+
+
+def document(run: int, tokens: int, median: float | None, **changed: Any) -> dict[str, Any]:
+    samples = [median * share for share in (0.9, 1.0, 1.1)] if median else []
+    timing = {"median": median, "p10": 0, "p90": 0, "samples": samples, "detail": {}} if median else None
+    made = {
+        "id": run, "mechanism": "multi_head", "parameters": {}, "implementation": "auto", "chosen": "sdpa_flash",
+        "model": "m", "sequence_length": tokens, "batch_size": 2, "dtype": "float32", "phase": "prefill",
+        "state": "succeeded" if median else "out_of_memory", "reason": None if median else "asked for 64 bytes <b>",
+        "latency_ms": timing, "attention_latency_ms": timing, "accuracy": {"kl": 0.5},
+        "peak_memory_bytes": tokens * 10,
+    }  # fmt: skip
+    return made | changed
+
+
+SCALING = PRESETS["scaling"][1]
+GRID = [
+    *(document(n, tokens, 1e-6 * tokens**2) for n, tokens in enumerate((64, 128, 256, 512), 1)),
+    document(5, 1024, None),
+    *(document(n, tokens, 1e-3 * tokens, mechanism="linear") for n, tokens in enumerate((64, 128, 256), 6)),
+]
+
+
+def test_a_power_law_is_found_with_an_interval_that_holds_the_truth() -> None:
+    x = np.geomspace(64, 4096, 9)
+    exact = fit_power(x.tolist(), (3 * x**1.7).tolist())
+    assert exact is not None
+    assert (exact.exponent, exact.factor) == (pytest.approx(1.7), pytest.approx(3))
+    assert exact.half_width < 1e-9
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        fit = fit_power(x.tolist(), (3 * x**1.7 * np.exp(0.2 * random.standard_normal(9))).tolist())
+        assert fit is not None
+        held += abs(fit.exponent - 1.7) <= fit.half_width
+    assert 0.92 < held / 400 < 0.98
+    assert fit_power([1, 2, 2], [1, 2, 3]) is None
+    for bad in (([1, 2, 3], [1, 2]), ([1, 2, 0], [1, 2, 3])):
+        with pytest.raises(ValueError, match="equally long and above 0"):
+            fit_power(*bad)
+
+
+def test_a_line_ends_where_a_run_gave_no_number_and_says_why() -> None:
+    info = chart_info(GRID, SCALING)
+    plain, linear = info.lines
+    assert [point.x for point in plain.points] == [64, 128, 256, 512]
+    assert [(end.x, end.run, end.outcome) for end in plain.ends] == [(1024, 5, "out_of_memory")]
+    assert plain.fit is not None
+    assert plain.fit.words() == "n^2.00 ± 0.00"
+    assert linear.fit is not None
+    assert linear.fit.exponent == pytest.approx(1)
+    assert linear.ends == []
+    traces = chart_figure(info).to_plotly_json()["data"]
+    (cross,) = [trace for trace in traces if (trace.get("marker") or {}).get("symbol") == "x"]
+    assert list(cross["x"]) == [1024]
+    assert list(cross["text"]) == ["out of memory"]
+    assert list(cross["customdata"]) == ["#5 out of memory: asked for 64 bytes &lt;b&gt;"]
+    assert "multi_head · n^2.00 ± 0.00" in [trace["name"] for trace in traces]
+
+
+@pytest.mark.parametrize("name", [*PRESETS])
+def test_every_outcome_stays_in_every_chart(name: str) -> None:
+    outcomes = ("out_of_memory", "unsupported", "timed_out", "failed", "cancelled")
+    lost = [
+        document(n, 64, None, state=state, peak_memory_bytes=None) for n, state in enumerate(outcomes, 20)
+    ]
+    info = chart_info([*GRID, *lost], PRESETS[name][1])
+    found = {end.run for line in info.lines for end in line.ends}
+    assert {20, 21, 22, 23, 24} <= found
+    live = chart_info([*GRID, document(30, 64, None, state="running")], PRESETS[name][1])
+    assert 30 not in {end.run for line in live.lines for end in line.ends}
+
+
+def test_repeats_become_one_point_with_the_interval_of_all_samples() -> None:
+    again = [document(1, 64, 1.0), document(2, 64, 2.0), document(3, 64, 2.0, dtype="float16")]
+    info = chart_info(again, SCALING)
+    assert [line.label for line in info.lines] == ["multi_head · float32", "multi_head · float16"]
+    (point,) = info.lines[0].points
+    samples = [0.9, 1.0, 1.1, 1.8, 2.0, 2.2]
+    assert (point.runs, point.samples, point.y) == ((1, 2), 6, pytest.approx(np.median(samples)))
+    assert (point.low, point.high) == pytest.approx(tuple(np.percentile(samples, [10, 90])))
+    error = chart_figure(info).to_plotly_json()["data"][0]["error_y"]
+    assert point.y + error["array"][0] == pytest.approx(point.high)
+    assert point.y - error["arrayminus"][0] == pytest.approx(point.low)
+
+
+def test_facets_share_one_scale_and_one_legend() -> None:
+    runs = [document(n, 64 * n, n, dtype=dtype) for dtype in ("float32", "float16") for n in (1, 2)]
+    info = chart_info(runs, SCALING._replace(facet="dtype"))
+    assert info.facets == ["float32", "float16"]
+    figure = chart_figure(info).to_plotly_json()
+    assert [trace["showlegend"] for trace in figure["data"]] == [True, False]
+    assert [note["text"] for note in figure["layout"]["annotations"]] == ["dtype float32", "dtype float16"]
+    assert figure["layout"]["yaxis2"]["matches"] == "y"
+
+
+def test_a_measure_may_be_either_axis() -> None:
+    info = chart_info(GRID, Axes("attention_latency_ms", "kl", "mechanism"))
+    assert info.log_x
+    assert info.log_y
+    assert [end.x for end in info.lines[0].ends] == [] or info.lines[0].ends[0].x is None
+    assert info.lines[0].fit is None
+    assert {point.y for point in info.lines[0].points} == {0.5}
+
+
+@pytest.mark.parametrize(
+    "axes", [Axes("up", "kl"), Axes("run", "dtype"), Axes("run", "kl", "kl"), Axes("run", "kl", "", "x")]
+)
+def test_an_unknown_axis_is_refused_with_its_choices(axes: Axes) -> None:
+    with pytest.raises(
+        ViewError, match=r"(x|y|colour|facet) must be one of .*mechanism|y must be one of latency_ms"
+    ):
+        chart_info(GRID, axes)
+
+
+def test_the_first_chart_is_the_one_that_says_most() -> None:
+    assert best_axes(GRID) == "scaling"
+    assert best_axes([document(1, 64, 1.0)]) == "latency"
+    assert best_axes([document(1, 64, None)]) == "memory"
+    assert best_axes([document(1, 64, None, frontier={"fits": 7})]) == "frontier"
+
+
+def test_rows_hold_what_the_documents_of_real_runs_hold(traced: Any) -> None:
+    documents = [run_document(traced.store, run) for run in traced.run_ids]
+    rows = chart_rows(documents)
+    assert set(rows[0]) == {"id", "outcome", "reason", *FIELDS, *MEASURES}
+    for row, one in zip(rows, documents, strict=True):
+        assert row["latency_ms"] == one["latency_ms"]["median"]
+        assert row["tokens_per_s"] == pytest.approx(77 / one["latency_ms"]["median"] * 1e3)
+        assert row["attention_peak_memory_bytes"] == 2_000_000
+        assert row["kl"] == 0.01
+    decoding = chart_rows([document(1, 64, 2.0, phase="decode")])[0]
+    assert decoding["tokens_per_s"] == 2 / 2e-3

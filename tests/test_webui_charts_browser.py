@@ -1,0 +1,83 @@
+"""The charts of an experiment in a real browser: chosen by picker and by link, and following the runs."""
+
+import json
+import re
+
+import pytest
+
+from attnlab_storage import queue, results
+
+PLOT = "#experiment-chart-plot .js-plotly-plot"
+
+
+@pytest.fixture
+def outcomes(sqlite_store, make_traced):
+    return make_traced(sqlite_store, tokens=30, layers=1, outcomes=["out_of_memory", "unsupported"])
+
+
+def titled(page, words: str) -> None:
+    page.wait_for_function(
+        "([plot, words]) => document.querySelector(plot)?.layout?.title?.text?.startsWith(words)",
+        arg=[PLOT, words],
+    )
+
+
+def crosses(page) -> list[str]:
+    drawn = page.evaluate(
+        "(plot) => document.querySelector(plot).data.filter((t) => t.marker.symbol === 'x').map((t) => t.customdata)",
+        PLOT,
+    )
+    return [text for texts in drawn for text in texts]
+
+
+def test_a_picked_chart_is_drawn_and_goes_into_the_address(serve, browse, outcomes):
+    page = browse(f"{serve(outcomes.store)}/experiment?id={outcomes.experiment_id}&tab=charts")
+    titled(page, "Time of the forward pass")
+    assert sorted(crosses(page)) == [
+        f"#{outcomes.run_ids[2]} out of memory: made to be out_of_memory",
+        f"#{outcomes.run_ids[3]} unsupported: made to be unsupported",
+    ]
+    page.get_by_label("Chart", exact=True).click()
+    page.get_by_role("option", name="Memory", exact=True).click()
+    titled(page, "Peak memory of the forward pass")
+    page.wait_for_url(re.compile("chart=memory"))
+    page.get_by_label("y", exact=True).click()
+    page.get_by_role("option", name="KL of the logits").click()
+    titled(page, "KL of the logits")
+    page.wait_for_url(re.compile("chart=own.*y=kl"))
+    again = browse(page.url)
+    titled(again, "KL of the logits")
+    table = again.get_by_role("table", name="The same numbers")
+    table.get_by_text("0.01", exact=True).first.wait_for()
+
+
+def test_a_chart_follows_the_runs(serve, browse, sqlite_store, make_traced):
+    made = make_traced(sqlite_store, tokens=30, layers=1, outcomes=["failed"])
+    queue.retry(sqlite_store, made.run_ids)
+    page = browse(f"{serve(sqlite_store)}/experiment?id={made.experiment_id}&tab=charts")
+    titled(page, "Time of the forward pass")
+    assert crosses(page) == []
+    claim = queue.claim(sqlite_store, "tests", run_id=made.run_ids[2])
+    assert claim is not None
+    queue.finish(sqlite_store, claim, "out_of_memory", reason="needs 4.8 GB")
+    page.wait_for_function(
+        "(plot) => document.querySelector(plot).data.some((t) => t.marker.symbol === 'x')", arg=PLOT
+    )
+    assert crosses(page) == [f"#{made.run_ids[2]} out of memory: needs 4.8 GB"]
+
+
+def test_the_same_numbers_are_files(serve, browse, outcomes):
+    address = serve(outcomes.store)
+    page = browse(f"{address}/queue")
+    runs = ",".join(str(run) for run in outcomes.run_ids)
+    rows = json.loads(page.request.get(f"{address}/api/v1/chart/json?runs={runs}").text())
+    assert [row["id"] for row in rows] == outcomes.run_ids
+    latency = results.measurements(outcomes.store, outcomes.run_ids[0], "latency")[0]
+    assert rows[0]["latency_ms"] == latency.value
+    assert (rows[2]["outcome"], rows[2]["latency_ms"]) == ("out_of_memory", None)
+    table = page.request.get(f"{address}/api/v1/chart/csv?runs={runs}").text().splitlines()
+    assert table[0].startswith('"id","run","mechanism"')
+    assert len(table) == 1 + len(rows)
+    assert page.request.get(f"{address}/api/v1/chart/parquet?runs={runs}").body()[:4] == b"PAR1"
+    refused = page.request.get(f"{address}/api/v1/chart/xlsx?runs={runs}")
+    assert (refused.status, "format must be one of csv" in refused.json()["error"]) == (400, True)
