@@ -86,6 +86,17 @@ def test_a_click_opens_the_map_of_that_head_and_back_returns_to_the_grid(grid):
     assert "sort=high" in page.url
 
 
+def test_a_link_scrolls_to_its_head(grid):
+    page = grid("layer=1&head=3", width=900, height=330)
+    tile = page.locator(".at-tile.at-chosen")
+    assert (tile.get_attribute("data-layer"), tile.get_attribute("data-head")) == ("1", "3")
+    assert page.evaluate(
+        "() => { const grid = document.querySelector('.at-grid').getBoundingClientRect();"
+        " const tile = document.querySelector('.at-chosen').getBoundingClientRect();"
+        " return tile.top >= grid.top && tile.bottom <= grid.bottom + 1; }"
+    )
+
+
 def test_arrow_keys_walk_over_the_heads_and_enter_opens_one(grid):
     page = grid("layer=0&head=1")
     page.locator('.at-tile[data-layer="0"][data-head="1"]').focus()

@@ -57,6 +57,7 @@ export class Grid {
   async load() {
     this.makeTiles();
     this.arrange();
+    this.revealChosen();
     try {
       const found = await getJson(`/runs/${this.run.run}/statistics`);
       this.statistics = found.statistics;
@@ -260,6 +261,13 @@ export class Grid {
       tile.tabIndex = tile === reachable ? 0 : -1;
       tile.classList.toggle("at-chosen", tile === wanted);
     }
+  }
+
+  // Scrolls the grid, and not the page, to the head of the address.
+  revealChosen() {
+    const { grid } = this;
+    const tile = grid.querySelector(".at-chosen");
+    if (tile && tile.offsetTop + tile.offsetHeight > grid.clientHeight) grid.scrollTop = tile.offsetTop - grid.clientHeight / 2;
   }
 
   onState(changed) {
