@@ -4,8 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from attnlab.export.patches import draw_query
+from attnlab.export.scene import Raster
+from attnlab.pictures import open_picture
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
+from attnlab.views.colormaps import colorize
 from attnlab.views.head_tiles import head_tiles
 from attnlab.views.monotonic_path import monotonic_path
 from attnlab.views.read_inputs import grows, patch_grid, run_picture, run_sound
@@ -33,6 +37,13 @@ def test_a_picture_lies_in_patches_behind_its_class_token(sqlite_store):
     told = run_picture(sqlite_store, run_id)
     assert told["picture"].startswith("data:image/png;base64,")
     assert told["answer"]["label"] == "3"
+    figure = draw_query(sqlite_store, run_id, 1, 11, scale="linear")
+    *heads, _ = (part for part in figure.parts if isinstance(part, Raster))
+    weights = head_tiles(sqlite_store, run_id, 1, (11, 12))[:, 0, 1:]
+    grey = np.asarray(open_picture(told["picture"]).convert("L").resize((160, 160)), float)[..., None]
+    for part, one in zip(heads, weights, strict=True):
+        colours = colorize(one / weights.max(), "viridis").reshape(4, 4, 3).repeat(40, 0).repeat(40, 1)
+        assert np.abs(part.pixels - (0.7 * colours + 0.3 * grey)).max() <= 4  # one of 256 colours by rounding
     assert run_sound(sqlite_store, run_id) == dict.fromkeys(("seconds", "seconds_per_position", "envelope"))
 
 

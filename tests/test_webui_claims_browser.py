@@ -79,3 +79,13 @@ def test_the_button_queues_the_preset_and_the_page_follows_it(serve, browse, sql
         assert claim is not None
         queue.finish(sqlite_store, claim, "failed", reason=f"made {run}", error_kind="made")
     expect(row(page, "1 / g of multi-head's cache")).to_contain_text("ended failed: made")
+
+
+def test_a_preset_that_is_clicked_at_once_stays_chosen(serve, browse, sqlite_store):
+    page = browse(serve(sqlite_store) + "/claims")
+    radios = page.locator("#claims-preset input[type=radio]")
+    radios.nth(2).click()
+    chosen = radios.nth(2).input_value()
+    expect(page.locator("#claims-head")).to_contain_text(find_preset(chosen).title)
+    expect(radios.nth(2)).to_be_checked()
+    assert f"preset={chosen}" in page.url

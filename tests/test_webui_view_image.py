@@ -102,3 +102,16 @@ def test_a_text_has_no_image_view_and_says_why(served, browse):
     traced = served.traced
     page = browse(f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=image")
     page.get_by_text("This run read no picture.").wait_for()
+
+
+def test_the_view_is_downloaded_as_a_figure_with_every_head(open_image, tmp_path):
+    page = open_image(query="layer=1&head=2&token=11&scale=linear")
+    for form, start in {"PDF": b"%PDF", "PNG": b"\x89PNG", "SVG": b"<?xml"}.items():
+        with page.expect_download() as download:
+            page.locator('[data-part="files"]').get_by_text(form, exact=True).click()
+        path = tmp_path / "view"
+        download.value.save_as(path)
+        assert path.read_bytes().startswith(start)
+    words = path.read_text()
+    assert "what patch (2, 2) attends to" in words
+    assert "L1H3" in words

@@ -61,12 +61,14 @@ def export_run(
     reduce: str = "max",
     colormap: str = "viridis",
     theme: str = "light",
+    query: Layer = None,
 ) -> Response:
     """One run: its numbers, a layer or a map, as a table, as arrays or as a picture.
 
     With `layer` and `head`: the exact weights of the region (parquet, csv, npz, safetensors) or its picture. With
-    `layer` alone: its Q, K and LSE (npz, safetensors) or a picture of all its heads. With neither: all measurements
-    (csv, parquet, json), or the statistics of all heads (npz, safetensors).
+    `layer` alone: its Q, K and LSE (npz, safetensors) or a picture of all its heads; with a `query` too, what that
+    one gives to the patches of a picture. With neither: all measurements (csv, parquet, json), or the statistics of
+    all heads (npz, safetensors).
     """
     _check("format", form, RUN_FORMATS)
     find_run(store, run_id)
@@ -74,6 +76,12 @@ def export_run(
     if layer is None:
         return _file(_run_numbers(store, run_id, form), name, form)
     look = _look(scale, colormap, theme, reduce)
+    if query is not None:
+        _check("format of one query", form, image.FORMATS)
+        body = image.render_query(
+            store, run_id, layer, query, form, scale=look["scale"], colormap=colormap, theme=theme
+        )
+        return _file(body, f"{name}-L{layer}-query-{query}", form)
     if head is None:
         return _file(_whole_layer(store, run_id, layer, form, look), f"{name}-L{layer}", form)
     region = span("rows", rows), span("cols", cols)

@@ -11,6 +11,7 @@ import numpy as np
 from attnlab.describe import run_brief
 from attnlab.export.colourbar import Scale
 from attnlab.export.panel import PLOT_SIDE, Panel, draw_panels
+from attnlab.export.patches import draw_query
 from attnlab.export.pdf import to_pdf
 from attnlab.export.scene import Scene, to_png, to_svg
 from attnlab.export.strips import draw_heads
@@ -125,6 +126,22 @@ def render_heads(
     check_format(format)
     scene = draw_heads(store, run_id, layer, scale=scale, colormap=colormap, theme=theme, reduce=reduce)
     return encode(scene, format)
+
+
+def render_query(
+    store: Store,
+    run_id: int,
+    layer: int,
+    row: int,
+    format: str = "png",
+    *,
+    colormap: str = "viridis",
+    scale: Scale = "linear",
+    theme: str = "light",
+) -> bytes:
+    """What one query gives to the patches of a picture, every head, see `draw_query`. Raises ViewError."""
+    check_format(format)
+    return encode(draw_query(store, run_id, layer, row, colormap=colormap, scale=scale, theme=theme), format)
 
 
 def check_format(format: str) -> None:

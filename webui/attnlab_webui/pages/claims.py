@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import gradio as gr
@@ -50,12 +51,15 @@ def build(store: Store) -> None:
     )
     timer.tick(functools.partial(on_tick, store), [preset, seen], [*shown, seen], **pieces.INTERNAL)
 
-    def load(request: gr.Request) -> list[Any]:
-        wanted = request.query_params.get("preset") or first
-        name = wanted if wanted in PRESETS else first
-        return [name, *on_choice(store, name)]
+    # the browser reads its own address, where a click is written at once: an answer on its way never undoes it
+    pieces.page().load(None, None, preset, js=_address_js(first)).then(show, preset, shown, **pieces.INTERNAL)
 
-    pieces.page().load(load, None, [preset, *shown], **pieces.INTERNAL)
+
+def _address_js(first: str) -> str:
+    """JavaScript that gives the preset of the address, or the first."""
+    known = json.dumps(list(PRESETS))
+    asked = 'new URLSearchParams(window.location.search).get("preset")'
+    return f"() => {known}.includes({asked}) ? {asked} : {json.dumps(first)}"
 
 
 def on_choice(store: Store, name: str) -> list[Any]:

@@ -4,6 +4,7 @@ import { indexOf, inkOn, makeScale, paint, precise, short, topOf } from "../colo
 import { ColourBar } from "../colourbar.js";
 import { GUTTER } from "../axes.js";
 import { onTheme } from "../dark.js";
+import { showFiles } from "../files.js";
 import { hatch, readInk } from "../ink.js";
 import { button, element } from "../make.js";
 import { ApiError, getJson, getTile } from "../request.js";
@@ -22,7 +23,7 @@ const BODY =
   '<figure><figcaption data-part="title"></figcaption><canvas data-part="wave" class="at-wave" aria-hidden="true" hidden></canvas>' +
   '<div data-part="map"></div></figure><div class="at-text at-said" data-part="said" aria-label="what is written, with its place"></div></div>' +
   '<aside class="at-side"><section data-part="bar"></section><section class="at-readout" data-part="read"></section>' +
-  '<section data-part="top"></section><section class="at-hint" data-part="hint"></section></aside></div>';
+  '<section data-part="top"></section><section class="at-hint" data-part="hint"></section><section data-part="files"></section></aside></div>';
 
 export class Cross {
   constructor(root, run) {
@@ -214,6 +215,7 @@ export class Cross {
     const window = { r0: 0, r1: queries, c0: 0, c1: this.columns };
     const lines = this.line ? [this.line] : [];
     this.sheet.show({ tile: this.tile, window, labels: this.labels, scale, table, row: this.row, lines, words: title });
+    showFiles(this.part("files"), this.run, { layer, head, cols: `0:${this.columns}` });
     this.drawWave();
     this.drawSaid();
     this.say(this.sheet.cross);

@@ -1,6 +1,7 @@
 // Step by step: what each new token attends to in the cache that has grown so far.
 
 import { inkOn, indexOf, precise, short } from "../colour.js";
+import { showFiles } from "../files.js";
 import { button, element } from "../make.js";
 import { ApiError, getTile } from "../request.js";
 import { Sheet } from "../sheet.js";
@@ -18,7 +19,7 @@ const BODY =
   '<figure><figcaption data-part="steps-words"></figcaption><div data-part="steps"></div></figure>' +
   '<p class="at-hint">← and → go a step, Home and End to the first and last, space plays; click a row to choose it</p></div>' +
   '<aside class="at-side"><section data-part="bar"></section><section class="at-readout" data-part="read"></section>' +
-  '<section data-part="top"></section><section class="at-hint" data-part="hint"></section></aside></div>';
+  '<section data-part="top"></section><section class="at-hint" data-part="hint"></section><section data-part="files"></section></aside></div>';
 const HINTS = {
   prefill: "A prefill computed all steps at once: each row is what that step sees when it is decoded on its own.",
   decode: "",
@@ -148,6 +149,7 @@ export class Generation extends OneQuery {
     this.slider.setAttribute("aria-valuetext", `step ${query} of ${this.layer.queries}`);
     const token = labels.query?.[query];
     this.part("query").textContent = `${query + 1} of ${this.layer.queries}${token === undefined ? "" : ` · ${token}`}`;
+    showFiles(this.part("files"), this.run, { layer, head });
     this.drawText(look, seen);
     this.showTop(seen);
     this.say(this.heads.cross ?? this.steps.cross);

@@ -1,6 +1,7 @@
 // A picture under what one of its patches attends to: the chosen head large, all heads of the layer beside it.
 
 import { precise, short } from "../colour.js";
+import { showFiles } from "../files.js";
 import { readInk } from "../ink.js";
 import { getJson } from "../request.js";
 import { OneQuery } from "./one_query.js";
@@ -17,7 +18,7 @@ const BODY =
   '<p class="at-hint">click a patch, or move by the arrow keys: it becomes the query</p></figure>' +
   '<div class="at-image-heads" data-part="heads" role="group" aria-label="heads of this layer"></div>' +
   '<aside class="at-side"><section data-part="bar"></section><section class="at-readout" data-part="read"></section>' +
-  '<section data-part="top"></section><section class="at-hint" data-part="answer"></section></aside></div>';
+  '<section data-part="top"></section><section class="at-hint" data-part="answer"></section><section data-part="files"></section></aside></div>';
 
 export class ImageView extends OneQuery {
   constructor(root, run) {
@@ -113,6 +114,7 @@ export class ImageView extends OneQuery {
       chip.querySelector("span").textContent = this.headWords(one);
     });
     this.say(head);
+    showFiles(this.part("files"), this.run, { layer: this.rows.layer, query: this.rows.query });
   }
 
   makeHeads() {
