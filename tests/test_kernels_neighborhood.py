@@ -15,11 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnlab_kernels import (
     MECHANISMS,
+    Causal,
+    Full,
     Neighborhood,
     NeighborhoodAttention,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
+    Padding,
+    Window,
 )
 from attnlab_kernels.neighborhood import NeighborhoodError, window_limits
 from attnlab_kernels.operations.neighborhood.api import neighborhood_attend
@@ -452,3 +456,16 @@ def test_the_maps_of_the_new_mechanisms_load_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_mask_of_one_axis_is_refused_by_name_and_the_full_one_says_nothing():
+    module, x = make(), image(6, 7)
+    with torch.no_grad():
+        assert torch.equal(module(x, attention_mask=Full())[0], module(x)[0])
+    for mask in (Causal(), Window(3), Padding(((0, 4), (0, 5)))):
+        with pytest.raises(
+            ValueError, match=r"attention_mask must say which pixels exist, .*; got .*causal= orders"
+        ):
+            module(x, attention_mask=mask)
+        with pytest.raises(ValueError, match="attention_mask must say which pixels exist"):
+            module.effective_map(x, head=0, attention_mask=mask)

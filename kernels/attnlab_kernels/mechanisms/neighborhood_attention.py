@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab_kernels.attention_call import AttentionCall, announce, heard
-from attnlab_kernels.masks import Full
+from attnlab_kernels.masks import Full, Mask
 from attnlab_kernels.mechanisms.base import read_aliases, read_width
 from attnlab_kernels.neighborhood import Neighborhood, NeighborhoodError, NeighborhoodMap, per_axis
 from attnlab_kernels.operations.neighborhood.api import check_implementation, neighborhood_attend
@@ -114,7 +114,7 @@ class NeighborhoodAttention(nn.Module):
         hidden_states: Tensor,
         context: Tensor | None = None,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask | Tensor | None = None,
         output_attentions: bool = False,
         spatial_shape: Sequence[int] | None = None,
         causal: bool | Sequence[bool] | None = None,
@@ -185,7 +185,7 @@ class NeighborhoodAttention(nn.Module):
         *,
         head: int,
         batch: int = 0,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask | Tensor | None = None,
         spatial_shape: Sequence[int] | None = None,
         causal: bool | Sequence[bool] | None = None,
     ) -> NeighborhoodMap:
@@ -341,9 +341,14 @@ def _refuse_others(
     return context, implementation
 
 
-def _visible(mask: Tensor | None, batch: int, space: tuple[int, ...]) -> Tensor | None:
-    if mask is None:
+def _visible(mask: Mask | Tensor | None, batch: int, space: tuple[int, ...]) -> Tensor | None:
+    if mask is None or isinstance(mask, Full):
         return None
+    if isinstance(mask, Mask):
+        raise ValueError(
+            "attention_mask must say which pixels exist, bool or 0/1 [B, *space]: a Mask orders tokens on one axis; "
+            f"got {mask.describe()} (causal= orders each axis of the image)"
+        )
     if tuple(mask.shape) not in ((batch, *space), (batch, math.prod(space))) or mask.is_floating_point():
         raise ValueError(
             f"attention_mask must be bool or 0/1 integers {[batch, *space]} or {[batch, math.prod(space)]}; got "
