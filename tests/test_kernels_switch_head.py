@@ -280,3 +280,29 @@ def test_arguments_that_do_not_fit_are_named(changes, message):
 def test_a_map_of_a_continued_cache_is_refused():
     with pytest.raises(ValueError, match="a cache keeps none of the past"):
         make().effective_map(hidden(3), head=0, past_key_value=ContiguousKV())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rotary": True, "bias": True}, {"router": "softmax", "top_k": 1}]
+)
+def test_the_dense_formula_is_the_sum_of_contributions_and_the_output(changes):
+    module, x = make(causal=True, **changes).double(), hidden(7).double()
+    if module.output_bias is not None:
+        torch.nn.init.uniform_(module.output_bias)
+    with torch.no_grad():
+        dense = module.dense_output(x)
+        torch.testing.assert_close(module(x)[0], dense, atol=1e-12, rtol=1e-10)
+        total = torch.zeros(7, 12, dtype=torch.float64)
+        for head in range(2):
+            drawn = module.effective_map(x, head=head, batch=1)
+            for source in range(4):
+                for destination in range(4):
+                    ends = drawn.contribution(
+                        slice(None), slice(None), source=source, destination=destination
+                    )
+                    value = x[1] @ module.value_experts[head, source]
+                    total += (
+                        torch.from_numpy(ends).double() @ value @ module.output_experts[head, destination]
+                    )
+        total = total if module.output_bias is None else total + module.output_bias
+        torch.testing.assert_close(total, dense[1], atol=1e-6, rtol=1e-5)

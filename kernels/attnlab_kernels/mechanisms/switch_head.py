@@ -20,7 +20,7 @@ from attnlab_kernels.mechanisms.base import SoftmaxModule, read_aliases, read_wi
 from attnlab_kernels.operations.expert_projection import api as projections
 from attnlab_kernels.operations.expert_projection import reference as experts
 from attnlab_kernels.operations.expert_projection.reference import Router, Routing
-from attnlab_kernels.operations.softmax.api import AttendCall, observing
+from attnlab_kernels.operations.softmax.api import AttendCall, attend, observing
 from attnlab_kernels.output import AttentionOutput
 from attnlab_kernels.position_bias import PositionBias
 from attnlab_kernels.positions import Rotary
@@ -179,6 +179,30 @@ class SwitchHeadAttention(SoftmaxModule):
         }
         given_back = AttentionOutput(output, maps, cache if use_cache else None, result.lse, aux)
         return given_back if return_dict else (output, maps, aux["aux_loss"])
+
+    def dense_output(self, hidden_states: Tensor) -> Tensor:
+        """The output of ``forward`` for whole sequences ``[B, n, dim]``, by the formula: a reference, without dropout.
+
+        Every expert multiplies every token, gates of 0 included, and the scores are formed.
+        """
+        source = self._route(self.source_router, hidden_states)
+        destination = self._route(self.destination_router, hidden_states)
+        step = self._open_step(
+            _split(self.q_proj(hidden_states), self.num_heads),
+            _split(self.k_proj(hidden_states), self.num_heads),
+            experts.dense_in(hidden_states, self.value_experts, source),
+            context=None,
+            attention_mask=None,
+            position_ids=None,
+            position_embeddings=None,
+            position_bias=None,
+            past_key_value=None,
+            use_cache=False,
+            causal=None,
+        )
+        heads = attend(*step[:3], mask=step.mask, scale=self.scale, implementation="eager").output
+        output = experts.dense_out(heads, self.output_experts, destination)
+        return output if self.output_bias is None else output + self.output_bias
 
     def effective_map(
         self, hidden_states: Tensor, *, head: int, batch: int = 0, **arguments: Any
