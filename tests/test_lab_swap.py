@@ -371,3 +371,16 @@ def test_cross_attention_is_for_models_that_have_it() -> None:
     # a window over one sequence says nothing of places in another
     _, calls = through(model, plan_swap("sliding_window", {"window_size": 3}, "auto"), **inputs)
     assert [call.mask.band().left for call in calls] == [2, 2, None]
+
+
+def test_random_features_of_a_swap_follow_the_seed_of_the_spec() -> None:
+    drawn = [
+        through(
+            llama(),
+            plan_swap("linear", {"feature_map": "softmax_kernel"}, "auto", seed=seed),
+            input_ids=tokens(),
+        )[0]
+        for seed in (0, 0, 7)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

@@ -25,8 +25,11 @@ UNFUSED = ("eager", "sdpa_math")
 Given = dict[str, Any]
 
 
-def plan_swap(mechanism: str, parameters: Given, implementation: str) -> Swap:
+def plan_swap(mechanism: str, parameters: Given, implementation: str, *, seed: int = 0) -> Swap:
     """Return what a mechanism does inside a model. It keeps what it learns of the tokens: one for every run.
+
+    Args:
+        seed: of whatever the mechanism draws and has no seed of its own for.
 
     Raises:
         Unsupported: the mechanism cannot go into trained weights, or the implementation contradicts it.
@@ -34,7 +37,10 @@ def plan_swap(mechanism: str, parameters: Given, implementation: str) -> Swap:
     known = MECHANISMS[mechanism]
     if known.swap == "not_applicable" or mechanism not in _PLANS:
         raise Unsupported(f"{mechanism}: cannot be put into trained weights: {known.swap_note}")
-    return _PLANS[mechanism](implementation, known.validate(parameters))
+    swap = _PLANS[mechanism](implementation, known.validate(parameters))
+    if isinstance(swap, LinearSwap):
+        swap.seed = seed
+    return swap
 
 
 def _plain(mechanism: str) -> Callable[[str, Given], Swap]:

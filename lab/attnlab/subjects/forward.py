@@ -72,7 +72,7 @@ class ForwardSubject:
             raise Unsupported(
                 f"phase: {point.phase} needs a language model or a bare module, not {loaded.name}"
             )
-        self.swap = plan_swap(point.mechanism, point.parameters, point.implementation)
+        self.swap = plan_swap(point.mechanism, point.parameters, point.implementation, seed=spec.seed)
         self.identity = loaded.identity
         self._loaded = loaded
         self._model = loaded.model

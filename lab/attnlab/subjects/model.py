@@ -39,7 +39,7 @@ class ModelSubject:
             raise Unsupported("phase: train is for bare modules; a model runs with its trained weights")
         if point.phase == "decode" and not loaded.causal:
             raise Unsupported(f"phase: decode needs a language model; {loaded.name} reads all tokens at once")
-        self.swap = plan_swap(point.mechanism, point.parameters, point.implementation)
+        self.swap = plan_swap(point.mechanism, point.parameters, point.implementation, seed=spec.seed)
         self.identity = loaded.identity
         self._loaded = loaded
         self._model = loaded.model
