@@ -48,6 +48,21 @@ def test_an_address_that_cannot_be_read_is_said_and_the_page_still_works(sqlite_
     assert "at-part" in shown[13]
 
 
+def test_an_address_without_the_follow_up_asks_it_and_an_answer_brings_the_advice(sqlite_store):
+    shown = page.on_load(sqlite_store, {"goal": "vision", "context": "4k"})
+    fields, words = shown[:12], shown[12]
+    assert fields[:4] == ["vision", "memory", None, "novel"]
+    assert "What is the task? Choose an answer" in html.unescape(words)
+    assert "at-notice-info" in words
+    assert shown[13:16] == ["", "", ""]
+    assert [update["visible"] for update in shown[-3:]] == [False, True, False]
+    assert shown[16] == {"interactive": False, "__type__": "update"}
+    fields[2] = "video"
+    answered = page.on_answer(sqlite_store, *fields)
+    assert answered[0] == ""
+    assert "at-part" in answered[1]
+
+
 def test_a_field_that_breaks_a_rule_is_named_and_nothing_can_be_queued(sqlite_store):
     values = page.field_values(LATENCY)
     values[page.NAMES.index("kv_heads")] = 3

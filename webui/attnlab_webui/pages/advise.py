@@ -130,11 +130,20 @@ def read_fields(store: Store, values: tuple[Any, ...]) -> Asked:
     return asked_of(given | dict.fromkeys(unasked), default_asked(store))
 
 
+def unanswered(asked: Asked) -> Question | None:
+    """The question that the goal leads to and that has no answer yet."""
+    question = FOLLOW_UPS.get(asked.answers.goal or "")
+    return question if question and getattr(asked.answers, question.key) is None else None
+
+
 def on_answer(store: Store, *values: Any) -> list[Any]:
     """Everything the page shows for the values of its fields."""
     visible = [gr.update(visible=values[0] == goal) for goal in FOLLOW_UPS]
     try:
         asked = read_fields(store, values)
+        if question := unanswered(asked):
+            words = pieces.notice(f"{question.text} Choose an answer, and the advice stands here.")
+            return [words, "", "", "", gr.update(interactive=False), "", "", *visible]
         found = asked.advice()
     except ValueError as problem:
         words = pieces.notice(str(problem), "error")
@@ -158,7 +167,8 @@ def on_load(store: Store, query: dict[str, str]) -> list[Any]:
     start, problem = default_asked(store), ""
     try:
         asked = asked_of(query, start)
-        asked.advice()
+        if unanswered(asked) is None:
+            asked.advice()
     except (AdviceError, ValueError) as error:
         asked, problem = start, pieces.notice(f"The address cannot be read: {error}", "error")
     values = field_values(asked)
@@ -167,9 +177,13 @@ def on_load(store: Store, query: dict[str, str]) -> list[Any]:
 
 
 def field_values(asked: Asked) -> list[Any]:
-    """The values of all fields, in their order; a follow-up that was not asked keeps its first choice."""
+    """The values of all fields, in their order; a follow-up of another goal keeps its first choice."""
+    open_question = unanswered(asked)
     follow_ups = [
-        getattr(asked.answers, question.key) or question.choices[0].value for question in FOLLOW_UPS.values()
+        None
+        if question is open_question
+        else getattr(asked.answers, question.key) or question.choices[0].value
+        for question in FOLLOW_UPS.values()
     ]
     words = [asked.answers.goal, *follow_ups]
     shape = asked.shape
