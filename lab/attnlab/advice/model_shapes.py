@@ -98,7 +98,7 @@ def cache_bytes(mechanism: Mechanism, shape: ModelShape, parameters: Mapping[str
 
 
 def paged_latent_bytes(shape: ModelShape) -> int:
-    """A latent cache in pages of 16 tokens, with a table of 4 bytes a page."""
+    """A latent cache in pages of 16 tokens, a table of 4 bytes a page. No mechanism of the lab runs it."""
     pages = -(-shape.context // PAGE_TOKENS)
     whole = replace(shape, context=pages * PAGE_TOKENS)
     return cache_bytes(MECHANISMS["multi_head_latent"], whole) + TABLE_ENTRY * pages
@@ -128,7 +128,17 @@ def cache_lines(shape: ModelShape, recommended: str | None, others: tuple[str, .
             )
     size = paged_latent_bytes(shape)
     formula = "⌈n / 16⌉ · 16 · L · (r + d_rope) · b + 4 · ⌈n / 16⌉"
-    lines.append(_line("paged + multi_head_latent", "Paged latent", size, plain, shape, formula, False))
+    lines.append(
+        _line(
+            "paged + multi_head_latent",
+            "Paged latent (computed; no mechanism here runs it)",
+            size,
+            plain,
+            shape,
+            formula,
+            False,
+        )
+    )
     return sorted(lines, key=lambda line: -line.bytes_per_sequence)
 
 

@@ -134,7 +134,7 @@ SERVING = Preset(
             Which("multi_head"),
             SERVE_HOW,
             GUIDE,
-            open="no mechanism of the lab keeps a latent cache in pages",
+            open="the lab computes the bytes of a latent cache in pages (Advise), and has no mechanism that runs one",
         ),
     ),
 )
