@@ -159,7 +159,6 @@ def test_every_probe_works_in_every_phase_or_says_why_not(
     ]
     run = ran(sqlite_store, spec_of(mechanism, given, phase=phase, record=record))
     without = {
-        "linear": "its cache is a sum",
         "ring": "one new token cannot be spread",
         "neighborhood": "it has no cache",
     }
@@ -186,3 +185,32 @@ def test_an_implementation_of_another_operation_is_refused(sqlite_store: Store) 
     run = ran(sqlite_store, values)
     assert run.state == "unsupported"
     assert "sparse has one of its own, ask for auto" in (run.reason or "")
+
+
+def test_an_expert_that_computes_something_else_is_found(
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnlab_kernels.operations.expert_projection import api
+
+    right = api.project_out
+    monkeypatch.setattr(
+        api, "project_out", lambda heads, weight, routing, **how: right(heads, weight * 1.01, routing, **how)
+    )
+    run = ran(sqlite_store, spec_of("switch_head", {"num_experts": 3, "top_k": 2}))
+    assert run.state == "failed"
+    assert "off its plain reference" in (run.reason or "")
+
+
+def test_the_map_of_a_decoded_token_is_the_last_row_of_linear_attention(sqlite_store: Store) -> None:
+    record = ["maps", "timing"]
+    whole = load_map(sqlite_store, ran(sqlite_store, spec_of("linear", {}, record=record)).id, 0, 1)
+    step = ran(sqlite_store, spec_of("linear", {}, record=record, phase="decode"))
+    row = load_map(sqlite_store, step.id, 0, 1)
+    assert row.shape == (1, TOKENS)
+    np.testing.assert_allclose(
+        row.tile(slice(None), slice(None))[0],
+        whole.tile(slice(TOKENS - 1, TOKENS), slice(None))[0],
+        atol=1e-6,
+    )
+    kept = {found.name: found for found in results.measurements(sqlite_store, step.id)}
+    assert {"latency", "attention_latency"} <= set(kept)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from attnlab_kernels.caches import CacheError
@@ -17,15 +18,22 @@ from attnlab_kernels.operations.linear.reference import LinearSums
 class _Held:
     sums: LinearSums
     length: int
+    seen: tuple[tuple[Tensor, Tensor], ...] | None = None
+    """features and values of all tokens, a piece a step; None where some were not kept"""
 
 
 class LinearState:
     """For each layer the state ``[B, H, f, Dv]`` and the normaliser ``[B, H, f]``, float32 (float64 for float64).
 
     Unpacks as ``state, normaliser`` of its first layer. A sum cannot forget, so it cannot be cropped.
+
+    Args:
+        keep_keys: also keep every key's features and value, which attention never reads and a map needs; they are not
+            part of ``nbytes``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_keys: bool = False) -> None:
+        self.keep_keys = keep_keys
         self._layers: dict[int, _Held] = {}
 
     @classmethod
@@ -45,9 +53,23 @@ class LinearState:
         """The sums of a layer, or None before its first token."""
         return self._layers[layer].sums if layer in self._layers else None
 
-    def replace(self, layer: int, sums: LinearSums, tokens: int) -> None:
-        """Put the sums that now include ``tokens`` more."""
-        self._layers[layer] = _Held(sums, self.length(layer) + tokens)
+    def replace(
+        self, layer: int, sums: LinearSums, tokens: int, *, seen: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Put the sums that now include ``tokens`` more; ``seen``: their features and values, see ``keep_keys``."""
+        before = self._layers[layer].seen if layer in self._layers else ()
+        pieces = None
+        if self.keep_keys and seen is not None and before is not None:
+            pieces = (*before, seen)
+        self._layers[layer] = _Held(sums, self.length(layer) + tokens, pieces)
+
+    def seen(self, layer: int = 0) -> tuple[Tensor, Tensor] | None:
+        """Features ``[B, H, m, f]`` and values ``[B, H, m, Dv]`` of all tokens, or None where not all were kept."""
+        held = self._layers.get(layer)
+        if held is None or held.seen is None:
+            return None
+        keys, values = zip(*held.seen, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def length(self, layer: int = 0) -> int:
         """Tokens that have passed this layer."""
@@ -74,7 +96,10 @@ class LinearState:
         """Make batch element i what batch element ``index[i]`` was."""
         for layer, held in self._layers.items():
             sums = LinearSums(*(tensor.index_select(0, index) for tensor in held.sums))
-            self._layers[layer] = _Held(sums, held.length)
+            seen = held.seen and tuple(
+                (key.index_select(0, index), value.index_select(0, index)) for key, value in held.seen
+            )
+            self._layers[layer] = _Held(sums, held.length, seen)
 
     def clone(self) -> Self:
         """An independent copy (sums are replaced, never written into)."""

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnlab_kernels.attention_call import AttentionCall, Run, announce, heard
+from attnlab_kernels.attention_call import AttentionCall, announce, heard
 from attnlab_kernels.linear_state import LinearState
 from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.mechanisms import base
 from attnlab_kernels.mechanisms.key_mask import hide, read_key_mask
 from attnlab_kernels.operations.linear import feature_maps
 from attnlab_kernels.operations.linear.api import IMPLEMENTATIONS, LinearResult, linear_attend
+from attnlab_kernels.operations.linear.reference import LinearSums
 from attnlab_kernels.operations.linear.segments import FeatureMaps
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
@@ -140,12 +141,14 @@ class LinearAttention(base.SoftmaxModule):
             raise ValueError("output_attentions needs all keys, and past_key_value keeps only their sums")
         whole = not is_causal and cache is None
         maps = self._maps(whole=whole, started=sums is not None)
-        if keep is not None or output_attentions or heard():
+        keeps_keys = cache is not None and cache.keep_keys
+        if keep is not None or output_attentions or keeps_keys or heard():
             query, key, maps = maps[0](query), hide(maps[1](hide(key, keep)), keep), None
+        value = hide(value, keep)
         result = linear_attend(
             query,
             key,
-            hide(value, keep),
+            value,
             causal=is_causal,
             eps=self.eps,
             normalize=self.feature_map != "identity",
@@ -153,10 +156,11 @@ class LinearAttention(base.SoftmaxModule):
             form=form,
             maps=maps,
         )
-        if heard():
-            self._announce(query, key, hide(value, keep), result, is_causal, sums is not None)
         if cache is not None:
-            cache.replace(self.layer_idx, result.sums, hidden_states.shape[1])
+            cache.replace(self.layer_idx, result.sums, hidden_states.shape[1], seen=(key, value))
+        if heard():
+            seen = cache.seen(self.layer_idx) if cache is not None and sums is not None else (key, value)
+            self._announce(query, *(seen or (key, value)), result, is_causal, sums, unmapped=seen is None)
         implied = self._implied_map(query, key, result.denominator, is_causal) if output_attentions else None
         heads = functional.dropout(result.output.transpose(1, 2).flatten(2), self.dropout, self.training)
         aux = {"implementation": result.form, "reason": result.reason, "denominator": result.denominator}
@@ -192,16 +196,32 @@ class LinearAttention(base.SoftmaxModule):
         return widened, widened
 
     def _announce(
-        self, query: Tensor, key: Tensor, value: Tensor, result: LinearResult, causal: bool, continued: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        result: LinearResult,
+        causal: bool,
+        past: LinearSums | None,
+        *,
+        unmapped: bool,
     ) -> None:
-        normalize = self.feature_map != "identity"
+        """``key`` and ``value`` of all tokens, the past included; without the past's where ``unmapped``."""
+        count = query.shape[2]
+        settings = {"causal": causal, "eps": self.eps, "normalize": self.feature_map != "identity"}
 
-        def run(form: str) -> Run:
-            def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                settings = {"causal": causal, "eps": self.eps, "normalize": normalize, "form": form}
-                return linear_attend(query, key, value, **settings).output
+        def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if past is not None:
+                key, value = key[:, :, -count:], value[:, :, -count:]
+            return linear_attend(query, key, value, past=past, form=result.form, **settings).output
 
-            return attended
+        def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # queries of zeros stand for those of the past
+            missing = key.shape[2] - count if causal else 0
+            padded = functional.pad(query, (0, 0, missing, 0))
+            sums = past if unmapped else None
+            made = linear_attend(padded, key, value, past=sums, form="parallel", **settings).output
+            return made[:, :, missing:]
 
         below = query.new_ones(query.shape[:3]) if result.denominator is None else result.denominator
         announce(
@@ -215,12 +235,15 @@ class LinearAttention(base.SoftmaxModule):
                 Causal() if causal else Full(),
                 1.0,
                 result.form,
-                run(result.form),
-                run("parallel"),
+                attended,
+                reference,
                 (query, key, value),
-                detail={"features": self.feature_map, "eps": self.eps if normalize else None},
+                detail={
+                    "features": self.feature_map,
+                    "eps": self.eps if self.feature_map != "identity" else None,
+                },
                 unmapped="its cache is a sum over the keys, and no key of the past is kept"
-                if continued
+                if unmapped
                 else "",
             )
         )

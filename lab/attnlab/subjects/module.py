@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnlab_kernels.attention_call import AttentionCall, hearing
 from attnlab_kernels.mechanisms.build import build_mechanism
+from attnlab_kernels.mechanisms.switch_head import SwitchHeadAttention
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.results import InputRow, MeasurementRow
 
@@ -52,6 +53,7 @@ class ModuleSubject:
             context = make_context(parameters, dim, point.batch_size, point.sequence_length)
             self._call.context = context.to(device, dtype)
         self._phase = point.phase
+        self._mapped = bool({"maps", "accuracy", "statistics"} & set(spec.record))
         self._dtype = point.dtype
         self._eight_bits = bool(parameters.get("use_fp8"))
         self._filled: Any = None
@@ -87,6 +89,7 @@ class ModuleSubject:
     def check(self) -> list[MeasurementRow]:
         """Compare the attention inside the module with its operation's plain reference on the same inputs.
 
+        Where there is more to a mechanism than its attention (experts), also the module's output with the formula.
         Without a grid or a context to keep, on a prefix of one batch element.
         """
         hidden = self._hidden[:1, :CHECKED_TOKENS]
@@ -97,12 +100,14 @@ class ModuleSubject:
         squares = norm = 0.0
         with torch.no_grad():
             with hearing(calls.append):
-                self._call.run(hidden)
+                made = self._call.run(hidden).output
             self._call.close()
-            for call in calls:
-                theirs = call.reference(*call.operands).double()
-                squares += float((call.output.double() - theirs).square().sum())
-                norm += float(theirs.square().sum())
+            pairs = [(call.output, call.reference(*call.operands)) for call in calls]
+            if isinstance(self._call.module, SwitchHeadAttention):
+                pairs.append((made, self._call.module.dense_output(hidden)))
+            for ours, theirs in pairs:
+                squares += float((ours.double() - theirs.double()).square().sum())
+                norm += float(theirs.double().square().sum())
         error = math.sqrt(squares / max(norm, 1e-60))
         allowed = FP8_TOLERANCE if self._eight_bits else RELATIVE_TOLERANCE[self._dtype]
         detail = {
@@ -122,7 +127,7 @@ class ModuleSubject:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         if self._phase == "decode":
-            self._filled = self._call.fill(self._hidden[:, :-1])
+            self._filled = self._call.fill(self._hidden[:, :-1], mapped=self._mapped)
             # before any step: copies of a paged cache share its pool, and would be counted in
             self._held = int(self._filled.nbytes())
         try:

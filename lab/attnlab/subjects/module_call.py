@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from attnlab_kernels.catalog_rules import image_sides
+from attnlab_kernels.linear_state import LinearState
 from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
+from attnlab_kernels.mechanisms.linear_attention import LinearAttention
 from attnlab_kernels.mechanisms.paged import PagedAttention
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
@@ -41,8 +43,11 @@ class ModuleCall:
             keywords["use_cache"] = False
         return self.module(hidden, return_dict=True, **keywords)
 
-    def fill(self, hidden: Tensor) -> Any:
+    def fill(self, hidden: Tensor, *, mapped: bool = False) -> Any:
         """Run a prompt and keep its cache, to be cloned before every step.
+
+        Args:
+            mapped: the map of a step is wanted, so that sums over keys also keep the keys.
 
         Raises:
             Unsupported: the mechanism keeps none.
@@ -53,6 +58,8 @@ class ModuleCall:
         keywords = _extra(self, hidden.shape[1])
         if isinstance(self.module, PagedAttention):
             keywords["past_key_value"] = self.module.new_cache(hidden.shape[0])
+        if isinstance(self.module, LinearAttention):
+            keywords["past_key_value"] = LinearState(keep_keys=mapped)
         return self.module(hidden, use_cache=True, return_dict=True, **keywords).cache
 
     def decode(self, token: Tensor, cache: Any) -> AttentionOutput:
