@@ -7,7 +7,7 @@ import pytest
 
 from attnlab_storage import queue, results
 
-PLOT = "#experiment-chart-plot .js-plotly-plot"
+PLOT = ".at-plot-of-runs .js-plotly-plot"
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_a_chart_follows_the_runs(serve, browse, sqlite_store, make_traced):
         "(plot) => document.querySelector(plot).data.some((t) => t.marker.symbol === 'x')", arg=PLOT
     )
     assert crosses(page) == [f"#{made.run_ids[2]} out of memory: needs 4.8 GB"]
+
+
+def test_compared_runs_have_the_same_charts(serve, browse, outcomes):
+    runs = ",".join(str(run) for run in outcomes.run_ids[:2])
+    page = browse(f"{serve(outcomes.store)}/compare?runs={runs}&chart=memory")
+    titled(page, "Peak memory of the forward pass")
+    page.get_by_label("Chart", exact=True).click()
+    page.get_by_role("option", name="Throughput", exact=True).click()
+    titled(page, "Throughput")
+    page.wait_for_url(re.compile(f"runs={runs}.*chart=throughput"))
 
 
 def test_the_same_numbers_are_files(serve, browse, outcomes):

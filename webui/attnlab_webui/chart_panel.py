@@ -51,7 +51,7 @@ def build(prefix: str) -> ChartPanel:
                 ("facet", "Panel for each", [*NONE, *FIELD_CHOICES]),
             )
         }
-    plot = gr.Plot(show_label=False, elem_id=f"{prefix}-plot")
+    plot = gr.Plot(show_label=False, elem_id=f"{prefix}-plot", elem_classes="at-plot-of-runs")
     note = gr.HTML("", elem_id=f"{prefix}-note", js_on_load=None)
     table = gr.HTML("", elem_id=f"{prefix}-table", js_on_load=None)
     return ChartPanel(pickers, plot, note, table)
@@ -69,6 +69,11 @@ def values(shown: Panel) -> dict[str, Any]:
         "note": shown.note,
         "chart_table": shown.table,
     }
+
+
+def updates(shown: Panel) -> list[Any]:
+    """`values` as updates of `ChartPanel.outputs`, in their order."""
+    return [gr.update(**value) if isinstance(value, dict) else value for value in values(shown).values()]
 
 
 def choice_of(changed: str, chart: str, x: str, y: str, colour: str, facet: str) -> Chosen:

@@ -179,11 +179,12 @@ def _timing(document: Mapping[str, Any]) -> str:
 def ceiling_words(roofline: Mapping[str, Any]) -> str:
     """How near the attention is to its device's ceiling, and which ceiling that is."""
     by = {"memory": "the copy", "compute": "the matrix product"}[roofline["bound"]]
+    percent = (
+        f"{100 * roofline['share']:.0f}" if roofline["share"] >= 0.1 else f"{100 * roofline['share']:.2g}"
+    )
     speed = f"{roofline['flops_per_s'] / 1e9:.3g} of {roofline['ceiling_flops_per_s'] / 1e9:.3g} GFLOP/s"
     above = ": its data stay in a cache" if roofline["share"] > 1 and roofline["bound"] == "memory" else ""
-    return (
-        f"<b>{100 * roofline['share']:.0f} %</b> <span class='at-muted'>bound by {by}, {speed}{above}</span>"
-    )
+    return f"<b>{percent} %</b> <span class='at-muted'>bound by {by}, {speed}{above}</span>"
 
 
 def sample_strip(samples: Sequence[float], name: str) -> str:

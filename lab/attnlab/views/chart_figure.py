@@ -97,7 +97,7 @@ def _draw(
                     else OUTCOME_WORDS.get(end.outcome, end.outcome)
                     for end in ends
                 ],
-                textposition="top center",
+                textposition="top center" if info.labels else "middle right",
                 customdata=[plain(outcome_words(end)) for end in ends],
                 hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
                 name=name,

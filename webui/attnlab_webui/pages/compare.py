@@ -14,12 +14,14 @@ from typing import Any
 import gradio as gr
 
 from attnlab.compare import MAX_RUNS, CompareError, compare_runs
+from attnlab.describe import run_document
 from attnlab.views.errors import ViewError
 from attnlab.views.figures import latency_figure, latency_info, memory_figure, memory_info
 from attnlab_storage import results
 from attnlab_storage.database import Store
 from attnlab_storage.results import RunRow
-from attnlab_webui import compare_view, heatmap, pieces
+from attnlab_webui import chart_panel, compare_view, heatmap, pieces
+from attnlab_webui.chart_view import STATE_JS, Chosen, panel, read_choice
 
 CHOICES = 200
 MOST_MAPS = 5  # panels beside the difference; more are compared in charts and table only
@@ -73,6 +75,8 @@ def build(store: Store) -> None:
         latency = gr.Plot(show_label=False, elem_id="compare-latency")
         attention = gr.Plot(show_label=False, elem_id="compare-attention")
         memory = gr.Plot(show_label=False, elem_id="compare-memory")
+    with gr.Column(visible=False) as own:
+        chart = chart_panel.build("compare-chart")
     table = gr.HTML("", elem_id="compare-table", js_on_load=None)
     exports = gr.HTML("", elem_id="compare-exports", js_on_load=None)
 
@@ -90,12 +94,37 @@ def build(store: Store) -> None:
     def exchange(chosen: Sequence[int], a: int | None, b: int | None) -> list[Any]:
         return choose(list(reversed(chosen)) if len(chosen) == 2 else chosen, b, a)
 
+    follow_runs(store, runs, own, chart)
     pieces.page().load(load, None, [*pickers, *shown], **pieces.INTERNAL)
     for picker in (runs, first, second):
         picker.input(choose, [runs, first, second], [*pickers, *shown], js=CHOSEN_JS, **pieces.INTERNAL)
     swap.click(exchange, [runs, first, second], [*pickers, *shown], **pieces.INTERNAL).then(
         None, [runs, first, second], None, js=CHOSEN_JS
     )
+
+
+def follow_runs(store: Store, runs: Any, own: Any, chart: chart_panel.ChartPanel) -> None:
+    """Wire the chart with axes of one's own: it shows the chosen runs, by its pickers or the address."""
+    outputs = [own, *chart.outputs.values()]
+    pickers = list(chart.pickers.values())
+
+    def draw(run_ids: Sequence[int], chosen: Chosen) -> list[Any]:
+        documents = [run_document(store, run_id) for run_id in run_ids] if len(run_ids) > 1 else []
+        return [gr.update(visible=bool(documents)), *chart_panel.updates(panel(documents, chosen))]
+
+    def load(request: gr.Request) -> list[Any]:
+        query = dict(request.query_params)
+        return draw(read_address(store, query).runs, read_choice(query))
+
+    def pick(changed: str) -> Any:
+        return lambda run_ids, *picked: draw(run_ids, chart_panel.choice_of(changed, *picked))
+
+    pieces.page().load(load, None, outputs, **pieces.INTERNAL)
+    runs.input(lambda run_ids: draw(run_ids, Chosen()), runs, outputs, **pieces.INTERNAL)
+    for name, picker in chart.pickers.items():
+        picker.input(pick(name), [runs, *pickers], outputs, **pieces.INTERNAL).then(
+            None, pickers, None, js=STATE_JS
+        )
 
 
 def read_address(store: Store, query: Mapping[str, str]) -> Asked:
