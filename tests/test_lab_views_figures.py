@@ -142,20 +142,6 @@ def test_the_statistic_grid_has_a_cell_for_every_head(made):
     assert figures.statistic_info(rows, "nothing").values == []
 
 
-def test_scaling_lines_join_runs_that_differ_in_length_only(documents):
-    base = documents[0]
-    runs = [base | {"id": 10 + i, "sequence_length": length} for i, length in enumerate((512, 128, 2048))]
-    runs.append(base | {"id": 20, "sequence_length": 8192, "latency_ms": None, "state": "out_of_memory"})
-    runs.append(base | {"id": 21, "sequence_length": 128, "dtype": "bfloat16"})
-    info = figures.scaling_info(runs)
-    assert [line.lengths for line in info.lines] == [[128, 512, 2048], [128]]
-    assert info.lines[0].missing == [(8192, "out_of_memory")]
-    figure = drawn(figures.scaling_figure(info))
-    marks = [trace for trace in figure["data"] if trace["mode"] == "markers+text"]
-    assert marks[0]["text"] == ["out of memory"]
-    assert figure["layout"]["xaxis"]["ticktext"] == ["128", "512", "2048", "8192"]
-
-
 def test_a_name_is_never_markup_in_a_chart(documents):
     evil = documents[0] | {"mechanism": "<img src=x onerror=alert(1)>"}
     text = str(figures.latency_figure(figures.latency_info([evil])).to_json())

@@ -58,10 +58,6 @@ def test_a_run_label_is_unique_and_says_what_ran():
     }
     assert labels.run_label(document) == "#7 sliding_window(window_size=64) banded"
     assert labels.map_label(document, 5, 2) == "#7 sliding_window(window_size=64) · L5H2 · m"
-    assert (
-        labels.series_label(document)
-        == "sliding_window(window_size=64) · auto · float32 · batch 2 · decode · m"
-    )
     assert labels.run_label(document | {"chosen": None, "parameters": {}}) == "#7 sliding_window auto"
 
 

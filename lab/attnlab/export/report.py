@@ -16,13 +16,17 @@ from attnlab.export.html import Markup, details, notes, picture, section, table,
 from attnlab.export.image import render_comparison
 from attnlab.export.strips import head_strip
 from attnlab.views import figures
+from attnlab.views.chart import Axes, chart_info
+from attnlab.views.chart_figure import chart_figure
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, ran_as, run_label
+from attnlab.views.roofline import roofline_figure, roofline_info
 from attnlab.views.viewport import recorded
 from attnlab_storage import results
 from attnlab_storage.database import Store
 
 MAX_PICTURED_RUNS = 8
+SCALING = ("latency_ms", "attention_latency_ms", "peak_memory_bytes", "attention_peak_memory_bytes")
 LAYERS_SHOWN = 3
 _POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
@@ -133,11 +137,12 @@ def _charts(runs: Sequence[Mapping[str, Any]]) -> list[Markup]:
         if any(run[value] is not None for run in runs)
     ]
     if len({run["sequence_length"] for run in runs}) > 1:
-        for value in figures.SCALING_VALUES:
-            info = figures.scaling_info(runs, value)
-            if any(line.values for line in info.lines):
-                charts.append(_chart(figures.scaling_figure(info)))
-    return charts
+        for value in SCALING:
+            info = chart_info(runs, Axes("sequence_length", value, "mechanism"))
+            if any(line.points for line in info.lines):
+                charts.append(_chart(chart_figure(info)))
+    roofs = roofline_info(runs)
+    return [*charts, _chart(roofline_figure(roofs))] if roofs.points else charts
 
 
 def _statistics(store: Store, runs: Sequence[Mapping[str, Any]]) -> list[Markup]:

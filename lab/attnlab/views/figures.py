@@ -12,19 +12,13 @@ import plotly.graph_objects as go
 
 from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol
 from attnlab.views.errors import ViewError
-from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, series_label
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label
 
 LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
 WORDED_COLUMNS = 5
 MEMORIES = {
     "peak_memory_bytes": "forward pass",
     "attention_peak_memory_bytes": "attention kernel alone",
-}
-SCALING_VALUES = {
-    "latency_ms": ("forward pass", "ms"),
-    "attention_latency_ms": ("attention kernel alone", "ms"),
-    "peak_memory_bytes": ("peak memory", "bytes"),
-    "attention_peak_memory_bytes": ("peak memory of the attention kernel alone", "bytes"),
 }
 
 
@@ -177,73 +171,6 @@ def statistic_figure(info: StatisticInfo, colormap: str = "viridis") -> go.Figur
     styled(figure, title=info.title, x="head", y="layer", height=max(240, 60 + 14 * len(info.layers)))
     figure.update_yaxes(autorange="reversed", dtick=max(1, len(info.layers) // 12), showgrid=False)
     figure.update_xaxes(dtick=max(1, len(info.heads) // 16), showgrid=False)
-    return figure
-
-
-class ScalingLine(NamedTuple):
-    label: str
-    lengths: list[int]
-    values: list[float]
-    missing: list[tuple[int, str]]  # (length, outcome) of the runs that gave no number
-
-
-class ScalingInfo(NamedTuple):
-    title: str
-    unit: str
-    lines: list[ScalingLine]
-
-
-def scaling_info(documents: Sequence[Mapping[str, Any]], value: str = "latency_ms") -> ScalingInfo:
-    """How a measurement grows with the sequence length, one line for what else differs."""
-    if value not in SCALING_VALUES:
-        raise ViewError(f"value must be one of {', '.join(SCALING_VALUES)}; got {value!r}")
-    title, unit = SCALING_VALUES[value]
-    groups: dict[str, ScalingLine] = {}
-    for document in sorted(documents, key=lambda d: (d["sequence_length"] or 0, d["id"])):
-        label = series_label(document)
-        line = groups.setdefault(label, ScalingLine(label, [], [], []))
-        number = document.get(value)
-        number = number.get("median") if isinstance(number, Mapping) else number
-        if number is None:
-            line.missing.append((document["sequence_length"], document["state"]))
-        else:
-            line.lengths.append(document["sequence_length"])
-            line.values.append(float(number))
-    return ScalingInfo(f"{title.capitalize()} by sequence length", unit, list(groups.values()))
-
-
-def scaling_figure(info: ScalingInfo) -> go.Figure:
-    """Log-log lines; a run without a number is a cross at the top, with its outcome."""
-    figure = go.Figure()
-    top = max((value for line in info.lines for value in line.values), default=1.0)
-    for i, line in enumerate(info.lines):
-        look = {"color": color(i), "symbol": symbol(i), "size": 8}
-        hover = "%{x} tokens: %{y:.4g} " + info.unit + "<extra>" + plain(line.label) + "</extra>"
-        figure.add_scatter(
-            x=line.lengths,
-            y=line.values,
-            mode="lines+markers",
-            marker=look,
-            line_color=color(i),
-            name=plain(line.label),
-            hovertemplate=hover,
-        )
-        if line.missing:
-            words = [OUTCOME_WORDS.get(outcome, outcome) for _, outcome in line.missing]
-            figure.add_scatter(
-                x=[length for length, _ in line.missing],
-                y=[top] * len(line.missing),
-                mode="markers+text",
-                marker={"color": color(i), "symbol": "x", "size": 10},
-                text=words,
-                textposition="top center",
-                showlegend=False,
-                hovertemplate="%{x} tokens: %{text}<extra>" + plain(line.label) + "</extra>",
-            )
-    styled(figure, title=info.title, x="tokens", y=info.unit, height=360)
-    lengths = sorted({n for line in info.lines for n in [*line.lengths, *(m for m, _ in line.missing)]})
-    figure.update_xaxes(type="log", tickvals=lengths, ticktext=[str(length) for length in lengths])
-    figure.update_yaxes(type="log")
     return figure
 
 

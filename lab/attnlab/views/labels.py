@@ -44,16 +44,6 @@ def ran_as(document: Mapping[str, Any]) -> str:
     return str(document.get("chosen") or document["implementation"])
 
 
-def series_label(document: Mapping[str, Any]) -> str:
-    """What runs of one line of a scaling chart share: all but the sequence length."""
-    parts = [mechanism_label(document), str(document["implementation"]), str(document["dtype"])]
-    if (document.get("batch_size") or 1) != 1:
-        parts.append(f"batch {document['batch_size']}")
-    if document.get("phase") not in (None, "prefill"):
-        parts.append(str(document["phase"]))
-    return " · ".join([*parts, str(document["model"])] if document.get("model") else parts)
-
-
 def map_label(document: Mapping[str, Any], layer: int, head: int) -> str:
     """``#3 multi_head · L5H2 · smollm2-135m``."""
     parts = [f"#{document['id']} {mechanism_label(document)}", f"L{layer}H{head}"]
