@@ -71,6 +71,12 @@ def test_token_labels_are_written_where_they_fit_and_numbers_elsewhere(cells):
     assert "key (to)" in written
 
 
+def test_few_tokens_over_many_columns_are_all_named():
+    labels = [f"word{i}" for i in range(31)]
+    one = made_panel(np.ones((31, 380)), row_labels=labels)
+    assert set(labels) <= set(texts_of(scene.to_svg(panel.draw_panels([one]))))
+
+
 def test_labels_that_do_not_belong_to_the_region_are_never_shown():
     one = made_panel(np.ones((5, 5)), row_labels=["wrong"] * 4, col_labels=["wrong"] * 6)
     assert "wrong" not in texts_of(scene.to_svg(panel.draw_panels([one])))

@@ -128,6 +128,8 @@ class _Box:
         cell = max(1, PLOT_SIDE // max(height, width, 1))
         # a strip of one row or column still has room for its axis title
         plot_height, plot_width = max(cell * height, 96), max(cell * width, 96)
+        if width > 4 * height and len(panel.row_labels) == height <= PLOT_SIDE // TOKEN_CELL:
+            plot_height = max(plot_height, TOKEN_CELL * height)  # few tokens over a long sound: all are named
         down = _label_room(panel.row_labels, panel.rows, plot_height)
         across = _label_room(panel.col_labels, panel.cols, plot_width)
         return cls(28 + (down or _NUMBER_ROOM), 56, plot_width, plot_height, down, across)
