@@ -89,6 +89,16 @@ def test_the_suggested_experiment_is_a_spec(leaf, scale):
     assert max(point.sequence_length for point in points) <= (32 * K if scale == "gpu" else 4 * K)
 
 
+@pytest.mark.parametrize("context", [4 * K, 32 * K, 256 * K])
+@pytest.mark.parametrize("scarce", ["memory", "long_context", "batch"])
+def test_the_pool_of_a_suggested_experiment_holds_its_longest_run(scarce, context):
+    found = advise(Answers("serving", context, scarce=scarce), KNOWN_SHAPES["llama-3-8b"].shape, "gpu")
+    points = [point for point in parse_spec(found.experiment).points() if point.mechanism == "paged"]
+    assert points
+    for point in points:
+        assert point.parameters["num_blocks"] * 16 >= point.batch_size * point.sequence_length
+
+
 def test_an_experiment_on_a_gpu_has_the_shape_of_the_reader_and_one_on_a_cpu_its_grouping():
     shape = ModelShape(heads=16, kv_heads=4, head_dim=64, dtype="float16", context=4096)
     answers = Answers("serving", context=4096, scarce="latency")

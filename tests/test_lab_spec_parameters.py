@@ -13,6 +13,7 @@ from attnlab.problems import SpecError
 from attnlab.spec import parse_spec
 from attnlab.subjects.module import ModuleSubject
 from attnlab_kernels.catalog import MECHANISMS, Parameter
+from attnlab_kernels.catalog_rules import blocks_needed
 
 
 def document(mechanism: str, parameters: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -143,6 +144,20 @@ def documents(draw: st.DrawFn, mechanism: str) -> dict[str, Any]:
         module={"dim": dim, "num_heads": draw(st.sampled_from([1, 2, 4]))},
         lengths=[draw(st.sampled_from([7, 16, 36]))],
     )
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 18])
+def test_a_pool_as_small_as_is_accepted_is_enough_to_decode(tokens: int) -> None:
+    pool = {"block_size": 4, "num_blocks": blocks_needed(tokens, 1, 4, decoding=True)}
+    changes: dict[str, Any] = {"lengths": [tokens], "phase": "decode"}
+    spec = parse_spec(document("paged", pool, **changes))
+    subject = ModuleSubject(spec, spec.points()[0], torch.device("cpu"))
+    with torch.no_grad(), subject.ready():
+        for _ in range(2):
+            subject.prepare()
+            subject.step()
+    with pytest.raises(SpecError, match="num_blocks: must be at least"):
+        parse_spec(document("paged", pool | {"num_blocks": pool["num_blocks"] - 1}, **changes))
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)

@@ -32,7 +32,7 @@ class RunSize:
     num_heads: int
     tokens: int
     batch_size: int = 1
-    training: bool = False
+    phase: str = "prefill"
 
 
 def broken_parameters(mechanism_id: str, parameters: Parameters) -> list[BrokenRule]:
@@ -92,9 +92,19 @@ def _linear_sizes(own: Parameters, size: RunSize) -> Iterator[BrokenRule]:
         yield BrokenRule("max_seq_length", rule, own["max_seq_length"])
 
 
+def blocks_needed(tokens: int, batch_size: int, block_size: int, *, decoding: bool = False) -> int:
+    """Blocks of a pool that so many sequences fill.
+
+    Args:
+        decoding: each is decoded from a copy of its cache, which writes into a block of its own.
+    """
+    copied = batch_size if decoding and (tokens - 1) % block_size else 0
+    return batch_size * -(-tokens // block_size) + copied
+
+
 def _paged_sizes(own: Parameters, size: RunSize) -> Iterator[BrokenRule]:
-    needed = size.batch_size * -(-size.tokens // own["block_size"])
-    if own["num_blocks"] < needed and not size.training:
+    needed = blocks_needed(size.tokens, size.batch_size, own["block_size"], decoding=size.phase == "decode")
+    if own["num_blocks"] < needed and size.phase != "train":
         rule = f"must be at least {needed}: {size.batch_size} x {size.tokens} tokens in blocks of {own['block_size']}"
         yield BrokenRule("num_blocks", rule, own["num_blocks"])
 

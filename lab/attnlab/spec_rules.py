@@ -124,7 +124,7 @@ def _module_sizes(spec: ExperimentSpec) -> Iterator[RunSize]:
     if module is None or module.dim % module.num_heads:
         return
     for tokens, batch in itertools.product(spec.vary.sequence_length or (), spec.vary.batch_size):
-        yield RunSize(module.dim, module.num_heads, tokens, batch, spec.phase == "train")
+        yield RunSize(module.dim, module.num_heads, tokens, batch, spec.phase)
 
 
 def _sized(spec: ExperimentSpec) -> Iterator[Problem]:

@@ -8,8 +8,13 @@ from typing import Any
 from attnlab.advice.model_shapes import ModelShape, grouped
 from attnlab.advice.tree import AdviceError, Leaf
 from attnlab.spec import MAX_CELLS
+from attnlab_kernels.catalog import validate_parameters
+from attnlab_kernels.catalog_rules import blocks_needed
 
+Entry = str | dict[str, dict[str, Any]]
 SCALES = ("cpu", "gpu")
+_POOL = validate_parameters("paged", {})
+DEFAULT_BLOCK, DEFAULT_BLOCKS = _POOL["block_size"], _POOL["num_blocks"]
 CPU_HEADS, CPU_DIM = 8, 256
 GPU_LONGEST = 32_768
 GPU_DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -46,13 +51,18 @@ def trial_spec(leaf: Leaf, shape: ModelShape, scale: str) -> dict[str, Any]:
     trial = leaf.trial
     on_gpu = scale == "gpu"
     module = _gpu_module(shape) if on_gpu else _cpu_module(shape)
+    lengths = _gpu_lengths(leaf, shape) if on_gpu else trial.lengths
+    entries = [entry if on_gpu else _small(entry) for entry in trial.mechanisms]
+    blocks = blocks_needed(
+        max(lengths), max(trial.batch_sizes), DEFAULT_BLOCK, decoding=trial.phase == "decode"
+    )
     return {
         "name": f"advice: {leaf.key.replace('/', ', ').replace('_', ' ')}",
         "module": module | {"causal": trial.causal},
         "input": {"synthetic": "random"},
         "vary": {
-            "mechanism": [entry if on_gpu else _small(entry) for entry in trial.mechanisms],
-            "sequence_length": list(_gpu_lengths(leaf, shape) if on_gpu else trial.lengths),
+            "mechanism": [_with_room(entry, blocks) for entry in entries],
+            "sequence_length": list(lengths),
             "dtype": [shape.dtype if on_gpu and shape.dtype in ("bfloat16", "float16") else "float32"],
             "batch_size": list(trial.batch_sizes),
         },
@@ -63,7 +73,12 @@ def trial_spec(leaf: Leaf, shape: ModelShape, scale: str) -> dict[str, Any]:
     }
 
 
-def _small(entry: str | dict[str, dict[str, Any]]) -> str | dict[str, dict[str, Any]]:
+def _with_room(entry: Entry, blocks: int) -> Entry:
+    """A pool of the default size, or of as many blocks as the longest run fills."""
+    return {"paged": {"num_blocks": blocks}} if entry == "paged" and blocks > DEFAULT_BLOCKS else entry
+
+
+def _small(entry: Entry) -> Entry:
     name = entry if isinstance(entry, str) else next(iter(entry))
     given = {} if isinstance(entry, str) else entry[name]
     parameters = ON_CPU.get(name, {}) | given
