@@ -118,7 +118,7 @@ CACHE_SIZES = Preset(
             "claims: a decoding step by cache",
             ("multi_head", "grouped_query", "multi_head_latent", "paged"),
             Size(1024, 32, (1024,), 8, repeats=15, parameters={"multi_head_latent": SMALL_LATENT}),
-            Size(4096, 32, (16 * K,), 8, repeats=50),
+            Size(4096, 32, (16 * K,), 8, repeats=50, parameters={"paged": {"num_blocks": 2 * K}}),
             phase="decode",
         ),
         Grid(
