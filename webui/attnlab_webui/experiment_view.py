@@ -13,6 +13,7 @@ from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import pieces
 from attnlab_webui.memory_view import frontier_facts, memory_facts
 from attnlab_webui.pieces import Raw, escape
+from attnlab_webui.timing_view import timing_spread, timing_trouble
 
 # what a run's row may show, in this order; a column that is the same for all runs moves into the header
 VARYING = ("model", "sequence_length", "dtype", "batch_size", "phase")
@@ -166,9 +167,8 @@ def _timing(document: Mapping[str, Any]) -> str:
     for name, words in (("latency_ms", "forward pass"), ("attention_latency_ms", "attention alone")):
         timing = document[name]
         if timing:
-            spread = f"{pieces.milliseconds(timing['p10'])} – {pieces.milliseconds(timing['p90'])}"
-            text = f"<b>{pieces.milliseconds(timing['median'])}</b> <span class='at-muted'>{spread}</span>"
-            rows.append((words, Raw(text + sample_strip(timing["samples"], words))))
+            text = f"<b>{pieces.milliseconds(timing['median'])}</b> {timing_spread(timing)}"
+            rows.append((words, Raw(text + sample_strip(timing["samples"], words) + timing_trouble(timing))))
     if document["roofline"]:
         rows.append(("attention, of its ceiling", Raw(ceiling_words(document["roofline"]))))
     if document["capture_overhead"] is not None:

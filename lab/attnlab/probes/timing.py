@@ -15,8 +15,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from attnlab_storage.results import MeasurementRow
 
-Step = Callable[[], object]
-WARM_UP = {"cpu": 1, "cuda": 3}
+from ..intervals import median_interval
+from .card import CardWindow, nvml_reader
+from .conditions import ProcessorWindow, UnknownWindow
+from .timers import EventTimer, Step, Timer, WallTimer, cache_flusher
+
+STEADY = 3
+"""warm-up goes on until this many calls in a row, after the first, are within TOLERANCE of their least"""
+TOLERANCE = 0.05
+MOST_WARM_UP = 20
+WARM_UP_SECONDS = 0.5
 SHARE = 0.05
 """operators below this share of the time are not named"""
 
@@ -30,6 +38,7 @@ def latency(
     prepare: Step | None = None,
     progress: Callable[[int], None] | None = None,
     cold: bool = False,
+    timer: Timer | None = None,
 ) -> MeasurementRow:
     """Time a step ``repeats`` times after warming up; value is the median in milliseconds.
 
@@ -37,52 +46,81 @@ def latency(
         prepare: run untimed before every sample.
         progress: told how many samples are done.
         cold: overwrite the device's L2 cache before every sample (CUDA only).
+        timer: what times one call; None: CUDA events on a GPU, the host's clock on a CPU.
     """
-    warm_up = WARM_UP[device.type]
-    for _ in range(warm_up):
-        if prepare is not None:
-            prepare()
-        step()
-    flush = _cache_flusher(device) if cold else None
+    timer = timer or (EventTimer(device) if device.type == "cuda" else WallTimer())
+    flush = cache_flusher(device) if cold else None
+    before = [ready for ready in (prepare, flush) if ready is not None]
+
+    def sample() -> float:
+        for ready in before:
+            ready()
+        return timer.sample(step)
+
+    warmed = warm_up(sample)
+    if isinstance(timer, EventTimer):
+        timer.launches.clear()
+    window = _window(device)
     samples: list[float] = []
-    for done in range(repeats):
-        if prepare is not None:
-            prepare()
-        if flush is not None:
-            flush()
-        samples.append(_sample(step, device))
-        if progress is not None:
-            progress(done + 1)
-    detail: dict[str, Any] = {
-        "timer": "CUDA events" if device.type == "cuda" else "perf_counter",
-        "warm_up": warm_up,
-        "threads": torch.get_num_threads(),
-    }
-    if flush is not None:
-        detail["cache"] = "L2 overwritten before each sample"
+    with window:
+        for done in range(repeats):
+            samples.append(sample())
+            if progress is not None:
+                progress(done + 1)
+    detail: dict[str, Any] = {"timer": timer.name, **warmed, "interval": median_interval(samples)}
+    detail |= _threads() if device.type == "cpu" else _gaps(timer, step, before, samples, device)
+    detail["cache"] = "warm" if flush is None else "L2 overwritten before each sample"
+    detail["conditions"] = window.found
     return MeasurementRow(name, statistics.median(samples), "ms", samples=samples, detail=detail)
 
 
-def _sample(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    began = time.perf_counter()
-    step()
-    return (time.perf_counter() - began) * 1e3
+def warm_up(sample: Callable[[], float], clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """Call until the time is steady: three calls in a row after the first within 5 % of their least.
+
+    Ends unsteady after 20 calls, or half a second after the first call. ``first_ms`` is apart, as compilation, tuning
+    and lazy allocation are in it.
+    """
+    times = [sample()]
+    began = clock()
+    while not (steady := _is_steady(times)):
+        if len(times) >= MOST_WARM_UP or clock() - began >= WARM_UP_SECONDS:
+            break
+        times.append(sample())
+    return {"warm_up": len(times), "warm_up_ms": sum(times), "first_ms": times[0], "steady": steady}
 
 
-def _cache_flusher(device: torch.device) -> Step | None:
-    if device.type != "cuda":
-        return None
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    scratch = torch.empty(size, dtype=torch.uint8, device=device)
-    return scratch.zero_
+def _is_steady(times: list[float]) -> bool:
+    last = times[1:][-STEADY:]
+    return len(last) == STEADY and max(last) <= (1 + TOLERANCE) * min(last)
+
+
+def _threads() -> dict[str, Any]:
+    affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {"threads": torch.get_num_threads(), "affinity": affinity}
+
+
+def _window(device: torch.device) -> ProcessorWindow | CardWindow | UnknownWindow:
+    if device.type == "cpu":
+        return ProcessorWindow()
+    try:
+        read = nvml_reader(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        read()
+    except OSError as error:
+        return UnknownWindow(str(error))
+    return CardWindow(read)
+
+
+def _gaps(
+    timer: Timer, step: Step, before: list[Step], samples: list[float], device: torch.device
+) -> dict[str, Any]:
+    """The profiler's device time beside the events, and how much of the events no kernel ran."""
+    for ready in before:
+        ready()
+    spent = sum(_profiled(step, device).values()) / 1e3
+    found: dict[str, Any] = {"device_ms": spent, "launch_gap_ms": statistics.median(samples) - spent}
+    if isinstance(timer, EventTimer):
+        found["host_launch_ms"] = statistics.median(timer.launches)
+    return found
 
 
 def kernels_that_ran(step: Step, device: torch.device) -> list[str]:
@@ -91,6 +129,14 @@ def kernels_that_ran(step: Step, device: torch.device) -> list[str]:
     CUDA kernels on a GPU, aten operators on a CPU; those below five percent of the time are left out unless
     they are attention operators.
     """
+    times = _profiled(step, device)
+    total = sum(times.values())
+    named = [key for key, spent in times.items() if spent >= SHARE * total or "attention" in key.lower()]
+    return sorted(named, key=lambda key: -times[key])
+
+
+def _profiled(step: Step, device: torch.device) -> dict[str, float]:
+    """Microseconds that each kernel (CUDA) or operator (CPU) spent itself."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -103,6 +149,4 @@ def kernels_that_ran(step: Step, device: torch.device) -> list[str]:
         on_device = event.device_type == DeviceType.CUDA
         if spent > 0 and on_device == cuda and not event.key.startswith(("[", "ProfilerStep")):
             times[event.key] = spent
-    total = sum(times.values())
-    named = [key for key, spent in times.items() if spent >= SHARE * total or "attention" in key.lower()]
-    return sorted(named, key=lambda key: -times[key])
+    return times

@@ -1,0 +1,39 @@
+"""What the panel says beside a time."""
+
+from attnlab_webui.timing_view import timing_spread, timing_trouble
+
+DETAIL = {
+    "timer": "perf_counter",
+    "warm_up": 5,
+    "first_ms": 80.0,
+    "threads": 2,
+    "affinity": [0, 1],
+    "cache": "warm",
+    "interval": [9.5, 10.5],
+    "steady": True,
+    "conditions": {"disturbed": []},
+}
+
+
+def timing_with(**changed):
+    return {"median": 10.0, "p10": 9.0, "p90": 12.0, "samples": [9.0, 10.0, 12.0], "detail": DETAIL | changed}
+
+
+def test_the_interval_of_the_median_stands_beside_the_spread_of_the_samples():
+    text = timing_spread(timing_with())
+    assert "95 % interval 9.5 ms – 10.5 ms" in text
+    assert "samples 9 ms – 12 ms" in text
+    assert "5 calls to warm up, the first 80 ms" in text
+    assert "2 threads on cores 0, 1" in text
+
+
+def test_a_disturbed_figure_says_by_what_and_a_quiet_one_says_nothing():
+    assert timing_trouble(timing_with()) == ""
+    text = timing_trouble(timing_with(conditions={"disturbed": ["others <busy>"]}, steady=False))
+    assert "disturbed: others &lt;busy&gt;; not steady" in text
+
+
+def test_a_run_of_an_older_version_is_shown_without_what_it_did_not_keep():
+    timing = timing_with() | {"detail": {}}
+    assert "interval" not in timing_spread(timing)
+    assert timing_trouble(timing) == ""

@@ -1,0 +1,48 @@
+"""What stands beside a time: how sure its median is, how it was taken, and what disturbed it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from attnlab_webui import pieces
+from attnlab_webui.pieces import escape
+
+
+def timing_spread(timing: Mapping[str, Any]) -> str:
+    """The 95 % interval of the median, then the 10th to 90th percentile of the samples."""
+    detail = timing["detail"]
+    low, high = (pieces.milliseconds(timing[name]) for name in ("p10", "p90"))
+    spread = f"samples {low} – {high} (p10 – p90)"
+    if interval := detail.get("interval"):
+        sure = " – ".join(pieces.milliseconds(end) for end in interval)
+        spread = f"95 % interval {sure} · {spread}"
+    return f"<span class='at-muted' title='{escape(taken(detail))}'>{spread}</span>"
+
+
+def taken(detail: Mapping[str, Any]) -> str:
+    """How the samples were taken, in words; empty where a run of an older version did not say."""
+    words = [str(detail["timer"])] if "timer" in detail else []
+    if "first_ms" in detail:
+        words.append(
+            f"{detail['warm_up']} calls to warm up, the first {pieces.milliseconds(detail['first_ms'])}"
+        )
+    if "cache" in detail:
+        words.append(f"cache {detail['cache']}")
+    if "threads" in detail:
+        cores = detail.get("affinity")
+        words.append(
+            f"{detail['threads']} threads" + (f" on cores {', '.join(map(str, cores))}" if cores else "")
+        )
+    if "launch_gap_ms" in detail:
+        words.append(f"{pieces.milliseconds(detail['launch_gap_ms'])} without a kernel")
+    return "; ".join(words)
+
+
+def timing_trouble(timing: Mapping[str, Any]) -> str:
+    """A line where the figure is not the kernel's alone; empty where it is."""
+    detail = timing["detail"]
+    reasons = list((detail.get("conditions") or {}).get("disturbed", []))
+    if detail.get("steady") is False:
+        reasons.append("not steady when its warm-up ended")
+    if not reasons:
+        return ""
+    return f"<div class='at-bad' role='note'>disturbed: {escape('; '.join(reasons))}</div>"
