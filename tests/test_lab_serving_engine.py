@@ -41,15 +41,6 @@ def engine(**changed: Any) -> ServingSpec:
     return ServingSpec.model_validate({"workload": ANY, "num_blocks": 99, "block_size": 4} | changed)
 
 
-def alone(runner: BareRunner, request: Request) -> torch.Tensor:
-    """The oracle: the modules' own full pass over the request's tokens."""
-    hidden = runner.inputs(request.id)[None]
-    with torch.inference_mode():
-        for module in runner.modules:
-            hidden = hidden + module(hidden, causal=True, return_dict=True).output
-    return hidden[0]
-
-
 def check_books(requests: list[Request], timeline: Timeline, spec: ServingSpec) -> None:
     ends = [0.0]
     for step in timeline.steps:
@@ -93,7 +84,7 @@ def test_every_request_comes_out_as_if_it_had_been_alone(kind, contiguous, chunk
     timeline = serve(requests, runner, shape, spec)
     check_books(requests, timeline, spec)
     for request in requests:
-        torch.testing.assert_close(runner.outputs[request.id], alone(runner, request), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(runner.outputs[request.id], runner.alone(request), rtol=1e-9, atol=1e-9)
 
 
 def test_preempted_requests_come_out_the_same():
@@ -105,7 +96,7 @@ def test_preempted_requests_come_out_the_same():
     assert sum(step.preempted for step in timeline.steps) == sum(s.preemptions for s in timeline.requests) > 0
     assert any(step.stranded for step in timeline.steps)
     for request in requests:
-        torch.testing.assert_close(runner.outputs[request.id], alone(runner, request), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(runner.outputs[request.id], runner.alone(request), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("mechanism", "parameters"), KINDS)
@@ -118,7 +109,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_no_output(mechanism, param
     # two full blocks of the ten tokens, for all but those that began before the first was computed
     assert [served.reused for served in timeline.requests] == [0, 0, 8, 8, 8]
     for request in requests:
-        wanted = alone(runner, request)
+        wanted = runner.alone(request)
         kept = runner.outputs[request.id]
         first = timeline.requests[request.id].reused
         assert kept[:first].isnan().all()
@@ -134,7 +125,7 @@ def test_what_lies_in_free_slots_is_never_read(monkeypatch):
     requests = [Request(i, 0.0, 5 + i, 4) for i in range(3)]
     serve(requests, runner, CacheShape(9, 4, runner.token_bytes), engine())
     for request in requests:
-        torch.testing.assert_close(runner.outputs[request.id], alone(runner, request), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(runner.outputs[request.id], runner.alone(request), rtol=1e-9, atol=1e-9)
 
 
 def test_time_jumps_to_the_next_arrival_and_requests_wait_for_theirs():

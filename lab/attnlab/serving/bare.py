@@ -92,7 +92,7 @@ class BareRunner:
 
     def step(self, batch: Sequence[Work], tables: BlockTables) -> None:
         plan = StepPlan.of(batch, tables, self.device)
-        parts = [self.inputs(_id(work))[work.start : work.start + work.tokens] for work in batch]
+        parts = [self.inputs(request_of(work))[work.start : work.start + work.tokens] for work in batch]
         hidden = torch.cat(parts)
         with torch.inference_mode():
             for module, pool in zip(self.modules, self._pools, strict=True):
@@ -105,6 +105,14 @@ class BareRunner:
     def end(self, request_id: int) -> None:
         del self._drawn[request_id]
 
+    def alone(self, request: Request) -> Tensor:
+        """What comes out of a request by itself, ``[tokens, dim]``: each module's own full pass."""
+        hidden = self.inputs(request.id)[None]
+        with torch.inference_mode():
+            for module in self.modules:
+                hidden = hidden + module(hidden, causal=True, return_dict=True).output
+        return hidden[0]
+
     def _attend(self, module: Any, pool: LayerPool, plan: StepPlan, hidden: Tensor) -> Tensor:
         given = (pool, plan, hidden, self._asked)
         latent = isinstance(module, MultiHeadLatentAttention)
@@ -115,7 +123,7 @@ class BareRunner:
 
     def _keep_rows(self, batch: Sequence[Work], hidden: Tensor) -> None:
         for work, rows in zip(batch, hidden.split([work.tokens for work in batch]), strict=True):
-            request_id = _id(work)
+            request_id = request_of(work)
             if request_id not in self.outputs:
                 self.outputs[request_id] = hidden.new_full(
                     (self._requests[request_id].tokens, self._dim), torch.nan
@@ -156,6 +164,7 @@ def _row_of(module: Any) -> Row:
     return Row(module.num_kv_heads, module.head_dim, module.head_dim)
 
 
-def _id(work: Work) -> int:
+def request_of(work: Work) -> int:
+    """The request that a piece of work belongs to."""
     assert isinstance(work.seq_id, int)
     return work.seq_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ class LayerPool:
         mask: Mask | None = None,
         value_dim: int | None = None,
         implementation: str = "auto",
+        **extras: Any,
     ) -> AttentionOutput:
         """Attention of ``[T, Hq, D]`` to its own sequence; ``value_dim`` where the keys hold the values."""
         values = self.keys[..., :value_dim] if self.values is None else self.values
@@ -114,4 +115,5 @@ class LayerPool:
             mask=mask,
             scale=scale,
             implementation=implementation,
+            **extras,
         )

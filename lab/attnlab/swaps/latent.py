@@ -35,8 +35,8 @@ class LatentSwap(Swap):
     def attend(self, call: ModelCall) -> Attended:
         if call.extras.keys() - {"bias"}:
             call.plain("multi_head_latent")
-        basis = self._basis(call)
-        latent = _side_by_side(call) @ basis
+        basis = self.basis(call)
+        latent = side_by_side(call) @ basis
         heads, size = call.key.shape[1], call.key.shape[3]
         rebuilt = (latent @ basis.T).unflatten(-1, (heads, -1)).transpose(1, 2)
         key, value = rebuilt[..., :size], rebuilt[..., size:]
@@ -48,10 +48,10 @@ class LatentSwap(Swap):
     def kind(self, shape: Shape) -> Kind:
         return "exact" if self.rank >= 2 * shape.kv_heads * shape.head_dim else "approximate"
 
-    def _basis(self, call: ModelCall) -> Tensor:
+    def basis(self, call: ModelCall) -> Tensor:
         """Orthonormal columns ``[Hkv (D + Dv), r]``, in the dtype of the keys."""
         if call.name not in self._bases:
-            tokens = _side_by_side(call).flatten(0, 1).double()
+            tokens = side_by_side(call).flatten(0, 1).double()
             rank = min(self.rank, tokens.shape[1])
             # eigenvectors of the Gram matrix are the right singular vectors, whatever the number of tokens
             vectors = torch.linalg.eigh(tokens.T @ tokens).eigenvectors
@@ -94,6 +94,6 @@ class LatentSwap(Swap):
         return "absorbed" if work["absorbed"] <= work["naive"] else "naive"
 
 
-def _side_by_side(call: ModelCall) -> Tensor:
+def side_by_side(call: ModelCall) -> Tensor:
     """``[B, Sk, Hkv (D + Dv)]``: key and value of a head, then of the next."""
     return torch.cat((call.key, call.value), dim=-1).transpose(1, 2).flatten(2)
