@@ -134,7 +134,12 @@ def test_fewer_heads_and_latents_answer_as_the_same_mechanism_alone(llama, mecha
 def test_a_model_that_looks_ahead_is_refused():
     from transformers import BertConfig, BertModel
 
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
     model = BertModel(BertConfig(**small, vocab_size=61))
     bert = LoadedModel("bert", model.eval(), None, False, 64, 61, {})
     with pytest.raises(Unsupported, match="serving needs a decoder of text, and bert is none"):

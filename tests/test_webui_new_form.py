@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.documents import write_document
-from attnlab.spec import DTYPES, IMPLEMENTATIONS, MAX_TEXT_BYTES, PHASES, RECORDS
+from attnlab.spec import DTYPES, IMPLEMENTATIONS, MAX_TEXT_BYTES, RECORDS
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_webui import drafts
-from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, RANDOM, TEXT, Form, form_of, merge
+from attnlab_webui.form import AUDIO, BARE_MODULE, FORM_PHASES, IMAGE, RANDOM, TEXT, Form, form_of, merge
 
 ALL = tuple(MECHANISMS)
 
@@ -53,7 +53,7 @@ def forms(draw):
         sequence_lengths=draw(st.one_of(st.just(""), numbers)),
         dtypes=draw(some(DTYPES)),
         batch_sizes=draw(numbers),
-        phase=draw(st.sampled_from(PHASES)),
+        phase=draw(st.sampled_from(FORM_PHASES)),
         record=draw(some(RECORDS)),
         layers=draw(st.sampled_from(["all", "0", "0, 3, 5"])),
         repeats=str(draw(st.integers(1, 1000))),

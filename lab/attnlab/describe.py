@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,24 @@ from attnlab_storage.results import ExperimentRow, MeasurementRow, RunRow, Trace
 from attnlab_storage.tables import OUTCOMES
 
 ACCURACY = ("check_error", "logit_error", "kl", "perplexity", "map_change", "attention_error", "lse_error")
+SERVING = (
+    "output_tokens_per_second",
+    "prompt_tokens_per_second",
+    "requests_per_second",
+    "time_to_first_token",
+    "inter_token_latency",
+    "queueing_time",
+    "end_to_end_latency",
+    "cache_used",
+    "cache_reserved",
+    "internal_fragmentation",
+    "external_fragmentation",
+    "running_sequences",
+    "preemptions",
+    "reused_tokens",
+    "answers_equal",
+    "cache_bytes",
+)
 STATISTICS = tuple(statistics.STATISTICS)
 TIMELINES = {"memory_timeline": "forward pass", "attention_memory_timeline": "attention kernel alone"}
 
@@ -57,6 +75,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "cache": _detail(whole.get("cache_bytes")),
         "roofline": _detail(whole.get("roofline")),
         "frontier": _detail(whole.get("frontier")),
+        "serving": _serving(whole),
         "capture_overhead": _number(whole.get("capture_overhead")),
         "accuracy": {name: _worst(rows, name) for name in ACCURACY if any(r.name == name for r in rows)},
         "statistics": [name for name in STATISTICS if any(row.name == name for row in rows)],
@@ -164,6 +183,19 @@ def _timing(row: MeasurementRow | None) -> dict[str, Any] | None:
         return None
     low, middle, high = np.percentile(samples, [10, 50, 90]).tolist()
     return {"median": middle, "p10": low, "p90": high, "samples": samples, "detail": row.detail or {}}
+
+
+def _serving(whole: Mapping[str, MeasurementRow]) -> dict[str, Any] | None:
+    """What was measured of a server, each with its value, unit, samples and detail; None where nothing was served."""
+    if SERVING[0] not in whole:
+        return None
+    found: dict[str, Any] = {}
+    for name in SERVING:
+        if (row := whole.get(name)) is not None:
+            found[name] = {"value": row.value, "unit": row.unit, **(row.detail or {})}
+            if row.samples:
+                found[name]["samples"] = row.samples
+    return found
 
 
 def _number(row: MeasurementRow | None) -> float | None:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from attnlab.bundled import BUNDLED, describe_model
+from attnlab.serving.metrics import REQUEST_FIELDS, STEP_FIELDS
+from attnlab.serving.settings import ServingSpec
+from attnlab.serving.workload import draw_requests
 from attnlab.spec import ExperimentSpec, FrontierSpec, RunPoint
 from attnlab.views.labels import format_bytes
 from attnlab.views.statistics import STATISTICS
@@ -73,6 +76,8 @@ def estimate(spec: ExperimentSpec, store: Store | None = None) -> Estimate:
     if shape is None:
         where = f"nothing is known of {spec.model_name} on this machine: only the number of runs is"
         return Estimate(len(points), 0, 0, None, "", [f"{where} certain"], [])
+    if spec.serving is not None:
+        return _serving_estimate(spec, spec.serving, points, shape)
     notes: list[str] = []
     unknown = [point for point in points if not point.sequence_length]
     if unknown:
@@ -97,6 +102,27 @@ def _search_estimate(runs: int, given: FrontierSpec) -> Estimate:
     ]
     seconds = runs * (START_SECONDS + trials * given.seconds)
     return Estimate(runs, 0, PROCESS_BYTES + given.memory_bytes, seconds, "limit", notes, [])
+
+
+def _serving_estimate(
+    spec: ExperimentSpec, serving: ServingSpec, points: list[RunPoint], shape: Shape
+) -> Estimate:
+    """Every token goes through the weights once a pass; what is stored is the timeline."""
+    requests = draw_requests(serving.workload, spec.seed)
+    tokens = sum(request.tokens for request in requests)
+    stored = len(points) * 8 * (tokens * (1 + len(STEP_FIELDS)) + len(requests) * len(REQUEST_FIELDS))
+    size = max(BYTES[point.dtype] for point in points)
+    row = 2 * shape.layers * shape.kv_heads * shape.head_dim * size
+    cache = serving.cache_bytes or (serving.num_blocks or 0) * serving.block_size * row
+    layers = serving.layers if spec.module is not None else 1
+    peak = PROCESS_BYTES + layers * shape.weight_bytes * size // 4 + cache
+    flops = 2 * layers * shape.weight_bytes / 4 * tokens * (spec.repeats + 1)
+    # the rest of a step is as long whatever its size: about a millisecond a layer and sequence
+    overhead = 1e-3 * layers * shape.layers * tokens * (spec.repeats + 1)
+    speed = GPU_FLOPS if spec.resources.gpus else CPU_FLOPS
+    seconds = len(points) * (START_SECONDS + flops / speed + overhead)
+    note = "the time is rough: it depends on how many requests run at once"
+    return Estimate(len(points), stored, peak, seconds, "rough", [note], [])
 
 
 def shape_of(spec: ExperimentSpec) -> Shape | None:

@@ -6,9 +6,11 @@ from typing import Any
 
 from .pictures import MAX_PICTURE_BYTES, PictureError, pack_picture, picture_samples
 from .problems import Problem, SpecError, shown
+from .serving.workload import TraceError, read_trace
 from .sounds import MAX_SOUND_BYTES, SoundError, pack_sound, sound_samples
 
 MAX_TEXT_BYTES = 1_000_000
+MAX_TRACE_BYTES = 1_000_000
 ONE_INPUT = "must hold exactly one of text, file, image, audio and synthetic"
 
 
@@ -34,6 +36,26 @@ def with_files_read(values: dict[str, Any], folder: Path | None) -> dict[str, An
         if isinstance(source, str) and not source.startswith("data:") and source not in samples:
             given = {**given, name: _packed(name, source, folder, tuple(samples))}
     return values | {"input": dict(given)}
+
+
+def with_trace_read(values: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Return the document with the rows of a workload's trace in place of the file's name.
+
+    Raises:
+        SpecError: the file is refused, cannot be read, or is no trace.
+    """
+    serving = values.get("serving")
+    workload = serving.get("workload") if isinstance(serving, Mapping) else None
+    if not isinstance(serving, Mapping) or not isinstance(workload, Mapping):
+        return values
+    if not isinstance(workload.get("trace"), str):
+        return values
+    name = workload["trace"]
+    try:
+        rows = read_trace(_read("serving.workload.trace", name, folder, MAX_TRACE_BYTES).decode())
+    except (TraceError, UnicodeDecodeError) as error:
+        raise SpecError([Problem("serving.workload.trace", str(error), shown(name))]) from None
+    return values | {"serving": {**serving, "workload": {**workload, "trace": rows}}}
 
 
 def _text(name: str, folder: Path | None) -> str:

@@ -67,6 +67,10 @@ class Procedure:
             recorder.environment(describe_environment(self._device.type) | {"seed": self._spec.seed})
             return search(recorder, self._spec, self._point, self._device)
         torch.manual_seed(self._spec.seed)
+        if self._spec.phase == "serving":
+            from .serving.procedure import ServingProcedure
+
+            return ServingProcedure(recorder, self._spec, self._point, self._device).perform()
         recorder.phase("loading model")
         subject = self._load()
         recorder.environment(self._environment(subject))

@@ -75,6 +75,12 @@ class Recorder:
             for name, array in curves.items():
                 self._write(session, layer, (name, array, "float32"))
 
+    def series(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep float64 [1, rows, fields] by name: what happened over time in the whole run."""
+        with recording(self._store, self._claim) as session:
+            for name, array in arrays.items():
+                self._write(session, 0, (name, array, "float64"))
+
     def writer(self, layers: int, *, beside: bool) -> "DirectWriter | CaptureWriter":
         """Return what takes the captures of a forward: beside the computation, or in its own thread."""
         return (CaptureWriter if beside else DirectWriter)(self, self._write_capture, layers)

@@ -39,10 +39,12 @@ from attnlab_kernels.catalog import MECHANISMS, validate_parameters
 
 from .bundled import describe_model
 from .documents import read_document, write_document
-from .files import MAX_TEXT_BYTES, with_files_read
+from .files import MAX_TEXT_BYTES, with_files_read, with_trace_read
 from .inputs import count_tokens
 from .pictures import PictureError, open_picture, picture_samples
 from .problems import Problem, SpecError, shown
+from .serving.settings import CACHES, Arrivals, Lengths, ServingSpec, Workload
+from .serving.workload import draw_requests
 from .sounds import SoundError, open_sound, sound_samples
 
 IMPLEMENTATIONS = (
@@ -64,8 +66,11 @@ IMPLEMENTATIONS = (
     "xformers",
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-PHASES = ("prefill", "decode", "train")
+PHASES = ("prefill", "decode", "train", "serving")
 RECORDS = ("maps", "timing", "memory", "accuracy", "statistics")
+
+SERVING_PASSES = 3
+"""default repeats of phase serving: each is a whole pass over the workload"""
 
 MAX_SPEC_BYTES = 2 * MAX_TEXT_BYTES
 MAX_RUNS = 512
@@ -231,6 +236,8 @@ class VarySpec(_Strict):
     sequence_length: Choices[Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)]] | None = None
     dtype: Choices[Annotated[str, AfterValidator(_choice(DTYPES))]] = ("float32",)
     batch_size: Choices[Annotated[StrictInt, Field(ge=1, le=4096)]] = (1,)
+    cache: Choices[Annotated[str, AfterValidator(_choice(CACHES))]] | None = None
+    """of phase serving: room for the longest sequence each, or pages; default paged"""
 
 
 class Resources(_Strict):
@@ -283,12 +290,21 @@ class ExperimentSpec(_Strict):
     frontier: FrontierSpec | None = None
     """search the longest sequence that fits instead of running given ones"""
     phase: Annotated[str, AfterValidator(_choice(PHASES))] = "prefill"
+    serving: ServingSpec | None = None
+    """of phase serving: the workload and the engine"""
     record: Choices[Annotated[str, AfterValidator(_choice(RECORDS))]] = RECORDS
     layers: Annotated[str | tuple[int, ...], PlainValidator(_layers), PlainSerializer(_plain_layers)] = "all"
     """``all``, or the zero-based layers whose maps are kept"""
     repeats: Annotated[StrictInt, Field(ge=1, le=1000)] = 20
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] = 0
     resources: Resources = Resources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _serving_defaults(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("phase") == "serving":
+            return {"repeats": SERVING_PASSES, "record": ["timing", "accuracy"], **values}
+        return values
 
     @property
     def model_name(self) -> str:
@@ -300,6 +316,8 @@ class ExperimentSpec(_Strict):
 
     def points(self) -> list[RunPoint]:
         """Return the runs of the grid in the order they are queued: mechanism varies slowest."""
+        if self.serving is not None:
+            return self._serving_points(self.serving)
         vary = self.vary
         kind = "bench" if {"timing", "memory"} & set(self.record) else "inspect"
         longest = self.frontier.up_to if self.frontier else self._text_length() or 0
@@ -319,6 +337,27 @@ class ExperimentSpec(_Strict):
                 gpus=self.resources.gpus,
             )
             for mechanism, implementation, length, dtype, batch_size in grid
+        ]
+
+    def _serving_points(self, serving: ServingSpec) -> list[RunPoint]:
+        """As `points`: the length is that of the longest sequence, the batch the most sequences at a time."""
+        longest = serving.max_length or max(one.tokens for one in draw_requests(serving.workload, self.seed))
+        vary = self.vary
+        grid = itertools.product(vary.mechanism, vary.cache or ("paged",), vary.implementation, vary.dtype)
+        return [
+            RunPoint(
+                mechanism=mechanism.name,
+                parameters=mechanism.parameters | {"cache": cache},
+                implementation=implementation,
+                sequence_length=longest,
+                dtype=dtype,
+                batch_size=serving.max_batch,
+                phase=self.phase,
+                model=self.model_name,
+                kind="bench",
+                gpus=self.resources.gpus,
+            )
+            for mechanism, cache, implementation, dtype in grid
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -363,7 +402,7 @@ def parse_spec(source: str | bytes | Mapping[str, Any], *, folder: Path | None =
     """
     from .spec_rules import broken_rules
 
-    values = with_files_read(_document(source), folder)
+    values = with_trace_read(with_files_read(_document(source), folder), folder)
     try:
         spec = ExperimentSpec.model_validate(values)
     except ValidationError as error:
@@ -414,13 +453,18 @@ def _path(location: tuple[Any, ...]) -> str:
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    nested = {
-        "module": ModuleSpec,
-        "input": InputSpec,
-        "vary": VarySpec,
-        "frontier": FrontierSpec,
-        "resources": Resources,
+    nested: dict[tuple[Any, ...], type[BaseModel]] = {
+        ("module",): ModuleSpec,
+        ("input",): InputSpec,
+        ("input", "needle"): NeedleSpec,
+        ("vary",): VarySpec,
+        ("frontier",): FrontierSpec,
+        ("resources",): Resources,
+        ("serving",): ServingSpec,
+        ("serving", "workload"): Workload,
+        ("serving", "workload", "arrivals"): Arrivals,
+        ("serving", "workload", "prompt_tokens"): Lengths,
+        ("serving", "workload", "output_tokens"): Lengths,
     }
-    kind = nested.get(location[0], ExperimentSpec) if location else ExperimentSpec
-    kind = NeedleSpec if location == ("input", "needle") else kind
+    kind = nested.get(location, ExperimentSpec)
     return list(kind.model_fields)

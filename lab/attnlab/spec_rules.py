@@ -9,6 +9,7 @@ from attnlab_kernels.catalog_rules import RunSize, broken_parameters, broken_siz
 from .bundled import BUNDLED, ModelFacts, describe_model, is_hub_id
 from .files import MAX_TEXT_BYTES, ONE_INPUT
 from .problems import Problem, shown
+from .serving.rules import serving_rules
 from .spec import MAX_CELLS, MAX_RUNS, ExperimentSpec
 
 KINDS = ("text", "file", "image", "audio", "synthetic")
@@ -23,6 +24,7 @@ def broken_rules(spec: ExperimentSpec) -> list[Problem]:
         *_parameters(spec),
         *_size(spec),
         *_against_model(spec),
+        *serving_rules(spec),
     ]
 
 
@@ -41,7 +43,7 @@ def _subject(spec: ExperimentSpec) -> Iterator[Problem]:
             choices = _divisors(heads, kv_heads)
             yield Problem("module.num_kv_heads", f"must divide num_heads ({heads})", str(kv_heads), choices)
         yield from _kv_heads(spec, heads)
-        if spec.vary.sequence_length is None and spec.frontier is None:
+        if spec.vary.sequence_length is None and spec.frontier is None and spec.phase != "serving":
             yield Problem("vary.sequence_length", "must be given for a bare module")
         if spec.layers != "all" and tuple(spec.layers) != (0,):
             yield Problem("layers", "a bare module has one layer", shown(spec.layers), ("all", "[0]"))
@@ -94,14 +96,13 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
             yield Problem("input.text", f"must be at most {MAX_TEXT_BYTES} bytes", str(size))
         if not text.strip():
             yield Problem("input.text", "must not be empty")
+        if spec.phase == "serving":
+            return
         if spec.input.repeat and spec.vary.sequence_length is None:
             yield Problem("input.repeat", "needs vary.sequence_length, which says where to stop", "true")
-    elif (
-        spec.input.synthetic
-        and spec.vary.sequence_length is None
-        and spec.input.max_tokens is None
-        and spec.frontier is None
-    ):
+    elif spec.phase == "serving" or spec.frontier is not None:
+        return
+    elif spec.input.synthetic and spec.vary.sequence_length is None and spec.input.max_tokens is None:
         yield Problem("vary.sequence_length", "must be given for synthetic input")
 
 
@@ -166,6 +167,8 @@ def _size(spec: ExperimentSpec) -> Iterator[Problem]:
 def _against_model(spec: ExperimentSpec) -> Iterator[Problem]:
     facts = describe_model(spec.model) if spec.model is not None else None
     if facts is None:
+        return
+    if spec.phase == "serving":
         return
     yield from _layers(spec, facts)
     yield from _kv_heads(spec, facts.heads)

@@ -19,6 +19,9 @@ INPUT_KINDS = ("text", "file", "image", "audio", "synthetic")
 TEXT, RANDOM, IMAGE, AUDIO = "text", "random tokens", "image", "audio"
 """What goes in: a text, random tokens of the model's vocabulary (`input.synthetic`), a picture, a sound."""
 
+FORM_PHASES = tuple(phase for phase in PHASES if phase != "serving")
+"""what the field offers: a workload to serve is written as YAML"""
+
 Document = dict[str, Any]
 Parameters = Mapping[str, Mapping[str, str]]
 
@@ -85,7 +88,7 @@ def form_of(document: Document) -> Form:
         sequence_lengths=_commas(vary.get("sequence_length")),
         dtypes=_known(vary.get("dtype", ["float32"]), DTYPES),
         batch_sizes=_commas(vary.get("batch_size", [1])),
-        phase="".join(_known(document.get("phase", "prefill"), PHASES)),
+        phase="".join(_known(document.get("phase", "prefill"), FORM_PHASES)),
         record=_known(document.get("record", RECORDS), RECORDS),
         layers=_commas(document.get("layers", "all")),
         repeats=_text(document.get("repeats", 20)),

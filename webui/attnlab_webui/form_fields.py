@@ -12,10 +12,10 @@ import gradio as gr
 from attnlab.bundled import BUNDLED
 from attnlab.pictures import picture_samples
 from attnlab.sounds import sound_samples
-from attnlab.spec import DTYPES, IMPLEMENTATIONS, PHASES, RECORDS
+from attnlab.spec import DTYPES, IMPLEMENTATIONS, RECORDS
 from attnlab_kernels.catalog import MECHANISMS, Parameter
 from attnlab_webui import drafts, new_experiment, pieces
-from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, RANDOM, TEXT, Form
+from attnlab_webui.form import AUDIO, BARE_MODULE, FORM_PHASES, IMAGE, RANDOM, TEXT, Form
 
 RECORD_WORDS = {
     "maps": "maps",
@@ -274,7 +274,7 @@ def _grid(plain: dict[str, Any], form: Form) -> gr.HTML:
             elem_id="new-lengths",
         )
         plain["batch_sizes"] = gr.Textbox(form.batch_sizes, label="Batch sizes", max_lines=1, min_width=90)
-        plain["phase"] = gr.Radio(list(PHASES), value=form.phase or None, label="Phase", min_width=220)
+        plain["phase"] = gr.Radio(list(FORM_PHASES), value=form.phase or None, label="Phase", min_width=220)
     plain["dtypes"] = gr.CheckboxGroup(
         list(DTYPES), value=list(form.dtypes), label="Dtypes", elem_id="new-dtypes"
     )

@@ -32,8 +32,12 @@ class CacheShape(NamedTuple):
     """of all layers"""
 
     @property
+    def tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
     def nbytes(self) -> int:
-        return self.num_blocks * self.block_size * self.token_bytes
+        return self.tokens * self.token_bytes
 
 
 class Runner(Protocol):
@@ -70,11 +74,11 @@ def cut_cache(settings: ServingSpec, kind: str, longest: int, token_bytes: int) 
         tokens = settings.cache_bytes // token_bytes
     size = settings.block_size if kind == "paged" else (settings.max_length or longest)
     shape = CacheShape(tokens // size, size, token_bytes)
-    if shape.num_blocks * size < longest:
+    if shape.tokens < longest:
         argument = "num_blocks" if settings.cache_bytes is None else "cache_bytes"
         raise Unsupported(
             f"serving.{argument}: must hold the longest sequence, {longest:,} tokens of {token_bytes:,} bytes; "
-            f"a {kind} cache holds {shape.num_blocks * size:,} here"
+            f"a {kind} cache holds {shape.tokens:,} here"
         )
     return shape
 
@@ -93,9 +97,9 @@ def serve(
         ValueError: a request does not fit the cache.
     """
     for request in requests:
-        if request.tokens > shape.num_blocks * shape.block_size:
+        if request.tokens > shape.tokens:
             raise ValueError(
-                f"request {request.id} must fit the cache of {shape.num_blocks * shape.block_size:,} tokens; "
+                f"request {request.id} must fit the cache of {shape.tokens:,} tokens; "
                 f"it has {request.tokens:,}"
             )
     return _Pass(requests, runner, shape, settings, progress or (lambda done, total: None)).run()

@@ -15,7 +15,7 @@ from attnlab_kernels.scheduler import Work
 
 from ..hook import Hook
 from ..models import LoadedModel
-from ..swap import ModelCall, plan_swap
+from ..swap import ModelCall, Shape, plan_swap
 from ..swaps.latent import LatentSwap
 from .bare import request_of
 from .engine import CacheShape
@@ -62,6 +62,14 @@ class ModelRunner:
         dtype = loaded.model.dtype
         self.token_bytes = sum(row.nbytes(dtype) for row in self._swap.rows)
         self.layers = len(self._swap.rows)
+
+    def kind(self, tokens: int) -> str:
+        """``exact`` or ``approximate``: whether the mechanism computes what the model was trained with."""
+        config = self.loaded.model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return self.plain.kind(Shape(tokens, kv_heads, heads, size))
 
     @property
     def implementation(self) -> str:

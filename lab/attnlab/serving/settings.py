@@ -54,8 +54,8 @@ class Lengths(_Strict):
     """of lognormal"""
     sigma: Annotated[float, Field(ge=0, le=4)] | None = None
     """of lognormal: the standard deviation of the logarithm"""
-    low: Count = 1
-    """the least; of lognormal: shorter ones are brought to it"""
+    low: Count | None = None
+    """the least, default 1; of lognormal: shorter ones are brought to it"""
     high: Count | None = None
     """the most; of lognormal: longer ones are brought to it"""
 

@@ -91,16 +91,16 @@ def _from_trace(workload: Workload) -> list[Request]:
 
 
 def _draw(lengths: Lengths, count: int, rng: np.random.Generator) -> np.ndarray:
-    high = lengths.high or MAX_TOKENS
+    low, high = lengths.low or 1, lengths.high or MAX_TOKENS
     match lengths.distribution:
         case "fixed":
             return np.full(count, lengths.tokens)
         case "uniform":
-            return rng.integers(lengths.low, high + 1, count)
+            return rng.integers(low, high + 1, count)
     assert lengths.median is not None
     assert lengths.sigma is not None
     drawn = np.exp(np.log(lengths.median) + lengths.sigma * rng.standard_normal(count))
-    return np.clip(np.rint(drawn), lengths.low, high).astype(int)
+    return np.clip(np.rint(drawn), low, high).astype(int)
 
 
 def _records(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
