@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attnlab.lab import Lab
-from attnlab.serving.metrics import measure, middle_pass, series
+from attnlab.serving.metrics import measure, middle_pass, read_series, series
 from attnlab.serving.timeline import Served, Step, Timeline
 from attnlab.serving.workload import Request
 from attnlab_storage import results, tensors
@@ -115,6 +115,9 @@ def test_measurements_are_those_of_the_definitions():
 def test_series_hold_every_number_of_a_timeline():
     timeline = middle_pass(made(1.0, 5.0, 2.0))
     arrays = series(timeline)
+    read = (arrays[name][0] for name in ("serving_steps", "serving_requests", "serving_tokens"))
+    steps, requests, tokens = read
+    assert read_series(10, steps, requests, tokens[:, 0]) == timeline
     assert timeline.seconds == 6
     assert np.array_equal(arrays["serving_steps"][0], np.array(timeline.steps))
     assert arrays["serving_requests"][0].tolist() == [[0, 0, 4, 2, 0, 0, 0, 5], [1, 2, 3, 2, 2, 1, 0, 7]]

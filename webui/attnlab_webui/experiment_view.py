@@ -10,7 +10,7 @@ from attnlab.describe import run_brief
 from attnlab.documents import write_document
 from attnlab.views.labels import mechanism_label, ran_as
 from attnlab_storage.results import ExperimentRow, RunRow
-from attnlab_webui import pieces
+from attnlab_webui import pieces, serving_view
 from attnlab_webui.memory_view import frontier_facts, memory_facts
 from attnlab_webui.pieces import Raw, escape
 from attnlab_webui.timing_view import timing_spread, timing_trouble
@@ -62,7 +62,8 @@ def runs_table(runs: Sequence[RunRow], chosen: int | None) -> str:
     """All runs with their outcomes; a row is chosen by its button, and checked to be compared."""
     varying = [name for name in VARYING if len({getattr(run, name) for run in runs}) > 1]
     heads = ["", "run", "mechanism", "implementation", *(WORDS.get(name, name) for name in varying)]
-    numbers = ["latency", "peak memory", "row sums"]
+    served = serving_view.is_served(runs)
+    numbers = serving_view.COLUMNS if served else ("latency", "peak memory", "row sums")
     header = "".join(f'<th scope="col">{escape(head)}</th>' for head in [*heads, "outcome"])
     header += "".join(f'<th scope="col" class="at-right">{head}</th>' for head in numbers)
     body = "".join(_run_row(run, varying, chosen) for run in runs)
@@ -94,6 +95,8 @@ def _run_row(run: RunRow, varying: Sequence[str], chosen: int | None) -> str:
         pieces.size_in_bytes(run.peak_memory_bytes),
         pieces.scientific((run.summary or {}).get("row_sum_defect")),
     ]
+    if run.phase == "serving":
+        numbers = serving_view.columns(run)
     current = ' aria-current="true"' if run.id == chosen else ""
     tail = "".join(f'<td class="at-right at-number">{escape(number)}</td>' for number in numbers)
     return (
@@ -117,6 +120,7 @@ def run_facts(document: Mapping[str, Any], run: RunRow) -> str:
     sections = [f'<div class="at-head-line">{title}</div>', _trouble(document, run)]
     sections += [
         _check(document),
+        _serving(document),
         _timing(document),
         _memory(document),
         _section("Longest that fits", frontier_facts(document["frontier"])) if document["frontier"] else "",
@@ -160,6 +164,11 @@ def _judged(value: float, limit: float) -> Raw:
     return Raw(
         f'<span class="at-number">{value:.1e}</span> <span class="{css}" title="{words}">{mark}</span>'
     )
+
+
+def _serving(document: Mapping[str, Any]) -> str:
+    rows = serving_view.facts(document)
+    return _section("Serving", pieces.facts(rows)) if rows else ""
 
 
 def _timing(document: Mapping[str, Any]) -> str:
@@ -221,7 +230,8 @@ def _memory(document: Mapping[str, Any]) -> str:
         rows.append(("peak above weights", Raw(peak + how)))
     rows += memory_facts(document)
     if document["stored_bytes"]:
-        rows.append(("stored for the maps", pieces.size_in_bytes(document["stored_bytes"])))
+        what = "stored timeline" if document.get("serving") else "stored for the maps"
+        rows.append((what, pieces.size_in_bytes(document["stored_bytes"])))
     return _section("Memory", pieces.facts(rows)) if rows else ""
 
 

@@ -55,7 +55,7 @@ class BareRunner:
             for _ in range(layers)
         ]
         self._rows = [_row_of(module) for module in self.modules]
-        self.layers = layers
+        self.layers, self.heads = layers, num_heads
         self.token_bytes = sum(row.nbytes(dtype) for row in self._rows)
         self.outputs: dict[int, Tensor] = {}
         self.implementation = ""

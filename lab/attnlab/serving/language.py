@@ -62,6 +62,7 @@ class ModelRunner:
         dtype = loaded.model.dtype
         self.token_bytes = sum(row.nbytes(dtype) for row in self._swap.rows)
         self.layers = len(self._swap.rows)
+        self.heads = loaded.model.config.get_text_config().num_attention_heads
 
     def kind(self, tokens: int) -> str:
         """``exact`` or ``approximate``: whether the mechanism computes what the model was trained with."""

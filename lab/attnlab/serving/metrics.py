@@ -16,6 +16,7 @@ import numpy as np
 from attnlab_storage.results import MeasurementRow
 
 from .timeline import Served, Step, Timeline
+from .workload import Request
 
 STEP_FIELDS = Step._fields
 REQUEST_FIELDS = (
@@ -42,7 +43,7 @@ def measure(passes: Sequence[Timeline]) -> list[MeasurementRow]:
 
 
 def series(timeline: Timeline) -> dict[str, np.ndarray]:
-    """A timeline as float64 arrays ``[1, rows, fields]``: steps, requests, and the time of every token."""
+    """A timeline as float64 arrays ``[1, rows, fields]``: steps, requests, times of tokens, the cache's size."""
     requests = [
         (
             *(served.request.id, served.request.arrival, served.request.prompt_tokens),
@@ -57,8 +58,27 @@ def series(timeline: Timeline) -> dict[str, np.ndarray]:
         for served in timeline.requests
     ]
     tokens = [(at,) for served in timeline.requests for at in served.tokens_at]
-    rows = {"serving_steps": timeline.steps, "serving_requests": requests, "serving_tokens": tokens}
+    rows: dict[str, Any] = {
+        "serving_steps": timeline.steps,
+        "serving_requests": requests,
+        "serving_tokens": tokens,
+    }
+    rows["serving_total"] = [(timeline.total_tokens,)]
     return {name: np.array(values, np.float64)[None] for name, values in rows.items()}
+
+
+def read_series(total: int, steps: np.ndarray, requests: np.ndarray, tokens: np.ndarray) -> Timeline:
+    """The timeline that was written: steps ``[steps, fields]``, requests ``[requests, fields]``, times ``[tokens]``."""
+    timeline = Timeline(total)
+    timeline.steps = [Step(*row[:2], *map(int, row[2:])) for row in steps.tolist()]
+    first = 0
+    for row in requests.tolist():
+        request = Request(int(row[0]), row[1], int(row[2]), int(row[3]))
+        last = first + request.output_tokens
+        counts = (int(value) for value in row[5:])
+        timeline.requests.append(Served(request, row[4], tokens[first:last].tolist(), *counts))
+        first = last
+    return timeline
 
 
 def _rates(passes: Sequence[Timeline]) -> list[MeasurementRow]:

@@ -174,6 +174,7 @@ class ServingProcedure:
         return {name: values[name] for name in kept if name in values} | {
             "implementation": runner.implementation,
             "layers": runner.layers,
+            "heads": runner.heads,
             "swap": "none" if isinstance(runner, BareRunner) else self._swap_kind(runner),
             "device": str(self._device),
             "tokens": sum(request.tokens for request in self._requests),

@@ -15,6 +15,9 @@ from ..swaps.softmax import Attended, ModelCall, Swap, softmax_attended
 from .engine import CacheShape
 from .pools import LayerPool, Row, StepPlan
 
+READ = frozenset({"softcap", "sinks", "alibi"})
+"""what a model may add to plain attention and paged attention computes"""
+
 
 @dataclass(eq=False)
 class ServedSwap(Swap):
@@ -42,6 +45,11 @@ class ServedSwap(Swap):
 
     def attend(self, call: ModelCall) -> Attended:
         assert self.plan is not None
+        unknown = call.extras.keys() - READ
+        if unknown:
+            raise Unsupported(
+                f"phase: serving reads no {' and '.join(sorted(unknown))}, which {call.name} asks for"
+            )
         made = self.run(call, self._pools[call.layer], self.plan)
         assert made.lse is not None
         out = AttentionOutput(made.output.transpose(0, 1)[None], lse=made.lse[None], aux=made.aux)

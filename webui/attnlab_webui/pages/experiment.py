@@ -14,7 +14,7 @@ from attnlab.describe import run_document
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
 from attnlab_storage.results import ExperimentRow, RunRow
-from attnlab_webui import chart_panel, experiment_view, heatmap, pieces, theme
+from attnlab_webui import chart_panel, experiment_view, heatmap, pieces, serving_view, theme
 from attnlab_webui.chart_view import PARTS, STATE_JS, Chosen, panel, read_choice
 from attnlab_webui.memory_view import memory_charts
 
@@ -23,8 +23,17 @@ LOG_LINES = 200
 MAX_RUNS_CHARTED = 96
 RECENT = 5
 RUNS_JS = 'import("{url}/js/runs.js").then((module) => module.mount(element, trigger, watch)); // "select"'
-TABS = ("log", "charts", "memory", "environment", "spec")
-CHARTS = (*PARTS, "figure", "note", "chart_table", "timeline", "kernel_timeline", "holders")
+TABS = ("log", "charts", "memory", "serving", "environment", "spec")
+CHARTS = (
+    *PARTS,
+    "figure",
+    "note",
+    "chart_table",
+    "timeline",
+    "kernel_timeline",
+    "holders",
+    *serving_view.CHARTS,
+)
 # writes the open tab into the address, so that the link shows the same
 TAB_JS = """() => {
   const params = new URLSearchParams(window.location.search);
@@ -77,6 +86,9 @@ def build(store: Store) -> None:
     with gr.Row(visible=False, equal_height=False, elem_classes="at-result") as result:
         with gr.Column(scale=7, min_width=560):
             view = heatmap.component("experiment-map")
+            with gr.Column(visible=False) as served:
+                cache = gr.Plot(show_label=False, elem_id="experiment-cache")
+                requests = gr.Plot(show_label=False, elem_id="experiment-requests")
         with gr.Column(scale=3, min_width=300):
             facts = gr.HTML("", elem_id="experiment-facts", js_on_load=None)
     with gr.Tabs(visible=False, elem_classes="at-tabs") as tabs:
@@ -89,6 +101,11 @@ def build(store: Store) -> None:
                 timeline = gr.Plot(show_label=False, elem_id="experiment-timeline")
                 kernel_timeline = gr.Plot(show_label=False, elem_id="experiment-kernel-timeline")
             holders = gr.HTML("", elem_id="experiment-holders", js_on_load=None)
+        with gr.Tab("Serving, all runs", id="serving", visible=False) as serving_tab, gr.Row():
+            rate, first, between = (
+                gr.Plot(show_label=False, elem_id=f"experiment-{name}")
+                for name in ("rate", "first", "between")
+            )
         with gr.Tab("Environment", id="environment"):
             environment = gr.HTML("", elem_id="experiment-environment", js_on_load=None)
         with gr.Tab("Spec", id="spec"):
@@ -115,6 +132,9 @@ def build(store: Store) -> None:
         "timeline": timeline,
         "kernel_timeline": kernel_timeline,
         "holders": holders,
+        **dict(zip(serving_view.CHARTS, (rate, first, between, cache, requests), strict=True)),
+        "served": served,
+        "serving_tab": serving_tab,
         "timer": timer,
     }
     everything = [seen, notice, *outputs.values()]
@@ -133,8 +153,10 @@ def build(store: Store) -> None:
     def load(request: gr.Request) -> list[Any]:
         asked = dict(request.query_params)
         tab = asked.get("tab", "")
-        tab = tab if tab in TABS else "charts" if "chart" in asked else "log"
+        tab = tab if tab in TABS else "charts" if "chart" in asked else ""
         now = Seen(_number(asked.get("id")), _number(asked.get("run")), tab, read_choice(asked))
+        served = serving_view.is_served(_rows(store, now))
+        now.tab = tab if tab and (served or tab != "serving") else "serving" if served else "log"
         return show(now, asked_for_nothing(store, now, asked.get("id", "")), fresh=True)
 
     def tick(now: Seen) -> list[Any]:
@@ -176,7 +198,7 @@ def build(store: Store) -> None:
         picker.input(pick(name), [seen, *pickers], everything, **pieces.INTERNAL).then(
             None, pickers, None, js=STATE_JS
         )
-    for name, tab in (("log", log_tab), ("charts", charts), ("memory", memory_tab)):
+    for name, tab in (("log", log_tab), ("charts", charts), ("memory", memory_tab), ("serving", serving_tab)):
         tab.select(opened(name), seen, everything, **pieces.INTERNAL)
         tab.select(None, None, None, js=TAB_JS % name)
 
@@ -207,12 +229,14 @@ def page_values(store: Store, now: Seen) -> dict[str, Any]:
         "undo": {"visible": hidden},
         "runs": experiment_view.runs_table(rows, run.id if run else None),
         "result": {"visible": run is not None},
-        "view": map_value(store, run),
+        "view": {"visible": False} if serving_view.is_served(rows) else map_value(store, run),
         "facts": facts,
         "tabs": {"visible": run is not None, "selected": now.tab},
         "log": experiment_view.log(results.log_tail(store, run.id, LOG_LINES) if run else ""),
         "environment": experiment_view.environment(document["environment"] if document else None),
         "spec": experiment_view.spec(experiment),
+        "served": {"visible": serving_view.is_served(rows)},
+        "serving_tab": {"visible": serving_view.is_served(rows)},
         "timer": {"active": bool(live)},
         **chart_values(store, now, run),
     }
@@ -227,6 +251,11 @@ def chart_values(store: Store, now: Seen, run: RunRow | None) -> dict[str, Any]:
     elif now.tab == "memory":
         made = memory_charts(store, run.id if run else None)
         values["timeline"], values["kernel_timeline"], values["holders"] = made
+    elif now.tab == "serving":
+        made = serving_view.compare_figures(store, _rows(store, now))
+        values |= dict(zip(serving_view.ALL_RUNS, made, strict=True))
+    if run is not None and run.phase == "serving":
+        values |= dict(zip(serving_view.ONE_RUN, serving_view.run_figures(store, run.id), strict=True))
     return values
 
 
@@ -307,7 +336,9 @@ def _rows(store: Store, now: Seen) -> list[RunRow]:
 def _nothing() -> dict[str, Any]:
     shown = dict.fromkeys(("header", "runs", "view", "facts", "log", "environment", "spec"), "")
     shown |= dict.fromkeys(CHARTS)
-    hidden = {name: {"visible": False} for name in ("buttons", "result", "tabs", "undo")}
+    hidden = {
+        name: {"visible": False} for name in ("buttons", "result", "tabs", "undo", "served", "serving_tab")
+    }
     still = {"cancel": {}, "retry": {}, "clone": {}, "delete": {}, "timer": {"active": False}}
     return {**shown, **hidden, **still}
 
