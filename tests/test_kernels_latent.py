@@ -353,3 +353,13 @@ def test_its_cache_is_the_latent_alone_and_a_tuple_of_it_goes_on_where_it_ended(
 def test_what_does_not_fit_the_one_without_positions_is_refused_by_name(call, says):
     with pytest.raises((ValueError, TypeError), match=says):
         call()
+
+
+@pytest.mark.parametrize("form", ["naive", "absorbed"])
+def test_the_one_without_positions_has_the_gradients_of_finite_differences(form):
+    module = make_v2().double()
+    x = hidden(5, batch=1).double().requires_grad_()
+    weights = list(module.parameters())
+    assert torch.autograd.gradcheck(
+        lambda x, *_: module(x, form=form, implementation="eager")[0], (x, *weights), fast_mode=True
+    )

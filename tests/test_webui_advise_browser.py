@@ -63,3 +63,15 @@ def test_what_cannot_be_advised_is_said_and_not_queued(serve, browse, sqlite_sto
     page.locator("#advise-queue").click()
     expect(page.locator("#advise-result")).to_contain_text("runs are queued")
     assert count_runs(sqlite_store) > 0
+
+
+def test_a_question_that_an_address_leaves_open_is_asked_and_answered(serve, browse, sqlite_store):
+    page = browse(serve(sqlite_store) + "/advise?goal=vision&context=4096", expect=LEAVING)
+    expect(page.locator("#advise-notice")).to_contain_text("What is the task?")
+    expect(page.locator("#advise-task input:checked")).to_have_count(0)
+    expect(page.locator("#advise-main .at-part")).to_have_count(0)
+    expect(page.locator("#advise-queue")).to_be_disabled()
+    page.locator("#advise-task").get_by_label("detection", exact=False).check()
+    expect(page.locator("#advise-main .at-part").first).to_contain_text("Cross-attention")
+    expect(page.locator("#advise-notice")).not_to_contain_text("What is the task?")
+    expect(page.locator("#advise-queue")).to_be_enabled()
