@@ -1,5 +1,6 @@
 """Where a number was measured: processor, device, clocks, versions, commit, and which kernels there are."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+import attnlab_kernels
 from attnlab_kernels.operations.softmax.api import survey
 
 PACKAGES = (
@@ -58,6 +60,7 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "versions": _versions(),
         "commit": _commit(),
+        "kernel_sources": kernel_sources(),
         "platform": platform.platform(),
         "implementations": _survey(device),
     }
@@ -107,6 +110,16 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+@cache
+def kernel_sources(folder: Path = Path(attnlab_kernels.__file__).parent) -> str:
+    """SHA-256 over the paths and contents of every Python file of the kernels; two that differ ran other code."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        name, content = str(path.relative_to(folder)).encode(), path.read_bytes()
+        digest.update(b"%d %s %d " % (len(name), name, len(content)) + content)
+    return digest.hexdigest()
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from attnlab_webui.commands import (
     heads,
     listing,
     presets,
+    reproduce,
     services,
     submit,
     transfer,
@@ -42,6 +43,7 @@ app.command("submit", rich_help_panel=EXPERIMENTS)(submit.submit)
 app.command("run", rich_help_panel=EXPERIMENTS)(submit.run)
 app.command("cancel", rich_help_panel=EXPERIMENTS)(listing.cancel)
 app.command("retry", rich_help_panel=EXPERIMENTS)(listing.retry)
+app.command("reproduce", rich_help_panel=EXPERIMENTS)(reproduce.reproduce)
 
 app.command("list", rich_help_panel=RESULTS)(listing.list_)
 app.command("show", rich_help_panel=RESULTS)(listing.show)

@@ -1,0 +1,97 @@
+"""A run again: one point of the grid, and a verdict from the old interval."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from attnlab import reproduce
+from attnlab.describe import run_document
+from attnlab.environment import kernel_sources
+from attnlab.intervals import median_interval
+from attnlab.lab import open_lab
+from attnlab.reproduce import judge, reproduction_spec
+from attnlab.views.errors import ViewError
+from attnlab_storage import results
+from attnlab_webui.cli import app
+
+SPEC = """
+name: two
+module: {dim: 32, num_heads: 2}
+input: {synthetic: random}
+vary:
+  mechanism: [multi_head, {sliding_window: {window_size: 3}}]
+  sequence_length: [24, 31]
+record: [timing]
+repeats: 5
+seed: 11
+"""
+
+
+@pytest.fixture
+def outcomes(sqlite_store, make_traced):
+    return make_traced(sqlite_store, tokens=30, layers=1, outcomes=["failed"])
+
+
+@pytest.fixture
+def timed(sqlite_store, sqlite_url, monkeypatch):
+    monkeypatch.setenv("ATTNLAB_DATABASE_URL", sqlite_url)
+    with open_lab(sqlite_url) as lab:
+        experiment = lab.run(SPEC)
+        return [run.id for run in experiment.runs]
+
+
+def test_a_run_is_made_again_from_its_own_point_and_judged_by_its_old_interval(sqlite_store, timed):
+    spec = reproduction_spec(sqlite_store, timed[3])
+    (point,) = spec.points()
+    old = results.get_run(sqlite_store, timed[3])
+    assert old is not None
+    assert (point.mechanism, point.parameters) == ("sliding_window", old.parameters)
+    assert (point.sequence_length, spec.seed, spec.repeats) == (31, 11, 5)
+    result = CliRunner().invoke(app, ["reproduce", str(timed[3]), "--here", "--json"])
+    document = json.loads(result.stdout)
+    assert result.exit_code == (0 if document["reproduced"] else 1)
+    assert document["changed"] == {}
+    for time in document["times"]:
+        samples = run_document(sqlite_store, timed[3])[time["name"]]["samples"]
+        assert time["interval"] == pytest.approx(median_interval(samples))
+        assert time["ratio"] == pytest.approx(time["new"] / time["old"])
+
+
+def test_a_new_median_outside_the_old_interval_is_not_reproduced(sqlite_store, timed):
+    same = judge(sqlite_store, timed[0], timed[0])
+    assert same.holds
+    slower = replace(same.times[0], new=same.times[0].interval[1] * 1.5)
+    assert not replace(same, times=(slower, *same.times[1:])).holds
+    assert not replace(same, outcome="failed").holds
+    assert not replace(same, times=()).holds
+
+
+def test_what_changed_around_a_run_is_named_and_readings_are_not():
+    before = {"commit": "a", "versions": {"torch": "2.0"}, "ceilings": {"copy": 1.0}}
+    after = {"commit": "b", "versions": {"torch": "2.0"}, "ceilings": {"copy": 2.0}}
+    assert reproduce._changed(before, after) == {"commit": ("a", "b")}
+
+
+def test_a_run_without_times_cannot_be_reproduced(outcomes):
+    with pytest.raises(ViewError, match="must have succeeded"):
+        reproduction_spec(outcomes.store, outcomes.run_ids[2])
+
+
+def test_the_command_refuses_what_is_no_run(sqlite_store, sqlite_url, monkeypatch):
+    monkeypatch.setenv("ATTNLAB_DATABASE_URL", sqlite_url)
+    for target, words in (("experiment:1", "RUN must be one run"), ("7", "run 7 does not exist")):
+        result = CliRunner().invoke(app, ["reproduce", target])
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
+def test_the_hash_of_the_kernels_follows_names_and_contents(tmp_path):
+    seen = set()
+    for number, (name, content) in enumerate([("a.py", "1"), ("a.py", "2"), ("b.py", "1"), ("a.txt", "1")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_text(content)
+        seen.add(kernel_sources(folder))
+    assert len(seen) == 4
