@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -172,7 +173,8 @@ def test_every_claim_finds_its_run_and_its_baseline_in_the_grid(name, scale):
             numbers = {"cache_bytes": 1, "attention_peak_memory_bytes": 1, "environment": environment}
             values = point.to_dict() | numbers | {"experiment": number, "state": "succeeded", "reason": None}
             times = {"p10": 1.0, "median": 1.0, "p90": 1.0}
-            documents.append(values | {"id": len(documents), "latency_ms": times})
+            written = {"output_tokens_per_second": {"p10": 1.0, "value": 1.0, "p90": 1.0}}
+            documents.append(values | {"id": len(documents), "latency_ms": times, "serving": written})
     for claim in PRESETS[name].claims:
         verdict = judge(claim, documents)
         short = scale == "cpu" and claim.id == "standard-16k"  # a CPU's grid ends before
@@ -219,8 +221,25 @@ def test_a_preset_is_queued_under_its_own_mark(sqlite_store):
     submitted = submit_preset(sqlite_store, preset, "cpu", "tests")
     state = preset_state(sqlite_store, preset)
     assert state.experiments == [one.experiment_id for one in submitted]
-    assert {verdict.kind for verdict in state.verdicts.values()} == {"not_run", "not_measurable"}
+    assert {verdict.kind for verdict in state.verdicts.values()} == {"not_run"}
     assert preset_state(sqlite_store, find_preset("cache-sizes")).documents == []
+
+
+def test_a_served_ratio_is_that_of_tokens_a_second_with_the_interval_of_the_passes():
+    claim = Claim("more", "thrice as many", "tokens_per_second", 3, 3, RUN, BASE, "how", "source")
+
+    def written(number: int, mechanism: str, *rates: float) -> dict[str, Any]:
+        names = ("p10", "value", "p90")
+        rate = {"output_tokens_per_second": dict(zip(names, rates, strict=True))}
+        return made(number, mechanism) | {"serving": rate}
+
+    base = written(1, "multi_head", 9, 10, 11)
+    verdict = judge(claim, [base, written(2, "grouped_query", 29, 30, 31)])
+    assert (verdict.kind, verdict.measured) == ("holds", 3)
+    assert (verdict.low, verdict.high) == pytest.approx((29 / 11, 31 / 9))
+    assert "3.00 times the tokens a second" in verdict.reason
+    assert judge(claim, [base, written(2, "grouped_query", 19, 20, 21)]).kind == "does_not_hold"
+    assert judge(claim, [base, made(2, "grouped_query")]).kind == "not_measurable"
 
 
 def test_an_unknown_preset_or_scale_names_the_choices():

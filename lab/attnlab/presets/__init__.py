@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnlab.presets.claim import Claim, Which
 from attnlab.presets.grid import Grid, Preset, PresetError, Size
 from attnlab.presets.quoted_memory import MEMORY_PRESETS
+from attnlab.presets.quoted_serving import BATCH_SERVING
 from attnlab.presets.quoted_speed import SPEED_PRESETS
 from attnlab.presets.stacks import STACKS
 from attnlab.presets.verdict import Verdict, judge
@@ -22,7 +23,9 @@ __all__ = [
     "judge",
 ]
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*MEMORY_PRESETS, *SPEED_PRESETS, *STACKS)}
+PRESETS: dict[str, Preset] = {
+    preset.name: preset for preset in (*MEMORY_PRESETS, *SPEED_PRESETS, BATCH_SERVING, *STACKS)
+}
 """every preset by its name"""
 
 

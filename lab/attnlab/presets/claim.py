@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Quantity = Literal["cache_bytes", "attention_peak_memory_bytes", "latency_ms", "reaches", "runs_out"]
-RATIOS = ("cache_bytes", "attention_peak_memory_bytes", "latency_ms")
+Quantity = Literal[
+    "cache_bytes", "attention_peak_memory_bytes", "latency_ms", "tokens_per_second", "reaches", "runs_out"
+]
+RATIOS = ("cache_bytes", "attention_peak_memory_bytes", "latency_ms", "tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Claim:
     Attributes:
         says: the claim in words.
         quantity: what is measured. Of bytes the ratio to the baseline's, of time the baseline's over the run's (so
-            that more is faster); of ``reaches`` and ``runs_out`` the tokens at which a run succeeds or runs out.
+            that more is faster), of tokens that a server writes a second the run's over the baseline's; of ``reaches``
+            and ``runs_out`` the tokens at which a run succeeds or runs out.
         low, high: what is claimed; equal where it is one number.
         device: the GPU that it was said of; None: of none in particular.
         how: how it is measured here.

@@ -53,8 +53,7 @@ class Grid:
 
     def document(self, scale: str) -> dict[str, Any]:
         """The spec as plain values. Raises PresetError."""
-        if scale not in SCALES:
-            raise PresetError(f"scale must be one of {', '.join(SCALES)}; got {scale!r}")
+        _check_scale(scale)
         size = self.gpu if scale == "gpu" else self.cpu
         return {
             "name": self.name,
@@ -87,13 +86,58 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class ServedSize:
+    """How large a served workload is on one kind of machine: a bare module's sizes, and the ``serving`` section."""
+
+    dim: int
+    heads: int
+    serving: Mapping[str, Any]
+    repeats: int = 3
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """by mechanism: what differs from its entry"""
+
+
+@dataclass(frozen=True)
+class ServedGrid:
+    """One experiment of a preset that serves requests, with each mechanism's cache contiguous and in pages."""
+
+    name: str
+    mechanisms: tuple[Entry, ...]
+    cpu: ServedSize
+    gpu: ServedSize
+
+    def document(self, scale: str) -> dict[str, Any]:
+        """The spec as plain values. Raises PresetError."""
+        _check_scale(scale)
+        size = self.gpu if scale == "gpu" else self.cpu
+        return {
+            "name": self.name,
+            "module": {"dim": size.dim, "num_heads": size.heads},
+            "vary": {
+                "mechanism": [_scaled(entry, size.parameters) for entry in self.mechanisms],
+                "cache": ["contiguous", "paged"],
+                "dtype": ["bfloat16" if scale == "gpu" else "float32"],
+            },
+            "phase": "serving",
+            "serving": dict(size.serving),
+            "record": ["timing"],
+            "repeats": size.repeats,
+            "resources": {"gpus": int(scale == "gpu")},
+        }
+
+    def spec(self, scale: str) -> ExperimentSpec:
+        """The spec, checked. Raises PresetError, SpecError."""
+        return parse_spec(self.document(scale))
+
+
+@dataclass(frozen=True)
 class Preset:
     """A few experiments under one name, and the claims that they put to the test."""
 
     name: str
     title: str
     about: str
-    grids: tuple[Grid, ...]
+    grids: tuple[Grid | ServedGrid, ...]
     claims: tuple[Claim, ...] = ()
     correction: str = ""
 
@@ -110,6 +154,11 @@ class Preset:
     def specs(self, scale: str) -> list[ExperimentSpec]:
         """Its experiments, checked. Raises PresetError, SpecError."""
         return [grid.spec(scale) for grid in self.grids]
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in SCALES:
+        raise PresetError(f"scale must be one of {', '.join(SCALES)}; got {scale!r}")
 
 
 def _scaled(entry: Entry, changes: Mapping[str, Mapping[str, Any]]) -> Entry:

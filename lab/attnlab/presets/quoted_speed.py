@@ -1,4 +1,4 @@
-"""Claims about speed: training, batch serving, tokens a second. All as ratios between runs of one experiment."""
+"""Claims about speed: training and tokens a second. All as ratios between runs of one experiment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from attnlab.presets.quoted_memory import GUIDE, SMALL_LATENT, K
 
 STANDARD = Which("multi_head", implementation="eager")
 STEP_HOW = "time of a forward and backward of a bare module, over the standard's in the same experiment"
-SERVE_HOW = "time of one decoding step of a batch, over multi-head's at the same batch"
 
 
 def _faster(
@@ -70,73 +69,6 @@ TRAINING = Preset(
         ),
     ),
     correction="Fewer key heads do not make the scores cheaper: a part of the projections is all there is to gain.",
-)
-
-FIXED_BATCH = (
-    "At a fixed batch pages save nothing: the quoted gain is that of the larger batch they make room for"
-)
-SERVING = Preset(
-    name="batch-serving",
-    title="Throughput of batch serving",
-    about="Relative throughput of many sequences at once, measured at the same batch size.",
-    grids=(
-        Grid(
-            "claims: a decoding step of a batch",
-            (
-                "multi_head",
-                {"grouped_query": {"num_kv_heads": 2}},
-                {"paged": {"num_kv_heads": 8}},
-                {"paged": {"num_kv_heads": 2}},
-            ),
-            Size(256, 8, (512,), batches=(8,), repeats=10),
-            Size(1024, 8, (4 * K,), batches=(32,), repeats=30, parameters={"paged": {"num_blocks": 16_384}}),
-            phase="decode",
-            record=("timing",),
-        ),
-    ),
-    claims=(
-        _faster(
-            "gqa",
-            "Grouped-query: 1.5 times",
-            1.5,
-            Which("grouped_query"),
-            Which("multi_head"),
-            SERVE_HOW,
-            None,
-        ),
-        _faster(
-            "paged",
-            "PagedAttention: 2.5 times",
-            2.5,
-            Which("paged", {"num_kv_heads": 8}),
-            Which("multi_head"),
-            SERVE_HOW,
-            None,
-            FIXED_BATCH,
-        ),
-        _faster(
-            "paged-gqa",
-            "Paged and grouped-query: 3.0 times",
-            3.0,
-            Which("paged", {"num_kv_heads": 2}),
-            Which("multi_head"),
-            SERVE_HOW,
-            None,
-            FIXED_BATCH,
-        ),
-        Claim(
-            "paged-mla",
-            "Paged and multi-head latent: 3.5 times",
-            "latency_ms",
-            3.5,
-            3.5,
-            Which("paged"),
-            Which("multi_head"),
-            SERVE_HOW,
-            GUIDE,
-            open="the lab computes the bytes of a latent cache in pages (Advise), and has no mechanism that runs one",
-        ),
-    ),
 )
 
 # tokens a second: batch 1, 8, 32, context 4K, 16K; None ran out of memory
@@ -216,4 +148,4 @@ TOKENS_PER_SECOND = Preset(
     ),
 )
 
-SPEED_PRESETS = (TRAINING, SERVING, TOKENS_PER_SECOND)
+SPEED_PRESETS = (TRAINING, TOKENS_PER_SECOND)

@@ -96,6 +96,8 @@ def _weigh(claim: Claim, ratio: Measured, device: str) -> tuple[Kind, str]:
 
 
 def _ratio_words(claim: Claim, ratio: Measured) -> str:
+    if claim.quantity == "tokens_per_second":
+        return f"{ratio.value:.2f} times the tokens a second ({ratio.low:.2f} to {ratio.high:.2f})"
     if claim.quantity != "latency_ms":
         return f"{ratio.value:.1%} of the baseline's bytes"
     return f"{ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
@@ -108,10 +110,21 @@ def _ratio(claim: Claim, run: Document, base: Document) -> Measured | None:
             return None
         value = theirs["median"] / mine["median"]
         return Measured(value, theirs["p10"] / mine["p90"], theirs["p90"] / mine["p10"])
+    if claim.quantity == "tokens_per_second":
+        mine, theirs = _written(run), _written(base)
+        if not mine or not theirs:
+            return None
+        value = mine["value"] / theirs["value"]
+        return Measured(value, mine["p10"] / theirs["p90"], mine["p90"] / theirs["p10"])
     mine, theirs = run.get(claim.quantity), base.get(claim.quantity)
     if mine is None or not theirs:
         return None
     return Measured(*[mine / theirs] * 3)
+
+
+def _written(document: Document) -> Mapping[str, float] | None:
+    """Tokens a second of a served run, with the interval of its passes."""
+    return (document.get("serving") or {}).get("output_tokens_per_second")
 
 
 def _find_pair(claim: Claim, documents: Sequence[Document]) -> tuple[Document, Document] | None:

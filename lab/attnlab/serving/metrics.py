@@ -92,7 +92,9 @@ def _rates(passes: Sequence[Timeline]) -> list[MeasurementRow]:
     rows = []
     for name, (count, unit) in counts.items():
         samples = [count / one.seconds for one in passes]
-        rows.append(MeasurementRow(name, statistics.median(samples), unit, samples=samples))
+        p10, p90 = np.percentile(samples, [10, 90]).tolist()
+        detail = {"p10": p10, "p90": p90}
+        rows.append(MeasurementRow(name, statistics.median(samples), unit, samples=samples, detail=detail))
     return rows
 
 

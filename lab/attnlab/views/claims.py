@@ -15,6 +15,7 @@ UNITS = {
     "cache_bytes": "share of the baseline's bytes",
     "attention_peak_memory_bytes": "share of the baseline's bytes",
     "latency_ms": "times as fast as the baseline",
+    "tokens_per_second": "times the baseline's tokens a second",
     "reaches": "tokens",
     "runs_out": "tokens",
 }
