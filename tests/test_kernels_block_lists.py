@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from attnlab_kernels.block_lists import BlockLists, key_lists, query_lists
+from attnlab_kernels.masks import Causal, Padding
+from attnlab_kernels.operations.sparse.api import sparse_attend
+from attnlab_kernels.operations.sparse.dense import dense
 from attnlab_kernels.patterns import BigBird, Dense, Fixed, Local, LocalGlobal, Longformer, Pattern, Strided
 
 LENGTH = 83
@@ -70,3 +74,21 @@ def test_visited_pairs_follow_the_pattern_in_both_directions(pattern, bound):
         lists = made(pattern, 0, n, n, 1, (64, 64))
         assert sum(one.visited for one in lists) <= bound * exact
         assert sum(one.visited for one in lists) < 0.2 * n * n
+
+
+@pytest.mark.parametrize("mask", [None, Causal(), Padding(((3, 70), (0, 0)))], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_fused_tiles_are_the_dense_definition(name, mask):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, LENGTH, 12, generator=generator) for heads in (4, 2, 2))
+    q = q[:, :, 31:]
+    want = dense(q.double(), k.double(), v.double(), PATTERNS[name], mask=mask)
+    exact = sparse_attend(
+        q.double(), k.double(), v.double(), PATTERNS[name], mask=mask, implementation="tiled"
+    )
+    if mask is not None and mask.form().ranges is not None:
+        k[0, :, 70:], v[0, :, 70:], k[1], v[1] = (torch.nan,) * 4
+    got, ran, _ = sparse_attend(q, k, v, PATTERNS[name], mask=mask)
+    assert ran == "fused"
+    assert float((got.output - want).abs().max()) < 2e-6
+    torch.testing.assert_close(got.lse.double(), exact.result.lse, atol=2e-6, rtol=0)

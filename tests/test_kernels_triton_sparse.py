@@ -175,5 +175,5 @@ def test_triton_says_why_not():
         support = supports("triton", q, k, v, **{name: value})
         assert not support
         assert (says if here else "TRITON_INTERPRET=1") in support.reason
-    with pytest.raises(ValueError, match="implementation must be one of auto, tiled, triton"):
+    with pytest.raises(ValueError, match="implementation must be one of auto, tiled, fused, triton"):
         sparse_attend(q, k, v, PATTERNS["local"], implementation="fast")

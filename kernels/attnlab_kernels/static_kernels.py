@@ -2,18 +2,22 @@
 
     python -m attnlab_kernels.static_kernels --capabilities 90 --kernels "softmax forward"
 
-prints one JSON document: versions, and the facts of each kernel in each form for each card.
+prints one JSON document: versions, and the facts of each kernel in each form for each card. ``--resume FILE`` takes up
+a walk that was cut off, and compiles only what has changed since one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 from attnlab_kernels.static_facts import CAPABILITIES, StaticCase, compile_case
@@ -55,21 +59,62 @@ def walk(
     every_form: bool = False,
     keep: Callable[[StaticCase], bool] = lambda case: True,
     tell: Callable[[str], None] = lambda line: None,
+    known: dict[str, dict[str, Any]] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
-    """Compile what ``keep`` keeps; a case that does not compile is a row with its error."""
+    """Compile what ``keep`` keeps; a case that does not compile is a row with its error.
+
+    Args:
+        known: rows of an earlier walk by their ``key``; what has not changed since is not compiled again.
+        save: called with the document after every row that was compiled, so that a walk can be taken up again.
+    """
     rows: list[dict[str, Any]] = []
+    versions = {"triton": metadata.version("triton"), "torch": metadata.version("torch")}
+    document: dict[str, Any] = {"versions": versions, "capabilities": list(capabilities), "rows": rows}
     for capability in capabilities:
         for operation, case in (cases if every_form else typical_cases)(capability):
             if not keep(case):
                 continue
+            key = case_key(case, capability)
+            if known and key in known:
+                rows.append(known[key])
+                continue
             tell(f"sm_{capability} {case.kernel}: {case.form}")
-            rows.append(_row(operation, case, capability))
-    return {
-        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"triton": metadata.version("triton"), "torch": metadata.version("torch")},
-        "capabilities": list(capabilities),
-        "rows": rows,
-    }
+            rows.append({"key": key} | _row(operation, case, capability))
+            save(document | {"made_at": _now()})
+    return document | {"made_at": _now()}
+
+
+def case_key(case: StaticCase, capability: int) -> str:
+    """Changes with the card, the case, the compiler and the source of the kernel's module."""
+    source = Path(str(import_module(case.module).__file__)).read_bytes()
+    words = f"{capability} {metadata.version('triton')} {case!r}".encode()
+    return hashlib.sha256(words + source).hexdigest()[:16]
+
+
+def read_known(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier document by key; none where there is no document. A row with an error is tried again."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {row["key"]: row for row in rows if "key" in row and not row["error"]}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    beside = path.with_suffix(".part")
+    beside.write_text(dumps(document))
+    beside.replace(path)
+
+
+def dumps(document: dict[str, Any]) -> str:
+    """The document as text, one row a line."""
+    rows = ",\n".join(json.dumps(row) for row in document["rows"])
+    head = json.dumps({name: value for name, value in document.items() if name != "rows"})
+    return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'
 
 
 def _row(operation: str, case: StaticCase, capability: int) -> dict[str, Any]:
@@ -103,6 +148,11 @@ def main() -> int:
     parser.add_argument(
         "--every-form", action="store_true", help="every tile a launcher can choose: minutes more"
     )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        help="a document of before: only what changed is compiled, and every row is written into it at once",
+    )
     options = parser.parse_args()
 
     def keep(case: StaticCase) -> bool:
@@ -113,8 +163,18 @@ def main() -> int:
         options.every_form,
         keep,
         lambda line: print(line, file=sys.stderr, flush=True),
+        **(
+            {}
+            if options.resume is None
+            else {
+                "known": read_known(options.resume),
+                "save": functools.partial(_write, options.resume),
+            }
+        ),
     )
-    print(json.dumps(document, indent=1))
+    if options.resume is not None:
+        _write(options.resume, document)
+    print(dumps(document), end="")
     return 1 if any(row["error"] for row in document["rows"]) else 0
 
 

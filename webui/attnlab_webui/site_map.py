@@ -20,5 +20,6 @@ PAGES = (
     Page("mechanisms", "Mechanisms", "mechanisms"),
     Page("advise", "Advise", "advise"),
     Page("claims", "Claims", "claims"),
+    Page("kernels", "Kernels", "kernels"),
     Page("system", "System", "system"),
 )

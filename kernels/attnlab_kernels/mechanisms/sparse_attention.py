@@ -141,8 +141,8 @@ class SparseAttention(SoftmaxModule):
         """Attend from ``hidden_states`` ``[B, n, dim]`` to itself and the cached tokens.
 
         The arguments are those of the other mechanisms, see ``SoftmaxModule.forward``. ``implementation`` (also:
-        backend) is "tiled", "triton" (our kernel) or "auto". The cache of a Longformer module must begin with a
-        chunk that has all of its global tokens: their own keys are not kept.
+        backend) is "tiled", "fused" (a CPU), "triton" (our kernel) or "auto". The cache of a Longformer module must
+        begin with a chunk that has all of its global tokens: their own keys are not kept.
 
         Raises:
             ValueError: an argument that does not fit, a context, or a cache without ``causal``.

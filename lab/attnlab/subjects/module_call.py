@@ -168,7 +168,7 @@ def _ring(call: ModuleCall, tokens: int) -> dict[str, Any]:
 
 
 def _sparse(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "tiled", "triton"))
+    _only(call, ("auto", "tiled", "fused", "triton"))
     return {"implementation": call.implementation}
 
 

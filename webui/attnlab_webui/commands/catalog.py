@@ -24,13 +24,13 @@ from attnlab_webui.commands.console import (
     short_bytes,
 )
 from attnlab_webui.form_fields import range_words
+from attnlab_webui.kernel_view import static_file
 from attnlab_webui.mechanism_facts import mechanism_document
 from attnlab_webui.system_facts import model_facts
 
 SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
 SURVEY_SECONDS = 120
 GROWTH = (1024, 8192, 65_536, 262_144)
-STATIC_FILE = "static_kernels.json"
 
 models = typer.Typer(help="The bundled models: which there are, and fetching them.", no_args_is_help=False)
 
@@ -119,17 +119,16 @@ def walk_static(every_form: bool) -> dict[str, Any]:
         sys.executable,
         "-m",
         "attnlab_kernels.static_kernels",
+        *("--resume", str(static_file())),
         *(["--every-form"] if every_form else []),
     ]
+    home_folder().mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        document = json_module.loads(done.stdout)
+        return json_module.loads(done.stdout)
     except ValueError:
         refuse("the kernels cannot be compiled here: triton is needed (pip install 'attnlab[worker]')")
-    home_folder().mkdir(parents=True, exist_ok=True)
-    (home_folder() / STATIC_FILE).write_text(json_module.dumps(document, indent=1) + "\n")
-    return document
 
 
 def show_static(document: dict[str, Any], as_json: bool) -> None:

@@ -84,7 +84,7 @@ def choose_config(
     if modified or limited:
         if num_rows <= FEW_ROWS:
             return HALF_MODIFIED_FEW_ROWS[block_d]
-        if modified and limited and block_d <= 32:
+        if modified and block_d <= 32 and (limited or generation > 80):
             return Config(32, 32, 4, 2)
         return HALF_MODIFIED[generation][block_d]
     wide, medium, few = HALF[generation]
@@ -122,6 +122,8 @@ def choose_query_config(block_d: int, element_size: int, capability: int, modifi
     """Tile of the kernel of dQ: ``block_m`` queries, ``block_n`` keys at a time."""
     if element_size == 4:
         return QUERY_FLOAT32[block_d]
+    if modified and block_d <= 32 and capability >= 100:
+        return Config(32, 32, 4, 1)
     return QUERY_HALF[80 if capability < 90 else 90][block_d]
 
 

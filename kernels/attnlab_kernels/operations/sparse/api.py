@@ -11,7 +11,7 @@ from torch import Tensor
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Support
-from attnlab_kernels.operations.sparse import reference, triton_lists
+from attnlab_kernels.operations.sparse import fused, reference, triton_lists
 from attnlab_kernels.operations.sparse.reference import Result
 from attnlab_kernels.patterns import Pattern
 
@@ -44,6 +44,7 @@ IMPLEMENTATIONS: dict[str, SparseImplementation] = {
     implementation.name: implementation
     for implementation in (
         SparseImplementation("tiled", "tiles in PyTorch (reference)", _any_call, "any device"),
+        SparseImplementation("fused", "block lists over fused tiles", fused.supports, "a CPU"),
         SparseImplementation(
             "triton",
             "attnlab Triton, block lists",
@@ -70,7 +71,8 @@ def sparse_attend(
     """Attend along a pattern; the arguments are those of ``reference.run``.
 
     Args:
-        implementation: a key of ``IMPLEMENTATIONS``, or "auto": the kernel on a GPU, else the tiles.
+        implementation: a key of ``IMPLEMENTATIONS``, or "auto": our kernel on a GPU, fused tiles on a CPU, else the
+            reference.
 
     Raises:
         ValueError: an unknown implementation; PatternError: shapes that do not fit.
@@ -78,18 +80,20 @@ def sparse_attend(
     """
     check_implementation(implementation)
     named: dict[str, Any] = {"start": start, "scale": scale, "mask": mask}
-    reason = "asked for"
-    if implementation == "triton" or (implementation == "auto" and q.device.type == "cuda"):
-        support = supports("triton", q, k, v, bias=bias, dropout=dropout)
-        if implementation == "triton" and not support:
-            raise Unsupported(f"implementation 'triton' cannot run this call: {support.reason}")
-        if support:
-            reason = "auto: our kernel" if implementation == "auto" else f"asked for; {support.reason}"
-            return SparseResult(triton_lists.run(q, k, v, pattern, **named), "triton", reason)
-        reason = f"auto: the reference, for {support.reason}"
-    elif implementation == "auto":
-        reason = "auto: the only implementation for this device"
-    return SparseResult(reference.run(q, k, v, pattern, bias=bias, dropout=dropout, **named), "tiled", reason)
+    own = "triton" if q.device.type == "cuda" else "fused"
+    name = own if implementation == "auto" else implementation
+    support = supports(name, q, k, v, bias=bias, dropout=dropout)
+    if not support and implementation != "auto":
+        raise Unsupported(f"implementation {name!r} cannot run this call: {support.reason}")
+    if not support:
+        name, reason = "tiled", f"auto: the reference, for {support.reason}"
+    else:
+        reason = f"{'auto' if implementation == 'auto' else 'asked for'}: {support.reason}"
+    if name == "tiled":
+        result = reference.run(q, k, v, pattern, bias=bias, dropout=dropout, **named)
+    else:
+        result = (triton_lists if name == "triton" else fused).run(q, k, v, pattern, **named)
+    return SparseResult(result, name, reason)
 
 
 def supports(
