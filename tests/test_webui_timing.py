@@ -1,6 +1,6 @@
 """What the panel says beside a time."""
 
-from attnlab_webui.timing_view import timing_spread, timing_trouble
+from attnlab_webui.timing_view import reference_words, timing_spread, timing_trouble
 
 DETAIL = {
     "timer": "perf_counter",
@@ -37,3 +37,15 @@ def test_a_run_of_an_older_version_is_shown_without_what_it_did_not_keep():
     timing = timing_with() | {"detail": {}}
     assert "interval" not in timing_spread(timing)
     assert timing_trouble(timing) == ""
+
+
+def test_the_ratio_to_the_reference_has_its_interval_and_pairs():
+    ratio = {
+        "median": 0.82,
+        "samples": [0.8, 0.82, 0.9],
+        "detail": {"interval": [0.8, 0.9], "proof": "a > b"},
+    }
+    text = reference_words(ratio)
+    assert "<b>0.820 x</b>" in text
+    assert "95 % interval 0.800 – 0.900, 3 pairs in turn" in text
+    assert "a &gt; b" in text

@@ -67,6 +67,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "times": _times(run),
         "latency_ms": _timing(whole.get("latency")),
         "attention_latency_ms": _timing(whole.get("attention_latency")),
+        "reference_ratio": _timing(whole.get("reference_ratio")),
         "peak_memory_bytes": _whole_number(whole.get("peak_memory")),
         "peak_memory": _detail(whole.get("peak_memory")),
         "attention_peak_memory_bytes": _whole_number(whole.get("attention_peak_memory")),

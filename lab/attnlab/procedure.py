@@ -17,10 +17,13 @@ from .frontier_search import search
 from .hook import LayerCall, Listener
 from .models import TORCH_DTYPES, ModelError
 from .probes.accuracy import attention_errors
+from .probes.adversarial import prove
 from .probes.ceilings import ceilings_of
+from .probes.interleaved import interleaved
 from .probes.kernel import KernelCall
 from .probes.maps import LayerCapture, capture_call, finish
 from .probes.memory import peak_memory, trim_heap
+from .probes.reference import causal_reference
 from .probes.statistics import statistics_of
 from .probes.timing import kernels_that_ran, latency
 from .probes.token_facts import token_facts
@@ -59,6 +62,7 @@ class Procedure:
         self._device = choose_device(self._point.gpus, device)
         self._found = _Found()
         self._middle: KernelCall | None = None
+        self._reference: KernelCall | None = None
 
     def perform(self) -> dict[str, Any]:
         """Do all steps; returns the summary that is kept with the run."""
@@ -86,6 +90,7 @@ class Procedure:
                     self._measure(subject)
                 if "timing" in record:
                     self._time(subject)
+                    self._set_against_reference(subject)
                     self._stand(subject)
                 if "memory" in record:
                     self._weigh(subject)
@@ -209,6 +214,19 @@ class Procedure:
             f"latency {whole.value:.2f} ms, attention {kernel.value:.3f} ms: {', '.join(kernels)}"
         )
 
+    def _set_against_reference(self, subject: Subject) -> None:
+        """Time the attention in turn with plain causal SDPA; what is much faster has to prove itself first."""
+        middle = self._middle_call(subject)
+        if (reference := self._reference) is None:
+            return
+        self._recorder.phase("timing in turn")
+        row = interleaved("reference_ratio", middle.run, reference.run, self._spec.repeats, self._device)
+        proof = prove(middle, row.value)
+        self._recorder.measurements(
+            [with_detail(row, {"reference": reference.implementation, "proof": proof})]
+        )
+        self._recorder.log(f"attention takes {row.value:.3f} x the time of plain causal SDPA; {proof}")
+
     def _stand(self, subject: Subject) -> None:
         """Set the attention's time beside the device's ceilings."""
         work = self._middle_call(subject).work
@@ -278,7 +296,9 @@ class Procedure:
 
             def keep(call: LayerCall) -> None:
                 if call.layer == place:
-                    self._middle = KernelCall.of(call, self._point.phase == "train")
+                    backward = self._point.phase == "train"
+                    self._middle = KernelCall.of(call, backward)
+                    self._reference = causal_reference(call, backward) if self._spec.reference else None
 
             subject.prepare()
             subject.step(self._listening(keep))

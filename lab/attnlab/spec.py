@@ -71,6 +71,7 @@ RECORDS = ("maps", "timing", "memory", "accuracy", "statistics")
 
 SERVING_PASSES = 3
 """default repeats of phase serving: each is a whole pass over the workload"""
+REFERENCES = ("sdpa",)
 
 MAX_SPEC_BYTES = 2 * MAX_TEXT_BYTES
 MAX_RUNS = 512
@@ -296,6 +297,8 @@ class ExperimentSpec(_Strict):
     layers: Annotated[str | tuple[int, ...], PlainValidator(_layers), PlainSerializer(_plain_layers)] = "all"
     """``all``, or the zero-based layers whose maps are kept"""
     repeats: Annotated[StrictInt, Field(ge=1, le=1000)] = 20
+    reference: Annotated[str, AfterValidator(_choice(REFERENCES))] | None = None
+    """timed in turn with the attention, sample by sample: ``sdpa`` is plain causal attention of the same shape"""
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] = 0
     resources: Resources = Resources()
 

@@ -20,6 +20,7 @@ def broken_rules(spec: ExperimentSpec) -> list[Problem]:
     return [
         *_subject(spec),
         *_frontier(spec),
+        *_reference(spec),
         *_input(spec),
         *_parameters(spec),
         *_size(spec),
@@ -69,6 +70,14 @@ def _frontier(spec: ExperimentSpec) -> Iterator[Problem]:
     if spec.frontier.first > spec.frontier.up_to:
         rule = f"must be at most up_to ({spec.frontier.up_to})"
         yield Problem("frontier.first", rule, str(spec.frontier.first))
+
+
+def _reference(spec: ExperimentSpec) -> Iterator[Problem]:
+    if spec.reference is None:
+        return
+    if "timing" not in spec.record or spec.frontier is not None or spec.phase == "serving":
+        rule = "needs timing in record, without frontier, in phase prefill, decode or train"
+        yield Problem("reference", rule, spec.reference)
 
 
 def _input(spec: ExperimentSpec) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import pieces, serving_view
 from attnlab_webui.memory_view import frontier_facts, memory_facts
 from attnlab_webui.pieces import Raw, escape
-from attnlab_webui.timing_view import timing_spread, timing_trouble
+from attnlab_webui.timing_view import reference_words, timing_spread, timing_trouble
 
 # what a run's row may show, in this order; a column that is the same for all runs moves into the header
 VARYING = ("model", "sequence_length", "dtype", "batch_size", "phase")
@@ -178,6 +178,8 @@ def _timing(document: Mapping[str, Any]) -> str:
         if timing:
             text = f"<b>{pieces.milliseconds(timing['median'])}</b> {timing_spread(timing)}"
             rows.append((words, Raw(text + sample_strip(timing["samples"], words) + timing_trouble(timing))))
+    if document["reference_ratio"]:
+        rows.append(("against plain causal SDPA", Raw(reference_words(document["reference_ratio"]))))
     if document["roofline"]:
         rows.append(("attention, of its ceiling", Raw(ceiling_words(document["roofline"]))))
     if document["capture_overhead"] is not None:

@@ -46,3 +46,17 @@ def timing_trouble(timing: Mapping[str, Any]) -> str:
     if not reasons:
         return ""
     return f"<div class='at-bad' role='note'>disturbed: {escape('; '.join(reasons))}</div>"
+
+
+def reference_words(ratio: Mapping[str, Any]) -> str:
+    """The attention's time over plain causal SDPA's, timed in turn in the same process."""
+    detail = ratio["detail"]
+    sure = ""
+    if interval := detail.get("interval"):
+        sure = f"95 % interval {interval[0]:.3f} – {interval[1]:.3f}, "
+    pairs = f"{len(ratio['samples'])} pairs in turn"
+    proof = escape(str(detail.get("proof", "")))
+    words = (
+        f"<b>{ratio['median']:.3f} x</b> its time <span class='at-muted' title='{proof}'>{sure}{pairs}</span>"
+    )
+    return words + timing_trouble(ratio)

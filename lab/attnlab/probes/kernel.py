@@ -25,6 +25,8 @@ class KernelCall:
     backward: bool
     work: Work | None
     """what any kernel would have to do; None where no mask says it"""
+    exact: Callable[..., Tensor] | None = None
+    """the same function of the same operands by the plain reference; None where they are not of one softmax"""
 
     @classmethod
     def of(cls, call: LayerCall, backward: bool) -> "KernelCall":
@@ -34,7 +36,9 @@ class KernelCall:
             operands = tuple(tensor.clone().requires_grad_() for tensor in operands)
         floor = sum(tensor.numel() * tensor.element_size() for tensor in (call.output, call.lse))
         work = work_of(call, backward)
-        return cls(call.layer, operands, compute, call.implementation, floor, backward, work)
+        plain = call.attention is None and (call.again is None or backward)
+        exact = _attention(call, "eager") if plain else None
+        return cls(call.layer, operands, compute, call.implementation, floor, backward, work, exact)
 
     def run(self) -> None:
         """Compute it once; with ``backward`` also its gradients."""
@@ -53,8 +57,13 @@ def _task(call: LayerCall, backward: bool) -> tuple[tuple[Tensor, ...], Callable
         again = call.again
         return (), lambda: again()
 
-    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rules = {"mask": call.mask, "scale": call.scale, **call.extras}
-        return attend(query, key, value, implementation=call.implementation, **rules).output
+    return (call.query, call.key, call.value), _attention(call, call.implementation)
 
-    return (call.query, call.key, call.value), attended
+
+def _attention(call: LayerCall, implementation: str) -> Callable[..., Tensor]:
+    rules = {"mask": call.mask, "scale": call.scale, **call.extras}
+
+    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, implementation=implementation, **rules).output
+
+    return attended

@@ -60,7 +60,7 @@ def latency(
     warmed = warm_up(sample)
     if isinstance(timer, EventTimer):
         timer.launches.clear()
-    window = _window(device)
+    window = window_of(device)
     samples: list[float] = []
     with window:
         for done in range(repeats):
@@ -99,7 +99,8 @@ def _threads() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "affinity": affinity}
 
 
-def _window(device: torch.device) -> ProcessorWindow | CardWindow | UnknownWindow:
+def window_of(device: torch.device) -> ProcessorWindow | CardWindow | UnknownWindow:
+    """Return what watches the machine while something is timed on the device."""
     if device.type == "cpu":
         return ProcessorWindow()
     try:
