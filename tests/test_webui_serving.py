@@ -127,3 +127,33 @@ def test_the_page_of_a_served_experiment_opens_on_its_charts(
         facts.get_by_text("time to first token").wait_for()
         page.locator('[data-open="2"]').click()
         page.locator("#experiment-cache").get_by_text("The cache of run #2 over time").wait_for()
+
+
+def test_the_comparison_of_served_runs_has_their_rates_and_waits(
+    served: Lab, serve: Callable[[Store], str], browse: Callable[..., Any]
+):
+    with open_store(served.store.url) as store:
+        page = browse(f"{serve(store)}/compare?runs=1,2")
+        for name in ("rate", "first", "between"):
+            page.locator(f"#compare-{name} .main-svg").first.wait_for(state="visible")
+        page.get_by_role("table", name="What differs").get_by_text("time to first token ms").wait_for()
+
+
+def test_a_timeline_is_downloaded_as_it_was(served: Lab):
+    from starlette.testclient import TestClient
+
+    from attnlab_webui.app import build_app
+
+    with TestClient(build_app(served.store), base_url="http://127.0.0.1") as client:
+        document = client.get("/api/v1/runs/2/serving/timeline").json()
+        read = load_timeline(served.store, 2)
+        assert document["total_tokens"] == 21
+        assert [row["tokens_at"] for row in document["requests"]] == [one.tokens_at for one in read.requests]
+        steps = client.get("/api/v1/runs/2/serving/steps").text.splitlines()
+        assert steps[0].startswith("start,end,prompt_tokens,decode_tokens,running,waiting,used,reserved")
+        assert len(steps) == 1 + len(read.steps)
+        requests = client.get("/api/v1/runs/2/serving/requests").text.splitlines()
+        assert requests[0].endswith("first_token,last_token")
+        assert len(requests) == 6
+        assert client.get("/api/v1/runs/2/serving/maps").status_code == 400
+        assert client.get("/api/v1/runs/99/serving/steps").status_code == 404

@@ -45,6 +45,11 @@ _MEASURED: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "stored_bytes": lambda document: document["stored_bytes"] or None,
     "row_sum_defect": lambda document: document["map_check"]["row_sum_defect"],
     "output_defect": lambda document: document["map_check"]["output_defect"],
+    "output_tokens_per_second": lambda document: _served(document, "output_tokens_per_second"),
+    "time_to_first_token_ms": lambda document: _served(document, "time_to_first_token"),
+    "inter_token_latency_ms": lambda document: _served(document, "inter_token_latency"),
+    "cache_used": lambda document: _served(document, "cache_used"),
+    "preemptions": lambda document: _served(document, "preemptions"),
 }
 _RATIOS = (
     "latency_ms",
@@ -195,6 +200,10 @@ def _environment_notes(documents: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return [f"The environments differ ({shown}): times and memory are of different machines or software."]
+
+
+def _served(document: Mapping[str, Any], name: str) -> float | None:
+    return ((document.get("serving") or {}).get(name) or {}).get("value")
 
 
 def _row(group: str, name: str, values: list[Any], ratio: bool = False) -> CompareRow:

@@ -1,4 +1,4 @@
-"""The numbers behind the charts over HTTP: tables of runs, memory timelines and snapshots."""
+"""The numbers behind the charts over HTTP: tables of runs, timelines of memory and of serving, snapshots."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Response
 
 from attnlab.describe import TIMELINES, memory_snapshot, memory_timeline
 from attnlab.export.chart import FORMATS, write_chart
+from attnlab.views.serving import load_timeline, timeline_document, timeline_table
 from attnlab_webui.answers import Refused, StoreDep, find_run, ids
 from attnlab_webui.api_files import MEDIA
 
@@ -27,6 +28,19 @@ def chart(runs: Annotated[str, Query(max_length=4000)], form: str, store: StoreD
     for run_id in run_ids:
         find_run(store, run_id)
     return _file(write_chart(store, run_ids, form), "attnlab-chart", form)
+
+
+@router.get("/runs/{run_id}/serving/{what}")
+def serving(run_id: int, what: str, store: StoreDep) -> Response:
+    """What happened while a run served: ``timeline`` as JSON, or ``steps`` or ``requests`` as CSV."""
+    choices = ("timeline", "steps", "requests")
+    if what not in choices:
+        raise Refused(f"what must be one of {', '.join(choices)}, got {what[:40]!r}")
+    name = f"attnlab-run-{run_id}-{what}"
+    made = load_timeline(store, run_id)
+    if what == "timeline":
+        return _file(json.dumps(timeline_document(made)).encode(), name, "json")
+    return _file(timeline_table(made, what).encode(), name, "csv")
 
 
 @router.get("/runs/{run_id}/memory/{what}")

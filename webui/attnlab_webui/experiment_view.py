@@ -168,7 +168,7 @@ def _judged(value: float, limit: float) -> Raw:
 
 def _serving(document: Mapping[str, Any]) -> str:
     rows = serving_view.facts(document)
-    return _section("Serving", pieces.facts(rows)) if rows else ""
+    return _section("Serving", pieces.facts(rows) + serving_view.exports(document)) if rows else ""
 
 
 def _timing(document: Mapping[str, Any]) -> str:

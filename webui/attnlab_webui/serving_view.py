@@ -85,6 +85,18 @@ def compare_figures(store: Store, runs: Sequence[RunRow]) -> tuple[go.Figure | N
     return rate_figure(rate_info(documents)), *waits
 
 
+EXPORTS = {"timeline": "all as JSON", "steps": "steps as CSV", "requests": "requests as CSV"}
+
+
+def exports(document: Mapping[str, Any]) -> str:
+    """Downloads of a served run's timeline."""
+    links = "".join(
+        f'<a href="/api/v1/runs/{document["id"]}/serving/{what}" download>{words}</a>'
+        for what, words in EXPORTS.items()
+    )
+    return f'<div class="at-exports"><span class="at-label">what happened</span>{links}</div>'
+
+
 def facts(document: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Rates, waits, cache and preemptions of a served run as rows of a list."""
     served = document.get("serving")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +40,33 @@ def load_timeline(store: Store, run_id: int) -> Timeline:
     )
     total = tensors.read_tensor(store, run_id, "serving_total", 0, 0)
     return read_series(int(total[0, 0]), steps, requests, tokens[:, 0])
+
+
+def timeline_document(timeline: Timeline) -> dict[str, Any]:
+    """A timeline as plain values: the cache's size, every step, every request with the time of each token."""
+    requests = [
+        {**served.request._asdict(), **{k: v for k, v in vars(served).items() if k != "request"}}
+        for served in timeline.requests
+    ]
+    steps = [step._asdict() for step in timeline.steps]
+    return {"total_tokens": timeline.total_tokens, "requests": requests, "steps": steps}
+
+
+def timeline_table(timeline: Timeline, what: str) -> str:
+    """``steps`` or ``requests`` as CSV; of a request's tokens the first and the last."""
+    document = timeline_document(timeline)
+    rows = document[what]
+    if what == "requests":
+        rows = [
+            {k: v for k, v in row.items() if k != "tokens_at"}
+            | {"first_token": row["tokens_at"][0], "last_token": row["tokens_at"][-1]}
+            for row in rows
+        ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 class RateBar(NamedTuple):

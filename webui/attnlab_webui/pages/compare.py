@@ -20,7 +20,7 @@ from attnlab.views.figures import latency_figure, latency_info, memory_figure, m
 from attnlab_storage import results
 from attnlab_storage.database import Store
 from attnlab_storage.results import RunRow
-from attnlab_webui import chart_panel, compare_view, heatmap, pieces
+from attnlab_webui import chart_panel, compare_view, heatmap, pieces, serving_view
 from attnlab_webui.chart_view import STATE_JS, Chosen, panel, read_choice
 
 CHOICES = 200
@@ -75,6 +75,10 @@ def build(store: Store) -> None:
         latency = gr.Plot(show_label=False, elem_id="compare-latency")
         attention = gr.Plot(show_label=False, elem_id="compare-attention")
         memory = gr.Plot(show_label=False, elem_id="compare-memory")
+    with gr.Row(visible=False) as served:
+        waits = [
+            gr.Plot(show_label=False, elem_id=f"compare-{name}") for name in ("rate", "first", "between")
+        ]
     with gr.Column(visible=False) as own:
         chart = chart_panel.build("compare-chart")
     table = gr.HTML("", elem_id="compare-table", js_on_load=None)
@@ -95,6 +99,7 @@ def build(store: Store) -> None:
         return choose(list(reversed(chosen)) if len(chosen) == 2 else chosen, b, a)
 
     follow_runs(store, runs, own, chart)
+    follow_served(store, runs, [served, *waits])
     pieces.page().load(load, None, [*pickers, *shown], **pieces.INTERNAL)
     for picker in (runs, first, second):
         picker.input(choose, [runs, first, second], [*pickers, *shown], js=CHOSEN_JS, **pieces.INTERNAL)
@@ -125,6 +130,21 @@ def follow_runs(store: Store, runs: Any, own: Any, chart: chart_panel.ChartPanel
         picker.input(pick(name), [runs, *pickers], outputs, **pieces.INTERNAL).then(
             None, pickers, None, js=STATE_JS
         )
+
+
+def follow_served(store: Store, runs: Any, outputs: list[Any]) -> None:
+    """Wire the charts of served runs: rates and waits of those chosen."""
+
+    def draw(run_ids: Sequence[int]) -> list[Any]:
+        chosen = results.runs_of(store, run_ids=run_ids) if len(run_ids) > 1 else []
+        figures = serving_view.compare_figures(store, chosen)
+        return [gr.update(visible=figures[0] is not None), *figures]
+
+    def load(request: gr.Request) -> list[Any]:
+        return draw(read_address(store, dict(request.query_params)).runs)
+
+    pieces.page().load(load, None, outputs, **pieces.INTERNAL)
+    runs.input(draw, runs, outputs, **pieces.INTERNAL)
 
 
 def read_address(store: Store, query: Mapping[str, str]) -> Asked:
