@@ -14,6 +14,7 @@ from .kernel import KernelCall
 
 TOO_FAST = 1.1
 """times as fast as the best known one, above which a figure needs this proof"""
+SHORTER = "a token less"
 Compute = Callable[..., Tensor]
 
 
@@ -58,6 +59,8 @@ def caught(compute: Compute, reference: Compute, operands: Sequence[Tensor]) -> 
     found: list[str] = []
     for name, given in _cases(operands):
         before = [tensor.clone() for tensor in given]
+        if name == SHORTER and not _defined(reference, before):
+            continue
         _poison(given)
         try:
             output = compute(*given)
@@ -87,8 +90,17 @@ def _cases(operands: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
         "inputs that are not contiguous",
         [other(tensor).transpose(1, 2).contiguous().transpose(1, 2) for tensor in operands],
     )
-    yield "a token less", [other(tensor)[:, :, :-1].contiguous() for tensor in operands]
+    yield SHORTER, [other(tensor)[:, :, :-1].contiguous() for tensor in operands]
     yield "large scores", [4 * other(tensor) for tensor in operands]
+
+
+def _defined(reference: Compute, given: Sequence[Tensor]) -> bool:
+    """Whether the function has other lengths at all: a bias or documents may be of one length alone."""
+    try:
+        reference(*given)
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def _poison(given: Sequence[Tensor]) -> None:

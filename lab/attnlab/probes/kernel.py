@@ -1,5 +1,6 @@
 """One attention of a model, on its real inputs, to be run again alone."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,8 +37,7 @@ class KernelCall:
             operands = tuple(tensor.clone().requires_grad_() for tensor in operands)
         floor = sum(tensor.numel() * tensor.element_size() for tensor in (call.output, call.lse))
         work = work_of(call, backward)
-        plain = call.attention is None and (call.again is None or backward)
-        exact = _attention(call, "eager") if plain else None
+        exact = _exact(call, backward)
         return cls(call.layer, operands, compute, call.implementation, floor, backward, work, exact)
 
     def run(self) -> None:
@@ -58,6 +58,15 @@ def _task(call: LayerCall, backward: bool) -> tuple[tuple[Tensor, ...], Callable
         return (), lambda: again()
 
     return (call.query, call.key, call.value), _attention(call, call.implementation)
+
+
+def _exact(call: LayerCall, backward: bool) -> Callable[..., Tensor] | None:
+    told = call.attention
+    if told is None:
+        return _attention(call, "eager") if call.again is None or backward else None
+    tensors = (told.query, told.key, told.value)
+    same = len(told.operands) == 3 and all(map(operator.is_, told.operands, tensors))
+    return told.reference if same and told.kind == "softmax" else None
 
 
 def _attention(call: LayerCall, implementation: str) -> Callable[..., Tensor]:
