@@ -156,3 +156,14 @@ def test_every_column_keeps_a_label(documents, count):
     assert axis["tickvals"] == list(range(count))
     assert [text.partition("<br>")[0] for text in axis["ticktext"]] == [f"#{i + 1}" for i in range(count)]
     assert axis["ticklabeloverflow"] == "allow"
+
+
+def test_the_medians_interval_is_drawn_around_the_median():
+    samples = [9.0, 10.0, 10.0, 11.0, 30.0]
+    series = figures.LatencySeries("a", samples, 10.0, "succeeded", (9.0, 11.5))
+    figure = drawn(figures.latency_figure(figures.LatencyInfo("t", [series])))
+    (bars,) = [trace["error_y"] for trace in figure["data"] if "error_y" in trace]
+    assert (bars["array"], bars["arrayminus"]) == ([1.5], [1.0])
+    without = figures.LatencySeries("a", [9.0], 9.0, "succeeded")
+    figure = drawn(figures.latency_figure(figures.LatencyInfo("t", [without])))
+    assert not any("error_y" in trace for trace in figure["data"])

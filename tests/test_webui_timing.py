@@ -1,5 +1,10 @@
 """What the panel says beside a time."""
 
+import re
+
+import pytest
+
+from attnlab_webui.experiment_view import sample_strip
 from attnlab_webui.timing_view import reference_words, timing_spread, timing_trouble
 
 DETAIL = {
@@ -49,3 +54,14 @@ def test_the_ratio_to_the_reference_has_its_interval_and_pairs():
     assert "<b>0.820 x</b>" in text
     assert "95 % interval 0.800 – 0.900, 3 pairs in turn" in text
     assert "a &gt; b" in text
+
+
+def test_the_strip_shows_the_medians_interval_on_the_scale_of_the_samples():
+    text = sample_strip([1.0, 2.0, 3.0, 4.0, 5.0], "forward", (2.0, 4.0))
+    (band,) = re.findall(r'<rect x="([0-9.]+)" width="([0-9.]+)"', text)
+    places = [float(x) for x in re.findall(r'<circle cx="([0-9.]+)"', text)]
+    left, width = map(float, band)
+    assert left == pytest.approx(places[1], abs=0.1)
+    assert left + width == pytest.approx(places[3], abs=0.1)
+    assert "median within 2 to 4 ms (95 %)" in text
+    assert "<rect" not in sample_strip([1.0, 2.0], "forward")

@@ -176,8 +176,11 @@ def _timing(document: Mapping[str, Any]) -> str:
     for name, words in (("latency_ms", "forward pass"), ("attention_latency_ms", "attention alone")):
         timing = document[name]
         if timing:
+            interval = timing["detail"].get("interval")
             text = f"<b>{pieces.milliseconds(timing['median'])}</b> {timing_spread(timing)}"
-            rows.append((words, Raw(text + sample_strip(timing["samples"], words) + timing_trouble(timing))))
+            rows.append(
+                (words, Raw(text + sample_strip(timing["samples"], words, interval) + timing_trouble(timing)))
+            )
     if document["reference_ratio"]:
         rows.append(("against plain causal SDPA", Raw(reference_words(document["reference_ratio"]))))
     if document["roofline"]:
@@ -198,21 +201,33 @@ def ceiling_words(roofline: Mapping[str, Any]) -> str:
     return f"<b>{percent} %</b> <span class='at-muted'>bound by {by}, {speed}{above}</span>"
 
 
-def sample_strip(samples: Sequence[float], name: str) -> str:
-    """Every sample as a dot on its own scale, the median as a line (inline SVG)."""
+def sample_strip(samples: Sequence[float], name: str, interval: Sequence[float] | None = None) -> str:
+    """Every sample as a dot on its own scale, the median as a line in its 95 % interval (inline SVG)."""
     if len(samples) < 2:
         return ""
     low, high = min(samples), max(samples)
     room = (high - low) or 1.0
-    places = [4 + (value - low) / room * (STRIP_WIDTH - 8) for value in samples]
+
+    def place(value: float) -> float:
+        return 4 + (value - low) / room * (STRIP_WIDTH - 8)
+
+    places = [place(value) for value in samples]
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{9 + (7 * i) % 11:.0f}" r="2.2"/>' for i, x in enumerate(places)
     )
     middle = sorted(places)[len(places) // 2]
     label = f"{len(samples)} samples of the {escape(name)}, {tick(low)} to {tick(high)} ms"
+    band = ""
+    if interval:
+        left, right = place(interval[0]), place(interval[1])
+        width = max(right - left, 1.0)
+        band = (
+            f'<rect x="{left:.1f}" width="{width:.1f}" y="2" height="22" fill="currentColor" opacity="0.15"/>'
+        )
+        label += f", median within {tick(interval[0])} to {tick(interval[1])} ms (95 %)"
     return (
         f'<svg class="at-strip" viewBox="0 0 {STRIP_WIDTH} {STRIP_HEIGHT}" role="img" aria-label="{label}">'
-        f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="2" y2="24"/>{dots}'
+        f'{band}<line x1="{middle:.1f}" x2="{middle:.1f}" y1="2" y2="24"/>{dots}'
         f'<text x="2" y="{STRIP_HEIGHT - 1}">{tick(low)}</text>'
         f'<text x="{STRIP_WIDTH - 2}" y="{STRIP_HEIGHT - 1}" text-anchor="end">{tick(high)} ms</text></svg>'
     )

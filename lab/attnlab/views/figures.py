@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
+from attnlab.intervals import median_interval
 from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label
@@ -27,6 +28,7 @@ class LatencySeries(NamedTuple):
     samples: list[float]  # milliseconds, in the order they were taken
     median: float | None
     outcome: str
+    interval: tuple[float, float] | None = None  # of the median, 95 %; None with too few samples
 
 
 class LatencyInfo(NamedTuple):
@@ -35,19 +37,20 @@ class LatencyInfo(NamedTuple):
 
 
 def latency_info(documents: Sequence[Mapping[str, Any]], value: str = "latency_ms") -> LatencyInfo:
-    """All samples and the median of every run; ``value`` is latency_ms or attention_latency_ms."""
+    """All samples, the median and its 95 % interval of every run; ``value`` is latency_ms or attention_latency_ms."""
     if value not in LATENCIES:
         raise ViewError(f"value must be one of {', '.join(LATENCIES)}; got {value!r}")
     series = []
     for document in documents:
         timing = document.get(value) or {}
         samples = [float(sample) for sample in timing.get("samples") or []]
-        series.append(LatencySeries(run_label(document), samples, timing.get("median"), document["state"]))
+        label, median, interval = run_label(document), timing.get("median"), median_interval(samples)
+        series.append(LatencySeries(label, samples, median, document["state"], interval))
     return LatencyInfo(f"Time of the {LATENCIES[value]}", series)
 
 
 def latency_figure(info: LatencyInfo) -> go.Figure:
-    """One column a run: a point for every sample, a bar at the median, a word where there is no number."""
+    """One column a run: a point for every sample, a bar at the median with its interval, a word for no number."""
     figure = go.Figure()
     for i, series in enumerate(info.series):
         spread = [i + 0.5 * ((7 * k) % 11 - 5) / 11 for k in range(len(series.samples))]
@@ -65,6 +68,25 @@ def latency_figure(info: LatencyInfo) -> go.Figure:
                 line=line,
                 showlegend=False,
                 hovertemplate="median " + hover,
+            )
+        if series.interval is not None and series.median is not None:
+            low, high = series.interval
+            sure = f"95 % interval {low:.4g} to {high:.4g} ms<extra>{name}</extra>"
+            figure.add_scatter(
+                x=[i],
+                y=[series.median],
+                mode="lines",
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [high - series.median],
+                    "arrayminus": [series.median - low],
+                    "color": FONT,
+                    "thickness": 2,
+                    "width": 8,
+                },
+                showlegend=False,
+                hovertemplate=sure,
             )
     styled(figure, title=info.title, x="", y="milliseconds")
     _label_columns(figure, [series.label for series in info.series])
