@@ -136,7 +136,8 @@ def test_the_comparison_of_served_runs_has_their_rates_and_waits(
         page = browse(f"{serve(store)}/compare?runs=1,2")
         for name in ("rate", "first", "between"):
             page.locator(f"#compare-{name} .main-svg").first.wait_for(state="visible")
-        page.get_by_role("table", name="What differs").get_by_text("time to first token ms").wait_for()
+        page.get_by_role("table", name="What differs").get_by_text("time to first token").wait_for()
+        assert not page.locator("#compare-latency").is_visible()
 
 
 def test_a_timeline_is_downloaded_as_it_was(served: Lab):

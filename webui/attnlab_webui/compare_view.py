@@ -30,6 +30,9 @@ NAME_WORDS = {
     "batch_size": "batch",
     "kernels": "kernel that ran",
     "logit_error": "logits off by",
+    "output_tokens_per_second": "tokens written a second",
+    "time_to_first_token_ms": "time to first token",
+    "inter_token_latency_ms": "time between tokens",
 }
 TABLE_FORMATS = {"csv": "CSV", "parquet": "Parquet", "json": "JSON"}
 DEFECTS = ("row_sum_defect", "output_defect", "logit_error", "attention_error", "lse_error", "kl")

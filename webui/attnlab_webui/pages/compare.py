@@ -115,7 +115,8 @@ def follow_runs(store: Store, runs: Any, own: Any, chart: chart_panel.ChartPanel
 
     def draw(run_ids: Sequence[int], chosen: Chosen) -> list[Any]:
         documents = [run_document(store, run_id) for run_id in run_ids] if len(run_ids) > 1 else []
-        return [gr.update(visible=bool(documents)), *chart_panel.updates(panel(documents, chosen))]
+        visible = bool(documents) and not all_served(documents)
+        return [gr.update(visible=visible), *chart_panel.updates(panel(documents, chosen))]
 
     def load(request: gr.Request) -> list[Any]:
         query = dict(request.query_params)
@@ -130,6 +131,11 @@ def follow_runs(store: Store, runs: Any, own: Any, chart: chart_panel.ChartPanel
         picker.input(pick(name), [runs, *pickers], outputs, **pieces.INTERNAL).then(
             None, pickers, None, js=STATE_JS
         )
+
+
+def all_served(documents: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no run of these has a forward pass to time or weigh: their charts are those of serving."""
+    return all(document["phase"] == "serving" for document in documents)
 
 
 def follow_served(store: Store, runs: Any, outputs: list[Any]) -> None:
@@ -222,7 +228,7 @@ def page_values(store: Store, asked: Asked) -> list[Any]:
     return [
         problem + compare_view.notes(comparison),
         map_value(store, asked),
-        gr.update(visible=True),
+        gr.update(visible=not all_served(documents)),
         latency_figure(latency_info(documents)),
         latency_figure(latency_info(documents, "attention_latency_ms")),
         memory_figure(memory_info(documents)),
