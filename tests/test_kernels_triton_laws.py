@@ -258,6 +258,14 @@ def test_new_tokens_go_to_their_slots_and_minus_one_nowhere():
     assert int(both[0][0].flatten(0, 1).any(-1).any(-1).sum()) == 4
 
 
+def test_keys_that_hold_their_values_are_written_alone():
+    latents, slots = made(5, 1, 20, dtype=torch.float32), torch.tensor([17, 3, 0, 23, 8])
+    pool = torch.zeros(6, 4, 1, 20)
+    write_cache(latents, latents[..., :0], pool, pool[..., :0], slots, implementation="triton")
+    assert torch.equal(pool.flatten(0, 1)[slots], latents)
+    assert int(pool.count_nonzero()) == int(latents.count_nonzero())
+
+
 @pytest.mark.parametrize(
     ("mask", "queries", "keys"), [(Full(), 37, 70), (Causal(), 70, 70), (Causal(), 40, 33)]
 )

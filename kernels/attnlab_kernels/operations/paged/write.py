@@ -24,7 +24,7 @@ def write_cache(
     """Put new tokens into their slots, in place; returns the implementation that ran.
 
     Args:
-        keys: ``[T, Hkv, D]``; values ``[T, Hkv, Dv]``.
+        keys: ``[T, Hkv, D]``; values ``[T, Hkv, Dv]``, with Dv = 0 where the keys hold the values, as latents do.
         key_pool: ``[num_blocks, block_size, Hkv, D]``; value_pool the same with Dv.
         slots: int64 ``[T]``, ``block * block_size + slot`` of each token, no two alike; -1 is not written.
         implementation: "eager", "triton", or "auto" (Triton on CUDA).
@@ -66,7 +66,7 @@ def _scatter(new: Tensor, pool: Tensor, slots: Tensor) -> None:
 
 
 def _launch(new: Tensor, pool: Tensor, slots: Tensor) -> None:
-    if new.shape[0] == 0:
+    if new.numel() == 0:
         return
     new = new if new.stride(-1) == 1 else new.contiguous()
     if pool.stride(-1) != 1:
