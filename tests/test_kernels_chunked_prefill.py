@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
@@ -290,7 +291,7 @@ def test_preempted_sequences_are_computed_again_and_all_end_within_the_room(
 ):
     room = Positions(max(prompt + new for _, prompt, new in arrivals) + spare)
     scheduler = ChunkedPrefillScheduler(chunk, budget, sequences, room=room)
-    total = {s: prompt + new for s, (_, prompt, new) in enumerate(arrivals)}
+    total: dict[Hashable, int] = {s: prompt + new for s, (_, prompt, new) in enumerate(arrivals)}
     late = sorted(enumerate(arrivals), key=lambda pair: pair[1][0])
     reached, begun, step = defaultdict(int), [], 0
     while late or scheduler.has_pending():

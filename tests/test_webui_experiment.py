@@ -1,5 +1,7 @@
 """Laws of the experiment page: what it shows of every kind of run, and what its buttons do."""
 
+from typing import Any
+
 import pytest
 
 from attnlab.describe import run_document
@@ -168,7 +170,8 @@ def test_charts_hold_every_run(outcomes):
     shown = panel(documents, Chosen())
     assert shown.chosen == picked("latency")
     assert shown.figure is not None
-    drawn = {name for trace in shown.figure.data for name in trace.x}
+    traces: Any = shown.figure.data
+    drawn = {name for trace in traces for name in trace.x}
     assert drawn == {run_label(document) for document in documents}
     assert "made to be unsupported" in shown.table
     for name in CHART_CHOICES:

@@ -106,10 +106,10 @@ def test_a_text_has_no_image_view_and_says_why(served, browse):
 
 def test_the_view_is_downloaded_as_a_figure_with_every_head(open_image, tmp_path):
     page = open_image(query="layer=1&head=2&token=11&scale=linear")
+    path = tmp_path / "view"
     for form, start in {"PDF": b"%PDF", "PNG": b"\x89PNG", "SVG": b"<?xml"}.items():
         with page.expect_download() as download:
             page.locator('[data-part="files"]').get_by_text(form, exact=True).click()
-        path = tmp_path / "view"
         download.value.save_as(path)
         assert path.read_bytes().startswith(start)
     words = path.read_text()

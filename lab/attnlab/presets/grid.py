@@ -105,6 +105,7 @@ class ServedGrid:
     mechanisms: tuple[Entry, ...]
     cpu: ServedSize
     gpu: ServedSize
+    phase: str = "serving"
 
     def document(self, scale: str) -> dict[str, Any]:
         """The spec as plain values. Raises PresetError."""
@@ -118,7 +119,7 @@ class ServedGrid:
                 "cache": ["contiguous", "paged"],
                 "dtype": ["bfloat16" if scale == "gpu" else "float32"],
             },
-            "phase": "serving",
+            "phase": self.phase,
             "serving": dict(size.serving),
             "record": ["timing"],
             "repeats": size.repeats,
