@@ -10,7 +10,7 @@ import torch
 
 from attnlab.hook import LayerCall
 from attnlab.outcomes import CheckFailed, ending_of
-from attnlab.probes.accuracy import attention_errors, compare_hidden, compare_logits, perplexity
+from attnlab.probes.accuracy import attention_errors, compare_hidden, compare_logits, over_budget, perplexity
 from attnlab.probes.kernel import KernelCall
 from attnlab.probes.maps import capture_call, element_mask, output_defect, refine
 from attnlab.probes.memory import peak_memory, resident
@@ -118,6 +118,21 @@ def test_a_right_kernel_stays_within_twice_plain_pytorch(mask: Mask) -> None:
     for row in attention_errors(made_call(mask)):
         if row.name == "attention_error":
             assert row.value <= 2 * (row.detail or {})["plain_error"] + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_a_right_kernel_shows_its_speed(mask: Mask, dtype: torch.dtype) -> None:
+    assert over_budget(attention_errors(made_call(mask, dtype=dtype))) is None
+
+
+@pytest.mark.parametrize("off", [0.01, float("nan")])
+def test_a_kernel_beyond_its_budget_shows_none_and_says_which_head(off: float) -> None:
+    call = made_call(Causal())
+    wrong = call.output.clone()
+    wrong[0, 2, 5, 1] += off
+    reason = over_budget(attention_errors(replace(call, output=wrong))) or ""
+    assert reason.startswith("incorrect: the attention of layer 2, head 2 is off by")
 
 
 def test_logits_are_compared_in_blocks_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,8 @@ def validity_notes(
         names = ", ".join(run_label(document) for document in changed)
         notes.append(f"Approximate swap, so not the function the weights were trained for: {names}.")
     for document in documents:
+        if withheld := document.get("speed_withheld"):
+            notes.append(f"{run_label(document)}: {withheld}.")
         if document["state"] != "succeeded":
             word = OUTCOME_WORDS.get(document["state"], document["state"])
             reason = f" ({document['reason']})" if document["reason"] else ""

@@ -65,6 +65,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "progress": _progress(run),
         "attempts": {"used": run.attempt, "most": run.max_attempts},
         "times": _times(run),
+        "speed_withheld": summary.get("speed_withheld"),
         "latency_ms": _timing(whole.get("latency")),
         "attention_latency_ms": _timing(whole.get("attention_latency")),
         "reference_ratio": _timing(whole.get("reference_ratio")),

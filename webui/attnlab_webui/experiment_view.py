@@ -131,6 +131,8 @@ def run_facts(document: Mapping[str, Any], run: RunRow) -> str:
 
 
 def _trouble(document: Mapping[str, Any], run: RunRow) -> str:
+    if withheld := document.get("speed_withheld"):
+        return pieces.notice(withheld, "error")
     if run.state in ("succeeded", "running"):
         return ""
     if run.state == "queued":

@@ -19,7 +19,7 @@ from attnlab.views import figures
 from attnlab.views.chart import Axes, chart_info
 from attnlab.views.chart_figure import chart_figure
 from attnlab.views.errors import ViewError
-from attnlab.views.labels import OUTCOME_WORDS, format_bytes, ran_as, run_label
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes, ran_as, run_label, shown_outcome
 from attnlab.views.roofline import roofline_figure, roofline_info
 from attnlab.views.viewport import recorded
 from attnlab_storage import results
@@ -90,7 +90,8 @@ def _runs_table(runs: Sequence[Mapping[str, Any]]) -> Markup:
     rows = []
     for run in runs:
         timing, check = run["latency_ms"], run["map_check"]
-        outcome = OUTCOME_WORDS[run["state"]] + (f": {run['reason']}" if run["reason"] else "")
+        reason = run.get("speed_withheld") or run["reason"]
+        outcome = OUTCOME_WORDS[shown_outcome(run)] + (f": {reason}" if reason else "")
         took = timing and f"{timing['median']:.4g} ({timing['p10']:.4g}-{timing['p90']:.4g})"
         peak = run["peak_memory_bytes"]
         memory = None if peak is None else format_bytes(peak)

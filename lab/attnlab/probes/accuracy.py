@@ -1,7 +1,7 @@
 """How far the numbers are off: attention against float64, logits against the model's own attention."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,8 @@ ROWS = 512
 """query rows that are compared, evenly spread; a reference of more would take longer than the run"""
 HEADS = 3
 LOGIT_ROWS = 64
+ROUNDINGS = 8
+"""of the largest output, which a kernel may be off beyond twice the plain error"""
 
 
 def attention_errors(call: LayerCall) -> list[MeasurementRow]:
@@ -53,11 +55,30 @@ def attention_errors(call: LayerCall) -> list[MeasurementRow]:
             (one.lse[0, head][places].double() - lse)[alive].abs().amax() if alive.any() else torch.zeros(())
         )
         detail = {"plain_error": float(budget), "rows": len(places), "implementation": call.implementation}
+        if one.output.dtype != torch.float64:  # the reference has no digits to spare there
+            rounding = ROUNDINGS * torch.finfo(one.output.dtype).eps * output.abs().max()
+            detail["budget"] = float(2 * budget + rounding)
         rows.append(
             MeasurementRow("attention_error", float(error), "absolute", call.layer, head, detail=detail)
         )
         rows.append(MeasurementRow("lse_error", float(lse_error), "absolute", call.layer, head))
     return rows
+
+
+def over_budget(rows: Iterable[MeasurementRow]) -> str | None:
+    """Return why a run's speed may not be shown: its attention is off by more than its budget; None where it is not.
+
+    The budget is twice the error of plain PyTorch in the same dtype, both against float64, and eight roundings of the
+    largest output (the rule of FlashAttention's tests). NaN is over every budget.
+    """
+    for row in rows:
+        budget = (row.detail or {}).get("budget")
+        if row.name == "attention_error" and budget is not None and not row.value <= budget:
+            return (
+                f"incorrect: the attention of layer {row.layer}, head {row.head} is off by {row.value:.2g}, "
+                f"and {budget:.2g} is allowed (twice the error of plain PyTorch); its speed is not shown"
+            )
+    return None
 
 
 def _map_errors(call: LayerCall) -> list[MeasurementRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from attnlab.views.labels import mechanism_label, ran_as, run_label
+from attnlab.views.labels import mechanism_label, ran_as, run_label, shown_outcome
 
 Document = Mapping[str, Any]
 
@@ -103,7 +103,10 @@ def chart_rows(documents: Sequence[Document]) -> list[dict[str, Any]]:
     return [
         {"id": document["id"]}
         | {name: field.read(document) for name, field in FIELDS.items()}
-        | {"outcome": document["state"], "reason": document.get("reason")}
+        | {
+            "outcome": shown_outcome(document),
+            "reason": document.get("speed_withheld") or document.get("reason"),
+        }
         | {name: measure.read(document) for name, measure in MEASURES.items()}
         for document in documents
     ]

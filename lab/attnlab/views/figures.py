@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from attnlab.intervals import median_interval
 from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol
 from attnlab.views.errors import ViewError
-from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, shown_outcome
 
 LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
 WORDED_COLUMNS = 5
@@ -45,7 +45,7 @@ def latency_info(documents: Sequence[Mapping[str, Any]], value: str = "latency_m
         timing = document.get(value) or {}
         samples = [float(sample) for sample in timing.get("samples") or []]
         label, median, interval = run_label(document), timing.get("median"), median_interval(samples)
-        series.append(LatencySeries(label, samples, median, document["state"], interval))
+        series.append(LatencySeries(label, samples, median, shown_outcome(document), interval))
     return LatencyInfo(f"Time of the {LATENCIES[value]}", series)
 
 

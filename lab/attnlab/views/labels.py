@@ -9,6 +9,7 @@ from attnlab_kernels.catalog import MECHANISMS
 
 OUTCOME_WORDS = {
     "succeeded": "succeeded",
+    "incorrect": "incorrect",
     "failed": "failed",
     "out_of_memory": "out of memory",
     "unsupported": "unsupported",
@@ -17,6 +18,11 @@ OUTCOME_WORDS = {
     "queued": "queued",
     "running": "running",
 }
+
+
+def shown_outcome(document: Mapping[str, Any]) -> str:
+    """How a run ended as tables and charts of speed say it: ``incorrect`` where its error is over its budget."""
+    return "incorrect" if document.get("speed_withheld") else document["state"]
 
 
 def run_label(document: Mapping[str, Any]) -> str:
