@@ -75,8 +75,15 @@ def test_what_changed_around_a_run_is_named_and_readings_are_not():
 
 
 def test_a_run_without_times_cannot_be_reproduced(outcomes):
-    with pytest.raises(ViewError, match="must have succeeded"):
+    with pytest.raises(ViewError, match=r"must have succeeded .* is failed"):
         reproduction_spec(outcomes.store, outcomes.run_ids[2])
+
+
+def test_a_run_without_an_interval_cannot_be_reproduced(sqlite_store, sqlite_url):
+    with open_lab(sqlite_url) as lab:
+        (run, *_) = lab.run(SPEC.replace("repeats: 5", "repeats: 2")).runs
+    with pytest.raises(ViewError, match="at least 3 repeats"):
+        reproduction_spec(sqlite_store, run.id)
 
 
 def test_the_command_refuses_what_is_no_run(sqlite_store, sqlite_url, monkeypatch):

@@ -70,9 +70,11 @@ def reproduction_spec(store: Store, run_id: int) -> ExperimentSpec:
     longer says anything that can be run.
     """
     run = find_run(store, run_id)
-    if run.state != "succeeded" or not _times(run_document(store, run_id)):
+    if run.state != "succeeded":
+        raise ViewError(f"run must have succeeded to be compared with; run {run_id} is {run.state}")
+    if not _times(run_document(store, run_id)):
         raise ViewError(
-            f"run must have succeeded with at least 3 samples of its time; run {run_id} {run.state}"
+            f"run must have timing in record and at least 3 repeats; run {run_id} has no interval"
         )
     spec = dict(find_experiment(store, run.experiment_id).spec)
     vary: dict[str, Any] = {
