@@ -203,3 +203,17 @@ def test_a_function_of_one_length_is_not_blamed_for_having_no_other():
     assert caught(biased("sdpa_math"), biased("eager"), operands()) == []
     with pytest.raises((ValueError, RuntimeError)):
         biased("eager")(*(tensor[:, :, :-1] for tensor in operands()))
+
+
+def test_a_refused_run_leaves_no_time_behind(sqlite_store, monkeypatch):
+    monkeypatch.setattr("attnlab.probes.adversarial.is_too_fast", lambda ratio: True)
+    monkeypatch.setattr("attnlab.probes.adversarial.caught", lambda *given: ["other inputs: off by 3"])
+    spec = {
+        "name": "cheat", "module": {"dim": 32, "num_heads": 2}, "record": ["timing"], "repeats": 3,
+        "reference": "sdpa", "vary": {"mechanism": ["multi_head"], "sequence_length": [24]},
+    }  # fmt: skip
+    experiment = run_here(sqlite_store, parse_spec(spec))
+    (document,) = experiment_document(sqlite_store, experiment)["runs"]
+    assert (document["outcome"], document["error_kind"]) == ("failed", "check_failed")
+    assert "other inputs: off by 3" in document["reason"]
+    assert document["latency_ms"] is document["attention_latency_ms"] is document["reference_ratio"] is None

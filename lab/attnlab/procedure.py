@@ -89,8 +89,8 @@ class Procedure:
                 if record & {"accuracy", "statistics"}:
                     self._measure(subject)
                 if "timing" in record and "speed_withheld" not in self._found.values:
+                    self._set_against_reference(subject)  # first: what is refused leaves no time behind
                     self._time(subject)
-                    self._set_against_reference(subject)
                     self._stand(subject)
                 if "memory" in record:
                     self._weigh(subject)
