@@ -24,7 +24,7 @@ from attnlab_webui import chart_panel, compare_view, heatmap, pieces, serving_vi
 from attnlab_webui.chart_view import STATE_JS, Chosen, panel, read_choice
 
 CHOICES = 200
-MOST_MAPS = 5  # panels beside the difference; more are compared in charts and table only
+MOST_MAPS = 6  # panels beside the difference; more are compared in charts and table only
 
 # writes what was chosen into the address, so that the link shows the same
 CHOSEN_JS = """(runs, first, second) => {
