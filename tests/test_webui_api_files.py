@@ -174,3 +174,28 @@ def test_a_wrong_download_gets_one_sentence(client, path, status, words):
     answer = client.get("/api/v1" + path)
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]
+
+
+def test_pictures_of_views_are_attachments_in_every_format(client, traced):
+    run = traced.run_ids[0]
+    for path in (f"/runs/{run}/grid/export/{{}}?statistic=entropy&theme=dark&scale=log",):
+        for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+            answer = client.get("/api/v1" + path.format(form))
+            assert answer.status_code == 200, answer.text
+            assert answer.content.startswith(start)
+            assert answer.headers["content-disposition"].endswith(f'.{form}"')
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/runs/1/grid/export/csv", 400, "format must be one of png, svg, pdf, got 'csv'"),
+        ("/runs/99/grid/export/png", 404, "run must be the id of a run, got 99"),
+        ("/runs/1/grid/export/png?statistic=charm", 400, "statistic must be one of entropy; got 'charm'"),
+        ("/runs/1/grid/export/png?theme=pink", 400, "theme must be one of light, dark"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_gets_one_sentence(client, path, status, words):
+    answer = client.get("/api/v1" + path)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]

@@ -137,3 +137,11 @@ def test_what_a_run_keeps_along_the_positions_is_drawn_for_the_chosen_head(serve
     page.wait_for_function(
         "() => document.querySelector('[data-part=positions]').textContent.includes('L1H1')"
     )
+
+
+def test_the_statistic_is_downloaded_as_a_figure(grid, tmp_path):
+    page = grid("statistic=entropy")
+    with page.expect_download() as download:
+        page.locator('[data-part="files"]').get_by_text("SVG", exact=True).click()
+    download.value.save_as(tmp_path / "view")
+    assert "multi_head · entropy · made-up" in (tmp_path / "view").read_text()

@@ -1,7 +1,8 @@
 """The HTTP API under /api/v1: experiments, runs, the queue, the catalog, the system.
 
-Maps are in `api_maps`, what the other views show in `api_views`, downloads and imports in `api_files`. Every error is
-{"error": text} with a 4xx status and names the argument, the rule, the value and the choices.
+Maps are in `api_maps`, what the other views show in `api_views` and as pictures in `api_pictures`, downloads and
+imports in `api_files`. Every error is {"error": text} with a 4xx status and names the argument, the rule, the value and
+the choices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from attnlab_kernels.catalog import MECHANISMS
 from attnlab_storage import queue, results, settings
 from attnlab_storage.database import Store
 from attnlab_storage.listing import FILTERS, count_runs
-from attnlab_webui import api_charts, api_compare, api_files, api_inputs, api_maps, api_views
+from attnlab_webui import api_charts, api_compare, api_files, api_inputs, api_maps, api_pictures, api_views
 from attnlab_webui.answers import (
     Refused,
     StoreDep,
@@ -51,6 +52,7 @@ def install(app: FastAPI, store: Store) -> None:
     app.include_router(api_views.router, prefix=PREFIX)
     app.include_router(api_compare.router, prefix=PREFIX)
     app.include_router(api_files.router, prefix=PREFIX)
+    app.include_router(api_pictures.router, prefix=PREFIX)
     app.include_router(api_charts.router, prefix=PREFIX)
     app.add_api_route(PREFIX + "/{rest:path}", _unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
 

@@ -70,29 +70,29 @@ def export_run(
     one gives to the patches of a picture. With neither: all measurements (csv, parquet, json), or the statistics of
     all heads (npz, safetensors).
     """
-    _check("format", form, RUN_FORMATS)
+    check_choice("format", form, RUN_FORMATS)
     find_run(store, run_id)
     name = f"attnlab-run-{run_id}"
     if layer is None:
-        return _file(_run_numbers(store, run_id, form), name, form)
+        return file_answer(_run_numbers(store, run_id, form), name, form)
     look = _look(scale, colormap, theme, reduce)
     if query is not None:
-        _check("format of one query", form, image.FORMATS)
+        check_choice("format of one query", form, image.FORMATS)
         body = image.render_query(
             store, run_id, layer, query, form, scale=look["scale"], colormap=colormap, theme=theme
         )
-        return _file(body, f"{name}-L{layer}-query-{query}", form)
+        return file_answer(body, f"{name}-L{layer}-query-{query}", form)
     if head is None:
-        return _file(_whole_layer(store, run_id, layer, form, look), f"{name}-L{layer}", form)
+        return file_answer(_whole_layer(store, run_id, layer, form, look), f"{name}-L{layer}", form)
     region = span("rows", rows), span("cols", cols)
     if form in image.FORMATS:
         body = image.render_view(store, run_id, layer, head, *region, form, **look)
     elif form in arrays.FORMATS:
         body = arrays.write_map(store, run_id, layer, head, *region, form)
     else:
-        _check("format of one head", form, HEAD_FORMATS)
+        check_choice("format of one head", form, HEAD_FORMATS)
         body = table.write_map_table(store, run_id, layer, head, *region, form)
-    return _file(body, f"{name}-L{layer}H{head}", form)
+    return file_answer(body, f"{name}-L{layer}H{head}", form)
 
 
 @router.get("/compare/export/{form}")
@@ -110,7 +110,7 @@ def export_comparison(
     theme: str = "light",
 ) -> Response:
     """Several runs: measurements in one table, the same region of their maps as arrays or as one picture."""
-    _check("format", form, COMPARE_FORMATS)
+    check_choice("format", form, COMPARE_FORMATS)
     run_ids = ids("runs", runs)
     if len(run_ids) > MOST_RUNS:
         raise Refused(f"runs must be at most {MOST_RUNS} run ids, got {len(run_ids)}")
@@ -118,30 +118,30 @@ def export_comparison(
         find_run(store, run_id)
     name = "attnlab-runs-" + "-".join(str(run_id) for run_id in run_ids)
     if form in table.FORMATS:
-        return _file(table.write_table(store, run_ids, form), name, form)
+        return file_answer(table.write_table(store, run_ids, form), name, form)
     if layer is None or head is None:
         raise Refused(f"layer and head must be given for {form}")
     region = span("rows", rows), span("cols", cols)
     name = f"{name}-L{layer}H{head}"
     if form in arrays.FORMATS:
-        return _file(_several_maps(store, run_ids, layer, head, *region, form), name, form)
+        return file_answer(_several_maps(store, run_ids, layer, head, *region, form), name, form)
     look = _look(scale, colormap, theme, reduce)
     body = image.render_comparison(store, run_ids, layer, head, *region, form, **look)
-    return _file(body, name, form)
+    return file_answer(body, name, form)
 
 
 @router.get("/experiments/{experiment_id}/export/{form}")
 def export_experiment(experiment_id: int, form: str, store: StoreDep) -> Response:
     """A whole experiment: measurements (csv, parquet, json), an offline report (html), everything (zip)."""
-    _check("format", form, EXPERIMENT_FORMATS)
+    check_choice("format", form, EXPERIMENT_FORMATS)
     find_experiment(store, experiment_id)
     name = f"attnlab-experiment-{experiment_id}"
     if form == "html":
-        return _file(write_report(store, experiment_id).encode(), name, form)
+        return file_answer(write_report(store, experiment_id).encode(), name, form)
     if form == "zip":
         return _spooled(lambda file: write_bundle(store, experiment_id, file), name)
     run_ids = [run.id for run in results.runs_of(store, experiment_id=experiment_id)]
-    return _file(table.write_table(store, run_ids, form), name, form)
+    return file_answer(table.write_table(store, run_ids, form), name, form)
 
 
 @router.post("/import")
@@ -176,7 +176,7 @@ def _run_numbers(store: Store, run_id: int, form: str) -> bytes:
 
 
 def _whole_layer(store: Store, run_id: int, layer: int, form: str, look: dict[str, Any]) -> bytes:
-    _check("format of a whole layer", form, LAYER_FORMATS)
+    check_choice("format of a whole layer", form, LAYER_FORMATS)
     if form in arrays.FORMATS:
         return arrays.write_trace(store, run_id, layer, form)
     return image.render_heads(store, run_id, layer, form, **look)
@@ -196,18 +196,20 @@ def _several_maps(
 
 
 def _look(scale: str, colormap: str, theme: str, reduce: str) -> dict[str, Any]:
-    _check("scale", scale, SCALES)
-    _check("colormap", colormap, COLORMAPS)
-    _check("theme", theme, tuple(THEMES))
+    check_choice("scale", scale, SCALES)
+    check_choice("colormap", colormap, COLORMAPS)
+    check_choice("theme", theme, tuple(THEMES))
     return {"scale": scale, "colormap": colormap, "theme": theme, "reduce": reduce}
 
 
-def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refused names the argument, the choices and the value."""
     if value not in choices:
         raise Refused(f"{name} must be one of {', '.join(choices)}, got {value[:40]!r}")
 
 
-def _file(body: bytes, name: str, form: str) -> Response:
+def file_answer(body: bytes, name: str, form: str) -> Response:
+    """A download called ``name.form`` that no browser renders."""
     return Response(body, media_type=MEDIA[form], headers=_attachment(name, form))
 
 

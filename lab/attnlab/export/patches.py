@@ -7,7 +7,7 @@ import numpy as np
 from attnlab.describe import run_brief
 from attnlab.export.colourbar import BAR_ROOM, Scale, draw_bar
 from attnlab.export.panel import THEMES, check_look, unit_values
-from attnlab.export.scene import Line, Raster, Scene, Text, shorten
+from attnlab.export.scene import Raster, Scene, Text, outline, shorten
 from attnlab.pictures import open_picture
 from attnlab.views.colormaps import DIVERGING, colorize
 from attnlab.views.errors import ViewError
@@ -70,7 +70,8 @@ def draw_query(
         scene.add(Text(x, y + 7, f"L{layer}H{head}", 11, look.quiet))
         scene.add(Raster(x, y + _LABEL, width, height, _over(cells.repeat(cell, 0).repeat(cell, 1), grey)))
         if row >= prefix and trace.num_queries == trace.num_keys:
-            scene.add(*_outline(x, y + _LABEL, cell, *divmod(row - prefix, columns), look.text))
+            down, right = divmod(row - prefix, columns)
+            scene.add(*outline(x + right * cell, y + _LABEL + down * cell, cell, cell, look.text))
     bar = {"peak": peak, "scale": scale, "signed": signed, "colormap": name}
     draw_bar(scene, left + _GAP, _TOP + _LABEL, height, **bar, color=look.quiet)
     return scene
@@ -87,10 +88,3 @@ def _over(cells: np.ndarray, grey: np.ndarray | None) -> np.ndarray:
     if grey is None:
         return cells
     return np.round(cells * (1 - PICTURE_SHARE) + grey * PICTURE_SHARE).astype(np.uint8)
-
-
-def _outline(x: int, y: int, cell: int, row: int, col: int, color: str) -> list[Line]:
-    x0, y0 = x + col * cell, y + row * cell
-    x1, y1 = x0 + cell, y0 + cell
-    ends = [(x0, y0, x1, y0), (x1, y0, x1, y1), (x1, y1, x0, y1), (x0, y1, x0, y0)]
-    return [Line(*one, color) for one in ends]

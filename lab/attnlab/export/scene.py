@@ -69,6 +69,13 @@ class Scene:
         self.parts.extend(parts)
 
 
+def outline(x: float, y: float, width: float, height: float, color: str) -> list[Line]:
+    """The four sides of a rectangle."""
+    right, low = x + width, y + height
+    ends = [(x, y, right, y), (right, y, right, low), (right, low, x, low), (x, low, x, y)]
+    return [Line(*one, color) for one in ends]
+
+
 def to_png(scene: Scene) -> bytes:
     """The scene as PNG bytes; characters that no font here has are written as ``\\u4E2D``."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)

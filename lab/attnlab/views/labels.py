@@ -52,7 +52,12 @@ def ran_as(document: Mapping[str, Any]) -> str:
 
 def map_label(document: Mapping[str, Any], layer: int, head: int) -> str:
     """``#3 multi_head · L5H2 · smollm2-135m``."""
-    parts = [f"#{document['id']} {mechanism_label(document)}", f"L{layer}H{head}"]
+    return view_label(document, f"L{layer}H{head}")
+
+
+def view_label(document: Mapping[str, Any], shown: str) -> str:
+    """``#3 multi_head · entropy · smollm2-135m``: whose, what is shown, of which model."""
+    parts = [f"#{document['id']} {mechanism_label(document)}", shown]
     return " · ".join([*parts, str(document["model"])] if document.get("model") else parts)
 
 

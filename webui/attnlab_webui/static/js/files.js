@@ -6,15 +6,15 @@ import { query } from "./request.js";
 
 const FORMATS = ["png", "svg", "pdf"];
 
-// fields: what the address of the export holds besides its look
-export function showFiles(place, run, fields) {
+// fields: what the address of the export holds besides its look; of: what is exported, where it is not the map
+export function showFiles(place, run, fields, of = "") {
   const { state } = run;
   const look = { scale: state.get("scale"), colormap: run.table(false).name, theme: isDark() ? "dark" : "light" };
   place.className = "at-exports";
   place.replaceChildren(element("span", "at-label", "this view"));
   for (const format of FORMATS) {
     const link = element("a", "", format.toUpperCase());
-    link.href = `/api/v1/runs/${run.run}/export/${format}?${query({ ...fields, ...look })}`;
+    link.href = `/api/v1/runs/${run.run}/${of}export/${format}?${query({ ...fields, ...look })}`;
     link.setAttribute("download", "");
     place.append(link);
   }

@@ -4,6 +4,7 @@ import { makeScale, paint, short } from "../colour.js";
 import { parseConditions } from "../conditions.js";
 import { drawCurves, drawLine } from "../curves.js";
 import { onTheme } from "../dark.js";
+import { showFiles } from "../files.js";
 import { hatch, readInk } from "../ink.js";
 import { ApiError, getJson } from "../request.js";
 import { StatGrid } from "../statgrid.js";
@@ -31,7 +32,7 @@ export class Grid {
       '<div class="at-grid-body"><div class="at-grid" role="grid" aria-label="heads"></div>' +
       '<aside class="at-side"><section data-part="stats" hidden></section>' +
       '<section data-part="curves"></section><section data-part="formula" class="at-hint"></section>' +
-      '<section data-part="positions"></section></aside></div>';
+      '<section data-part="positions"></section><section data-part="files" hidden></section></aside></div>';
     this.find = (name) => root.querySelector(name);
     this.grid = this.find(".at-grid");
     this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "120px" });
@@ -220,6 +221,14 @@ export class Grid {
     const at = { layer: this.state.get("layer"), head: this.state.get("head") };
     drawCurves(this.find('[data-part="curves"]'), info, at, (chosen) => this.choose(chosen));
     this.find('[data-part="formula"]').textContent = `${info.title}: ${info.formula}. ${info.source}.`;
+    this.showFiles(info);
+  }
+
+  showFiles(info) {
+    const place = this.find('[data-part="files"]');
+    place.hidden = false;
+    showFiles(place, this.run, { statistic: info.name }, "grid/");
+    place.querySelector(".at-label").textContent = "this statistic";
   }
 
   // ---- what is chosen
@@ -334,6 +343,7 @@ export class Grid {
       if (tile) this.draw(place, tile);
     }
     this.stats.colour(this.run.table(false));
+    if (this.stats.info) this.showFiles(this.stats.info);
   }
 
   complain(message) {
