@@ -95,6 +95,7 @@ def test_the_stored_map_is_the_modules_own(
     run = ran(sqlite_store, spec_of(mechanism, given))
     assert (run.state, run.reason) == ("succeeded", None)
     (trace,) = results.traces(sqlite_store, run.id)
+    assert (run.summary or {})["kernels"]
     assert trace.row_sum_defect < 1e-6
     assert trace.output_defect < (0.05 if given.get("use_fp8") else 1e-5)
     dense, heard = told(mechanism, given)
@@ -167,6 +168,7 @@ def test_every_probe_works_in_every_phase_or_says_why_not(
         assert without[mechanism] in (run.reason or "")
         return
     assert (run.state, run.reason) == ("succeeded", None)
+    assert (run.summary or {})["kernels"]
     found = {row.name: row for row in results.measurements(sqlite_store, run.id)}
     assert {"check_error", "attention_error", "entropy", "attention_latency"} <= set(found)
     error = found["attention_error"]

@@ -76,6 +76,10 @@ def test_each_mechanism_has_a_frontier_with_the_bytes_that_were_asked_for(sqlite
     assert (flash["fits"], flash["fails"]) == (4096, None)
     assert "tokens: out of memory: asked for" in results.log_tail(sqlite_store, runs[0].id)
     assert run_document(sqlite_store, runs[0].id)["environment"]["versions"]
+    named = [run_document(sqlite_store, run.id)["kernels"] for run in runs[:2]]
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert [fused in names for names in named] == [False, True]
+    assert "aten::bmm" in named[0]
 
 
 def test_a_trial_that_is_too_slow_or_cannot_even_begin_ends_alone() -> None:

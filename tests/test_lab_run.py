@@ -137,6 +137,7 @@ def test_the_summary_says_what_lists_show(store: Store, tiny: str) -> None:
 
 def test_the_stored_map_is_the_models_own(store: Store, tiny: str) -> None:
     (run,) = ran(store, spec_of(tiny, record=["maps"]))
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in (run.summary or {})["kernels"]
     model = LlamaForCausalLM.from_pretrained(tiny, attn_implementation="eager")
     ids = torch.randint(97, (13,), generator=torch.Generator().manual_seed(0))
     attentions = model(ids[None], output_attentions=True).attentions

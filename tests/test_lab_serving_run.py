@@ -52,6 +52,10 @@ def test_a_served_experiment_is_stored_with_all_that_happened(sqlite_store: Stor
     for run in runs:
         document = run.document()
         served = document["serving"]
+        assert "aten::bmm" in document["kernels"]
+        log = results.log_tail(sqlite_store, run.id)
+        assert "kernels that ran, prompt: " in log
+        assert "kernels that ran, decode: " in log
         assert document["accuracy"]["check_error"] < 1e-5
         assert len(served["output_tokens_per_second"]["samples"]) == 2
         assert served["inter_token_latency"]["count"] == 6 * 2

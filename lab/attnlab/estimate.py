@@ -100,7 +100,7 @@ def _search_estimate(runs: int, given: FrontierSpec) -> Estimate:
         f"each run tries at most {trials} lengths, each in a process of its own within "
         f"{format_bytes(given.memory_bytes)}; the time is the longest that they may take"
     ]
-    seconds = runs * (START_SECONDS + trials * given.seconds)
+    seconds = runs * (START_SECONDS + (trials + 1) * given.seconds)  # once more to name the kernels
     return Estimate(runs, 0, PROCESS_BYTES + given.memory_bytes, seconds, "limit", notes, [])
 
 

@@ -45,9 +45,24 @@ def search(recorder: Recorder, spec: ExperimentSpec, point: RunPoint, device: to
             return trial
 
         found = find_frontier(attempt, first=given.first, up_to=given.up_to, resolution=given.resolution)
+        recorder.phase("naming the kernels", made, most)
+        named = name_kernels(trials, [trial.tokens for trial in found if trial.fits])
+    if named is not None:
+        recorder.log(f"kernels that ran at {named.tokens} tokens: {', '.join(named.kernels)}")
     detail = frontier_detail(found, given.memory_bytes, given.resolution)
     recorder.measurements([MeasurementRow("frontier", float(detail["fits"]), "tokens", detail=detail)])
-    return {"implementation": point.implementation, "tokens": detail["fits"], "device": str(device)}
+    return {
+        "implementation": point.implementation,
+        "kernels": [] if named is None else named.kernels,
+        "tokens": detail["fits"],
+        "device": str(device),
+    }
+
+
+def name_kernels(trials: Trials, fitting: list[int]) -> Trial | None:
+    """Profile a step of the longest length that fits with the profiler beside it; None if there is none."""
+    tried = (trials.attempt(tokens, name_kernels=True) for tokens in sorted(fitting, reverse=True))
+    return next((trial for trial in tried if trial.fits), None)
 
 
 def check_budget(memory_bytes: int, device: torch.device) -> None:

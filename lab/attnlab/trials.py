@@ -59,12 +59,13 @@ class Trials:
             self._process.kill()
             self._process.communicate()
 
-    def attempt(self, tokens: int) -> Trial:
-        """Try one length."""
+    def attempt(self, tokens: int, *, name_kernels: bool = False) -> Trial:
+        """Try one length; ``name_kernels`` does so under the profiler."""
         assert self._process is not None
         assert self._process.stdin is not None
         point = replace(self._point, sequence_length=tokens)
-        self._process.stdin.write(json.dumps({**self._order, "point": point.to_dict()}) + "\n")
+        order = {**self._order, "point": point.to_dict(), "name_kernels": name_kernels}
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Trial(**json.loads(self._answer(self._seconds + START_SECONDS)))
 
@@ -121,10 +122,12 @@ def _tried(order: Mapping[str, Any]) -> dict[str, Any]:
 
     from .outcomes import ending_of
     from .probes.memory import resident
+    from .probes.timing import kernels_that_ran
     from .subjects.load import load_subject
 
     device = torch.device(order["device"])
     before = resident("VmRSS")
+    kernels: list[str] = []
     try:
         hold_to(order["memory_bytes"], device)
         spec, point = parse_spec(order["spec"]), RunPoint(**order["point"])
@@ -134,7 +137,10 @@ def _tried(order: Mapping[str, Any]) -> dict[str, Any]:
             subject = load_subject(spec, point, device)
             with subject.ready():
                 subject.prepare()
-                subject.step()
+                if order["name_kernels"]:
+                    kernels = kernels_that_ran(subject.step, device)
+                else:
+                    subject.step()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
     except Exception as error:
@@ -143,7 +149,7 @@ def _tried(order: Mapping[str, Any]) -> dict[str, Any]:
     peak = resident("VmHWM") - before
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    return {"outcome": FITS, "reason": "", "peak_bytes": peak}
+    return {"outcome": FITS, "reason": "", "peak_bytes": peak, "kernels": kernels}
 
 
 def hold_to(memory_bytes: int, device: Any) -> None:

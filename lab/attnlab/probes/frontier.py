@@ -1,7 +1,7 @@
 """The longest sequence that fits into a stated memory: doubled until one does not, then bisected."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 FITS = "fits"
@@ -17,6 +17,7 @@ class Trial:
         reason: one sentence, with the bytes asked for where an allocation failed.
         peak_bytes: most that the process held beyond what it began with; None where it did not live to say.
         seconds: from its start to its end.
+        kernels: what ran in it; only of a trial that was asked to name them.
     """
 
     tokens: int
@@ -24,6 +25,7 @@ class Trial:
     reason: str
     peak_bytes: int | None
     seconds: float
+    kernels: list[str] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from attnlab_kernels.operations.latent.reference import absorb, raise_values
 from attnlab_kernels.scheduler import Work
 
 from .engine import CacheShape
-from .pools import LayerPool, Row, StepPlan
+from .pools import LayerPool, Row, StepPlan, latest_attention, open_pools
 from .workload import Request
 
 PREFIX_SEED = 1 << 40
@@ -68,7 +68,7 @@ class BareRunner:
 
     def open(self, requests: Sequence[Request], shape: CacheShape) -> None:
         self._pools = []  # the old ones first
-        self._pools = [LayerPool(row, shape, self._dtype, self.device) for row in self._rows]
+        self._pools = open_pools(self._rows, shape, self._dtype, self.device)
         self._requests = {request.id: request for request in requests}
         self._drawn, self.outputs = {}, {}
 
@@ -102,6 +102,9 @@ class BareRunner:
             torch.cuda.synchronize(self.device)
         if self._keep:
             self._keep_rows(batch, hidden)
+
+    def latest_attention(self) -> dict[str, Callable[[], object]]:
+        return latest_attention(self._pools)
 
     def end(self, request_id: int) -> None:
         del self._drawn[request_id]

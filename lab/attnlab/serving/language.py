@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,9 @@ class ModelRunner:
         likeliest = self.loaded.logits(hidden[0, last]).argmax(dim=-1).tolist()
         for request_id, token in zip(answered, likeliest, strict=True):
             self.answers[request_id].append(token)
+
+    def latest_attention(self) -> dict[str, Callable[[], object]]:
+        return self._swap.latest_attention()
 
     def end(self, request_id: int) -> None:
         pass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,8 @@ class LayerPool:
         self.values = (
             torch.empty(*sizes, row.value_dim, dtype=dtype, device=device) if row.value_dim else None
         )
+        self.latest: dict[str, Callable[[], object]] | None = None
+        """where it is a dict: the last attention of a step with a prompt and of one without, to be run again"""
 
     def write(self, plan: StepPlan, keys: Tensor, values: Tensor | None = None) -> None:
         """Put new keys ``[T, Hkv, D]`` and values ``[T, Hkv, Dv]`` into their slots."""
@@ -105,7 +108,8 @@ class LayerPool:
     ) -> AttentionOutput:
         """Attention of ``[T, Hq, D]`` to its own sequence; ``value_dim`` where the keys hold the values."""
         values = self.keys[..., :value_dim] if self.values is None else self.values
-        return attend_paged(
+        attention = partial(
+            attend_paged,
             query,
             self.keys,
             values,
@@ -117,3 +121,20 @@ class LayerPool:
             implementation=implementation,
             **extras,
         )
+        if self.latest is not None:
+            self.latest["decode" if len(query) == len(plan.lengths) else "prompt"] = attention
+        return attention()
+
+
+def open_pools(
+    rows: Sequence[Row], shape: CacheShape, dtype: torch.dtype, device: torch.device
+) -> list[LayerPool]:
+    """A pool of each layer; that of the middle one keeps its latest attention."""
+    pools = [LayerPool(row, shape, dtype, device) for row in rows]
+    pools[len(pools) // 2].latest = {}
+    return pools
+
+
+def latest_attention(pools: Sequence[LayerPool]) -> dict[str, Callable[[], object]]:
+    """What the middle layer computed last, by the kind of its step: ``prompt``, ``decode``."""
+    return dict(pools[len(pools) // 2].latest or {})

@@ -13,6 +13,7 @@ from attnlab_storage.results import InputRow, MeasurementRow
 from ..environment import describe_environment
 from ..models import TORCH_DTYPES, ModelError, shared_model
 from ..probes.memory import trim_heap
+from ..probes.timing import kernels_that_ran
 from ..recorder import Recorder
 from ..spec import ExperimentSpec, RunPoint
 from ..subjects.module_call import count_parameters
@@ -42,6 +43,7 @@ class ServingProcedure:
         self._recorder, self._spec, self._point, self._device = recorder, spec, point, device
         self._serving: ServingSpec = spec.serving
         self._requests = draw_requests(self._serving.workload, spec.seed)
+        self._kernels: list[str] = []
 
     def perform(self) -> dict[str, Any]:
         """Do all steps; returns the summary that is kept with the run."""
@@ -131,6 +133,7 @@ class ServingProcedure:
     def _passes(self, runner: BareRunner | ModelRunner, shape: CacheShape) -> list[Timeline]:
         self._recorder.phase("warming up")
         serve(self._requests[:WARMED], runner, shape, self._serving)
+        self._name_kernels(runner)
         passes = []
         for index in range(self._spec.repeats):
             name = f"serving, pass {index + 1} of {self._spec.repeats}"
@@ -146,6 +149,16 @@ class ServingProcedure:
                 f"({time.perf_counter() - began:.2f} s with the books)"
             )
         return passes
+
+    def _name_kernels(self, runner: BareRunner | ModelRunner) -> None:
+        """Profile the last attention of each kind of step, in a middle layer."""
+        found: dict[str, None] = {}
+        for kind, attention in runner.latest_attention().items():
+            with torch.inference_mode():
+                names = kernels_that_ran(attention, self._device)
+            found |= dict.fromkeys(names)
+            self._recorder.log(f"kernels that ran, {kind}: {', '.join(names)}")
+        self._kernels = list(found)
 
     def _check(self, runner: BareRunner | ModelRunner) -> MeasurementRow:
         """Whether the shortest requests come out as they do alone."""
@@ -173,6 +186,7 @@ class ServingProcedure:
         kept = ("output_tokens_per_second", "time_to_first_token", "inter_token_latency", "preemptions")
         return {name: values[name] for name in kept if name in values} | {
             "implementation": runner.implementation,
+            "kernels": self._kernels,
             "layers": runner.layers,
             "heads": runner.heads,
             "swap": "none" if isinstance(runner, BareRunner) else self._swap_kind(runner),

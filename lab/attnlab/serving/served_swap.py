@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +14,7 @@ from attnlab_kernels.output import AttentionOutput
 from ..swaps.latent import LatentSwap, side_by_side
 from ..swaps.softmax import Attended, ModelCall, Swap, softmax_attended
 from .engine import CacheShape
-from .pools import LayerPool, Row, StepPlan
+from .pools import LayerPool, Row, StepPlan, latest_attention, open_pools
 
 READ = frozenset({"softcap", "sinks", "alibi"})
 """what a model may add to plain attention and paged attention computes"""
@@ -41,7 +42,10 @@ class ServedSwap(Swap):
     def open(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         """Make the pools."""
         self._pools = []  # the old ones first
-        self._pools = [LayerPool(row, shape, dtype, device) for row in self.rows]
+        self._pools = open_pools(self.rows, shape, dtype, device)
+
+    def latest_attention(self) -> dict[str, Callable[[], object]]:
+        return latest_attention(self._pools)
 
     def attend(self, call: ModelCall) -> Attended:
         assert self.plan is not None
