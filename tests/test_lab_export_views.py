@@ -2,16 +2,20 @@
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from attnlab.export import image, panel, scene
+from attnlab.export import image, lines, panel, scene
+from attnlab.export.lines import draw_lines
 from attnlab.export.statistic_grid import draw_statistic
 from attnlab.heads import statistics_document
 from attnlab.views.colormaps import colorize
 from attnlab.views.errors import ViewError
+
+ROOT = Path(__file__).parents[1]
 
 
 def words_of(drawn: scene.Scene) -> list[str]:
@@ -55,3 +59,92 @@ def test_heads_without_a_value_are_grey_and_colours_reach_below_zero(traced, mon
 def test_a_statistic_that_is_not_kept_is_refused(traced):
     with pytest.raises(ViewError, match=re.escape("statistic must be one of entropy; got 'charm'")):
         draw_statistic(traced.store, traced.run_ids[0], "charm")
+
+
+def drawn_weights(drawn: scene.Scene) -> list[tuple[int, int, str]]:
+    """(row, column, colour) of every line between the columns, by where it begins and ends."""
+    left, right = (
+        next(p for p in drawn.parts if isinstance(p, scene.Text) and p.text == word) for word in ENDS
+    )
+    found = []
+    for part in drawn.parts:
+        if isinstance(part, scene.Line) and part.x0 == left.x + 6 and part.x1 == right.x - 6:
+            row, col = ((y - left.y - 16) / 16 - 0.5 for y in (part.y0, part.y1))
+            found.append((round(row), round(col), part.color))
+    return found
+
+
+ENDS = ("query (from)", "key (to)")
+
+
+@pytest.mark.parametrize("heads", [(2,), (0, 3), ()])
+def test_a_line_is_drawn_for_each_weight_from_the_threshold_up(traced, heads):
+    run_id = traced.run_ids[1]
+    drawn = draw_lines(traced.store, run_id, 1, (20, 51), (10, 33), heads=heads, above=0.07)
+    wanted = set()
+    for head in heads or range(4):
+        weights = traced.reference(run_id, 1, head)[20:51, 10:33]
+        wanted |= {
+            (r, c, lines.HEAD_COLOURS["light"][head]) for r, c in np.argwhere(weights >= 0.07).tolist()
+        }
+    found = drawn_weights(drawn)
+    assert len(found) == len(wanted) > 20
+    assert set(found) == wanted
+    name = {(): "all heads", (2,): "head 2", (0, 3): "heads 0, 3"}[heads]
+    shown = {f"#{run_id} sliding_window(window_size=16) · layer 1, {name} · made-up", "weight", "·token22"}
+    assert shown | {f"H{head}" for head in heads or range(4)} <= set(words_of(drawn))
+    all_formats_open(drawn)
+
+
+def test_the_mean_of_all_heads_is_one_line_a_pair_and_stronger_where_it_is_larger(traced):
+    run_id = traced.run_ids[0]
+    drawn = draw_lines(traced.store, run_id, 0, heads="mean", above=0.0)
+    mean = np.mean([traced.reference(run_id, 0, head)[:32, :32] for head in range(4)], axis=0)
+    found = drawn_weights(drawn)
+    assert {(row, col) for row, col, _ in found} == set(zip(*np.tril_indices(32), strict=True))
+    assert len(found) == 32 * 33 // 2
+    strengths = [
+        part.opacity for part in drawn.parts if isinstance(part, scene.Line) and part.x1 - part.x0 > 99
+    ]
+    sizes = [mean[row, col] for row, col, _ in found]
+    assert np.all(np.diff(sizes) > -1e-6)
+    assert strengths == sorted(strengths)
+    assert strengths[0] < 0.2 < 0.9 < strengths[-1]
+
+
+def test_a_head_has_the_colour_that_it_has_on_the_page():
+    source = (ROOT / "webui/attnlab_webui/static/js/head_colours.js").read_text()
+    for name, colours in lines.HEAD_COLOURS.items():
+        listed = re.search(rf"const {name.upper()} = \[(.*)\]", source)
+        assert listed
+        assert re.findall("#[0-9a-f]{6}", listed[1]) == colours
+
+
+def test_too_many_lines_are_refused_with_their_number(traced, monkeypatch):
+    monkeypatch.setattr(lines, "MOST_LINES", 9)
+    with pytest.raises(ViewError, match=r"above must leave at most 9 lines; 0\.01 leaves [0-9]+"):
+        draw_lines(traced.store, traced.run_ids[0], 0, above=0.01)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_lines_of_any_strength_look_alike_in_png_and_pdf(theme):
+    pdfium = pytest.importorskip("pypdfium2", reason="needs pypdfium2: make oracles installs it")
+    look = panel.THEMES[theme]
+    drawn = scene.Scene(120, 60, look.background, [scene.Rect(8, 4, 20, 9, "#d55e00")])
+    for i, opacity in enumerate((0.1, 0.5, 1.0)):
+        drawn.add(scene.Line(10, 20 + 12 * i, 110, 24 + 12 * i, "#0072b2", 4, opacity, dashed=i == 1))
+    png = np.asarray(Image.open(io.BytesIO(scene.to_png(drawn))), float)
+    page = pdfium.PdfDocument(image.encode(drawn, "pdf"))[0].render(scale=4 / 3)
+    pdf = np.asarray(page.to_pil().convert("RGB"), float)
+    assert np.abs(png - pdf).mean() < 4
+    for row in (22, 34, 46):
+        strokes = [np.abs(one[row - 5 : row + 6, 30:90] - one[-1, -1]).sum() for one in (png, pdf)]
+        assert strokes[0] == pytest.approx(strokes[1], rel=0.1)
+
+
+def test_a_dashed_line_is_drawn_in_pieces_of_four_pixels_three_apart():
+    pieces = scene.dashes(scene.Line(0, 0, 12, 16, dashed=True))
+    lengths = [np.hypot(x1 - x0, y1 - y0) for x0, y0, x1, y1 in pieces]
+    np.testing.assert_allclose(lengths, [4, 4, 4])
+    np.testing.assert_allclose(pieces[1][:2], (12 * 7 / 20, 16 * 7 / 20))
+    assert scene.dashes(scene.Line(0, 0, 12, 16)) == [(0, 0, 12, 16)]

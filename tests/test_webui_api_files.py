@@ -178,7 +178,11 @@ def test_a_wrong_download_gets_one_sentence(client, path, status, words):
 
 def test_pictures_of_views_are_attachments_in_every_format(client, traced):
     run = traced.run_ids[0]
-    for path in (f"/runs/{run}/grid/export/{{}}?statistic=entropy&theme=dark&scale=log",):
+    for path in (
+        f"/runs/{run}/grid/export/{{}}?statistic=entropy&theme=dark&scale=log",
+        f"/runs/{run}/lines/export/{{}}?layer=1&rows=3:20&cols=0:9&heads=0,2&above=0.1",
+        f"/runs/{run}/lines/export/{{}}?layer=1&heads=mean",
+    ):
         for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
             answer = client.get("/api/v1" + path.format(form))
             assert answer.status_code == 200, answer.text
@@ -192,6 +196,15 @@ def test_pictures_of_views_are_attachments_in_every_format(client, traced):
         ("/runs/1/grid/export/csv", 400, "format must be one of png, svg, pdf, got 'csv'"),
         ("/runs/99/grid/export/png", 404, "run must be the id of a run, got 99"),
         ("/runs/1/grid/export/png?statistic=charm", 400, "statistic must be one of entropy; got 'charm'"),
+        (
+            "/runs/1/lines/export/png?layer=0&heads=1,x",
+            400,
+            "heads must be mean or head numbers separated by",
+        ),
+        ("/runs/1/lines/export/png?layer=0&heads=9", 400, "heads must be in 0..3; got [9]"),
+        ("/runs/1/lines/export/png?layer=0&above=nan", 400, "above must be from 0 to 1; got nan"),
+        ("/runs/1/lines/export/png?layer=0&rows=0:77", 400, "rows must be at most 64 tokens; got 0:77"),
+        ("/runs/1/lines/export/png?layer=9", 400, "layer must be"),
         ("/runs/1/grid/export/png?theme=pink", 400, "theme must be one of light, dark"),
     ],
 )

@@ -116,3 +116,13 @@ def test_both_columns_move_together_and_never_hold_more_than_can_be_drawn(lines)
     page.goto(page.url.replace("rows=40:77&cols=40:77", "rows=2:77&cols=2:77"))
     page.wait_for_function(IDLE)
     assert page.locator('[data-side="query"] .at-line-token').count() == 64
+
+
+def test_the_lines_are_downloaded_as_a_figure(lines, tmp_path):
+    page = lines("layer=1&heads=2&rows=20:50&cols=10:60")
+    with page.expect_download() as download:
+        page.locator('[data-part="files"]').get_by_text("SVG", exact=True).click()
+    download.value.save_as(tmp_path / "view")
+    words = (tmp_path / "view").read_text()
+    assert "layer 1, head 2" in words
+    assert "queries 20:50 of 77 · keys 10:60 of 77" in words

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+import re
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
 
 from attnlab.export import image
+from attnlab.export.lines import draw_lines
 from attnlab.export.scene import Scene
 from attnlab.export.statistic_grid import draw_statistic
-from attnlab_webui.answers import StoreDep, find_run
+from attnlab_webui.answers import Refused, StoreDep, find_run, span
 from attnlab_webui.api_files import Text, check_choice, file_answer
 
 router = APIRouter()
@@ -27,6 +31,35 @@ def export_grid(
     find_run(store, run_id)
     scene = draw_statistic(store, run_id, statistic, colormap=colormap, theme=theme)
     return _picture(scene, f"run-{run_id}-{statistic or 'statistic'}", form)
+
+
+@router.get("/runs/{run_id}/lines/export/{form}")
+def export_lines(
+    run_id: int,
+    form: str,
+    layer: int,
+    store: StoreDep,
+    rows: Text = None,
+    cols: Text = None,
+    heads: Annotated[str, Query(max_length=1000)] = "",
+    above: float = 0.05,
+    theme: str = "light",
+) -> Response:
+    """The weights of a short range as lines, of `heads` (`1,3`, `mean`, or all) from `above` up, as png, svg or pdf."""
+    check_choice("format", form, image.FORMATS)
+    find_run(store, run_id)
+    region = span("rows", rows), span("cols", cols)
+    scene = draw_lines(store, run_id, layer, *region, heads=_heads(heads), above=above, theme=theme)
+    return _picture(scene, f"run-{run_id}-L{layer}-lines", form)
+
+
+def _heads(text: str) -> list[int] | Literal["mean"]:
+    if text == "mean":
+        return "mean"
+    parts = text.split(",") if text else []
+    if not all(re.fullmatch("[0-9]{1,4}", part) for part in parts):
+        raise Refused(f"heads must be mean or head numbers separated by commas, got {text[:60]!r}")
+    return [int(part) for part in parts]
 
 
 def _picture(scene: Scene, name: str, form: str) -> Response:

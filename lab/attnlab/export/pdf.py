@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from attnlab.export.scene import Line, Raster, Scene, Text, drawable, font_bytes
+from attnlab.export.scene import DASH, Line, Raster, Rect, Scene, Text, drawable, font_bytes
 from attnlab.export.truetype import TrueType
 
 POINTS = 0.75  # a pixel of the scene in points of 1/72 inch, as in CSS
@@ -28,11 +28,16 @@ def to_pdf(scene: Scene) -> bytes:
             images.append(document.image(_sharp(part)))
         elif isinstance(part, Line):
             content.append(_line(part, scene.height))
+        elif isinstance(part, Rect):
+            content.append(_rect(part, scene.height))
         else:
             content.append(_text(part, scene.height, font))
     drawn = document.stream("", "\n".join(content).encode())
     names = " ".join(f"/I{i} {number} 0 R" for i, number in enumerate(images))
-    resources = f"<< /Font << /F {_font(document, font, used)} 0 R >> /XObject << {names} >> >>"
+    opacities = {part.opacity for part in scene.parts if isinstance(part, Line) and part.opacity != 1}
+    states = " ".join(f"{_state(one)} << /CA {one:.3f} >>" for one in sorted(opacities))
+    fonts = f"/Font << /F {_font(document, font, used)} 0 R >>"
+    resources = f"<< {fonts} /XObject << {names} >> /ExtGState << {states} >> >>"
     size = f"[0 0 {scene.width * POINTS:g} {scene.height * POINTS:g}]"
     return document.page(size, resources, drawn, texts[0] if texts else "")
 
@@ -122,7 +127,20 @@ def _text(part: Text, height: int, font: TrueType) -> str:
 
 def _line(part: Line, height: int) -> str:
     ends = f"{part.x0:.2f} {height - part.y0:.2f} m {part.x1:.2f} {height - part.y1:.2f} l"
-    return f"{_colour(part.color)} RG 1 w {ends} S"
+    if part.plain:
+        return f"{_colour(part.color)} RG 1 w {ends} S"
+    look = f"{part.width:.2f} w" + (f" [{DASH[0]} {DASH[1]}] 0 d" if part.dashed else "")
+    look += f" {_state(part.opacity)} gs" if part.opacity != 1 else ""
+    return f"q {_colour(part.color)} RG {look} {ends} S Q"
+
+
+def _state(opacity: float) -> str:
+    return f"/O{round(1000 * opacity)}"
+
+
+def _rect(part: Rect, height: int) -> str:
+    low = height - part.y - part.height
+    return f"{_colour(part.color)} rg {part.x:.2f} {low:.2f} {part.width:.2f} {part.height:.2f} re f"
 
 
 def _placed(part: Raster, height: int, number: int) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Anchor = Literal["start", "middle", "end"]
+DASH = (4, 3)  # pixels on and off
+_SAMPLES = 3  # a pixel's samples along each side, where lines are smoothed
 FONT_STACK = "Inter, 'DejaVu Sans', Helvetica, Arial, sans-serif"
 # Pillow's built-in face covers Latin only; the first of these found on the machine covers more
 _FONT_FILES = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "Helvetica.ttc")
@@ -36,13 +40,22 @@ class Text:
 
 @dataclass(frozen=True)
 class Line:
-    """A straight line of one pixel."""
+    """A straight line, ``width`` in pixels, ``opacity`` from 0 to 1."""
 
     x0: float
     y0: float
     x1: float
     y1: float
     color: str = "#888888"
+    width: float = 1
+    opacity: float = 1
+    dashed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it fills whole pixels, so that nothing has to be smoothed."""
+        straight = self.x0 == self.x1 or self.y0 == self.y1
+        return straight and self.width == 1 and self.opacity == 1 and not self.dashed
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,20 @@ class Raster:
     pixels: np.ndarray
 
 
+@dataclass(frozen=True)
+class Rect:
+    """A rectangle of one colour."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    color: str
+
+
+Part = Text | Line | Raster | Rect
+
+
 @dataclass
 class Scene:
     """A canvas of width x height pixels with what is drawn on it, in order."""
@@ -63,9 +90,9 @@ class Scene:
     width: int
     height: int
     background: str = "#ffffff"
-    parts: list[Text | Line | Raster] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
-    def add(self, *parts: Text | Line | Raster) -> None:
+    def add(self, *parts: Part) -> None:
         self.parts.extend(parts)
 
 
@@ -80,14 +107,12 @@ def to_png(scene: Scene) -> bytes:
     """The scene as PNG bytes; characters that no font here has are written as ``\\u4E2D``."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)
     draw = ImageDraw.Draw(image)
-    for part in scene.parts:
-        if isinstance(part, Raster):
-            cells = Image.fromarray(np.ascontiguousarray(part.pixels))
-            image.paste(cells.resize((part.width, part.height), Image.Resampling.NEAREST), (part.x, part.y))
-        elif isinstance(part, Line):
-            draw.line((part.x0, part.y0, part.x1, part.y1), fill=part.color)
-        else:
-            _draw_text(image, draw, part)
+    for smooth, parts in groupby(scene.parts, lambda part: isinstance(part, Line) and not part.plain):
+        if smooth:
+            _draw_smooth(image, [part for part in parts if isinstance(part, Line)])
+            continue
+        for part in parts:
+            _draw(image, draw, part)
     return png_bytes(image)
 
 
@@ -142,14 +167,34 @@ def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def _svg_part(part: Text | Line | Raster) -> str:
+def dashes(line: Line) -> list[tuple[float, float, float, float]]:
+    """The pieces of a dashed line, or the one piece of another, as (x0, y0, x1, y1)."""
+    across, down = line.x1 - line.x0, line.y1 - line.y0
+    length = math.hypot(across, down)
+    if not line.dashed or not length:
+        return [(line.x0, line.y0, line.x1, line.y1)]
+    on, off = DASH
+    starts = np.arange(0.0, length, on + off)
+    ends = np.minimum(starts + on, length)
+    spans = zip((starts / length).tolist(), (ends / length).tolist(), strict=True)
+    return [
+        (line.x0 + a * across, line.y0 + a * down, line.x0 + b * across, line.y0 + b * down) for a, b in spans
+    ]
+
+
+def _svg_part(part: Part) -> str:
     if isinstance(part, Raster):
         uri = data_uri(png_bytes(Image.fromarray(np.ascontiguousarray(part.pixels))))
         box = f'x="{part.x}" y="{part.y}" width="{part.width}" height="{part.height}"'
         return f'<image {box} preserveAspectRatio="none" style="image-rendering:pixelated" href="{uri}"/>'
     if isinstance(part, Line):
         ends = f'x1="{part.x0:g}" y1="{part.y0:g}" x2="{part.x1:g}" y2="{part.y1:g}"'
-        return f'<line {ends} stroke="{escape(part.color)}"/>'
+        look = "" if part.plain else f' stroke-width="{part.width:.3g}" stroke-opacity="{part.opacity:.3g}"'
+        dash = f' stroke-dasharray="{DASH[0]} {DASH[1]}"' if part.dashed else ""
+        return f'<line {ends} stroke="{escape(part.color)}"{look}{dash}/>'
+    if isinstance(part, Rect):
+        box = f'x="{part.x:g}" y="{part.y:g}" width="{part.width:g}" height="{part.height:g}"'
+        return f'<rect {box} fill="{escape(part.color)}"/>'
     turn = f' transform="rotate(-90 {part.x:g} {part.y:g})"' if part.turn else ""
     place = f'x="{part.x:g}" y="{part.y:g}" font-size="{part.size}" fill="{escape(part.color)}"'
     align = f'text-anchor="{part.anchor}" dominant-baseline="central" xml:space="preserve"'
@@ -158,6 +203,31 @@ def _svg_part(part: Text | Line | Raster) -> str:
 
 def _xml_legal(text: str) -> str:
     return "".join(char if char >= " " and not 0xD800 <= ord(char) <= 0xDFFF else "\ufffd" for char in text)
+
+
+def _draw(image: Image.Image, draw: ImageDraw.ImageDraw, part: Part) -> None:
+    if isinstance(part, Raster):
+        cells = Image.fromarray(np.ascontiguousarray(part.pixels))
+        image.paste(cells.resize((part.width, part.height), Image.Resampling.NEAREST), (part.x, part.y))
+    elif isinstance(part, Line):
+        draw.line((part.x0, part.y0, part.x1, part.y1), fill=part.color)
+    elif isinstance(part, Rect):
+        right, low = round(part.x + part.width) - 1, round(part.y + part.height) - 1
+        draw.rectangle((round(part.x), round(part.y), right, low), fill=part.color)
+    else:
+        _draw_text(image, draw, part)
+
+
+def _draw_smooth(image: Image.Image, lines: list[Line]) -> None:
+    """Draws on a larger copy and brings it back; pixels that no line touches stay as they are."""
+    large = image.resize((image.width * _SAMPLES, image.height * _SAMPLES), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(large, "RGBA")
+    for line in lines:
+        color = (*bytes.fromhex(line.color.removeprefix("#")), round(255 * line.opacity))
+        for piece in dashes(line):
+            ends = [_SAMPLES * end - 0.5 for end in piece]
+            draw.line(ends, fill=color, width=max(1, round(_SAMPLES * line.width)))
+    image.paste(large.resize(image.size, Image.Resampling.BOX))
 
 
 def _draw_text(image: Image.Image, draw: ImageDraw.ImageDraw, part: Text) -> None:

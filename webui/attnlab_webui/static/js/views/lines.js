@@ -2,6 +2,7 @@
 
 import { precise } from "../colour.js";
 import { onTheme } from "../dark.js";
+import { showFiles } from "../files.js";
 import { headColour } from "../head_colours.js";
 import { readInk } from "../ink.js";
 import { drawLines } from "../line_picture.js";
@@ -32,7 +33,8 @@ export class Lines {
       '<p class="at-hint" aria-live="polite"></p>' +
       '<div class="at-lines"><div class="at-column" data-side="query" role="listbox" aria-label="queries (from)"></div>' +
       '<canvas role="img"></canvas>' +
-      '<div class="at-column" data-side="key" role="listbox" aria-label="keys (to)"></div></div>';
+      '<div class="at-column" data-side="key" role="listbox" aria-label="keys (to)"></div></div>' +
+      '<section data-part="files"></section>';
     this.find = (name) => root.querySelector(name);
     this.canvas = this.find("canvas");
     this.columns = { query: this.find('[data-side="query"]'), key: this.find('[data-side="key"]') };
@@ -259,6 +261,7 @@ export class Lines {
     mean.setAttribute("aria-pressed", String(this.isMean));
     this.write();
     this.draw();
+    this.showFiles();
   }
 
   showSquares(heads) {
@@ -319,6 +322,15 @@ export class Lines {
     drawLines(context, { tile, drawn, above: this.state.get("above"), width, pitch: PITCH, only: seen, average });
     canvas.setAttribute("aria-label", `lines of ${this.isMean ? "the mean of all heads" : `${drawn.length} heads`} of layer ${this.run.source.layer.layer}`);
     this.mark(only);
+  }
+
+  showFiles() {
+    const place = this.find('[data-part="files"]');
+    const heads = this.isMean ? "mean" : this.heads.join();
+    place.hidden = !heads;
+    const [rows, cols] = [this.range("rows").join(":"), this.range("cols").join(":")];
+    const { layer } = this.run.source.layer;
+    showFiles(place, this.run, { layer, rows, cols, heads, above: this.state.get("above") }, "lines/");
   }
 
   // Of the token that is pointed at: the weights on the other side in numbers, the mean of the heads that are drawn.
