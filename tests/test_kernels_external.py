@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnlab.probes.kernel import KernelCall
+from attnlab.probes.layout import copied_bytes, layout_latency
 from attnlab_kernels.masks import Band, Causal, Full, Mask, Padding, Window, mask_from_band
 from attnlab_kernels.operations.softmax import eager, external, flashinfer, hub, preference
 from attnlab_kernels.operations.softmax.api import IMPLEMENTATIONS, Unsupported, attend, choose, supports
@@ -248,6 +250,38 @@ def test_only_flashinfer_copies_for_its_layout(stand_ins):
     assert all(part.is_contiguous() for part in flashinfer.arrange(q, k, v))
     assert flashinfer.arrange(q, k, v)[0].data_ptr() != q.data_ptr()
     assert q.transpose(1, 2).data_ptr() == q.data_ptr()
+
+
+@pytest.mark.parametrize("name", EXTERNAL)
+def test_the_copies_that_a_layout_needs_are_timed_apart_and_are_nothing_where_views_suffice(name, stand_ins):
+    q, k, v = (part.contiguous() for part in tensors(torch.bfloat16, 64, 64))
+    output = attend(q, k, v, mask=Causal(), implementation=name).output
+    call = KernelCall(0, (q, k, v), attend, name, 0, False, None)
+    row = layout_latency(call, 5, torch.device("cpu"))
+    assert row is not None
+    assert row.unit == "ms"
+    copied = (row.detail or {})["copied_bytes"]
+    if name == "flashinfer":
+        # queries, keys and values in, the output back
+        assert copied == sum(part.numel() * part.element_size() for part in (q, k, v, output))
+        assert len(row.samples or []) == 5
+        assert row.value > 0
+    else:
+        assert (copied, row.value) == (0, 0)
+
+
+def test_tensors_that_lie_tokens_first_already_are_not_copied_for_flashinfer():
+    lying = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in tensors(torch.bfloat16, 64, 64)]
+    q, k, v = lying
+    assert copied_bytes(flashinfer.arrange(q, k, v), (q, k, v)) == 0
+    output = flashinfer.arrange_all(q, k, v)[3:]
+    assert copied_bytes(output, (q, k, v)) == q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in EXTERNAL])
+def test_what_takes_our_own_layout_has_no_time_of_a_conversion(name):
+    call = KernelCall(0, tensors(torch.bfloat16, 64, 64), attend, name, 0, False, None)
+    assert layout_latency(call, 5, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])

@@ -1,11 +1,18 @@
 """What the panel says beside a time."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from attnlab_webui.experiment_view import sample_strip
-from attnlab_webui.timing_view import reference_words, timing_spread, timing_trouble
+from attnlab.describe import run_document
+from attnlab.run import run_here
+from attnlab.spec import parse_spec
+from attnlab_kernels.operations.softmax import flashinfer
+from attnlab_kernels.operations.softmax.registry import IMPLEMENTATIONS
+from attnlab_storage import results
+from attnlab_webui.experiment_view import run_facts, sample_strip
+from attnlab_webui.timing_view import layout_words, reference_words, timing_spread, timing_trouble
 
 DETAIL = {
     "timer": "perf_counter",
@@ -54,6 +61,38 @@ def test_the_ratio_to_the_reference_has_its_interval_and_pairs():
     assert "<b>0.820 x</b>" in text
     assert "95 % interval 0.800 – 0.900, 3 pairs in turn" in text
     assert "a &gt; b" in text
+
+
+def test_the_copies_into_a_kernels_layout_are_a_figure_of_their_own_where_it_has_one(
+    sqlite_store, monkeypatch
+):
+    spec = {
+        "name": "layout",
+        "module": {"dim": 32, "num_heads": 2},
+        "vary": {"mechanism": ["multi_head"], "implementation": ["eager"], "sequence_length": [24]},
+        "record": ["timing"],
+        "repeats": 3,
+    }
+
+    def shown() -> tuple[dict, str]:
+        (run,) = results.runs_of(sqlite_store, experiment_id=run_here(sqlite_store, parse_spec(spec)))
+        document = run_document(sqlite_store, run.id)
+        return document, run_facts(document, run)
+
+    document, page = shown()
+    assert document["layout_latency_ms"] is None
+    assert "the layout" not in page
+    copying = replace(IMPLEMENTATIONS["eager"], arrange=flashinfer.arrange_all)
+    monkeypatch.setitem(IMPLEMENTATIONS, "eager", copying)
+    document, page = shown()
+    assert len(document["layout_latency_ms"]["samples"]) == 3
+    assert layout_words(document["layout_latency_ms"]) in page
+    assert "copied" in page
+
+
+def test_a_layout_of_views_costs_nothing_and_says_so():
+    text = layout_words({"median": 0.0, "samples": [0.0], "detail": {"copied_bytes": 0}})
+    assert "views suffice" in text
 
 
 def test_the_strip_shows_the_medians_interval_on_the_scale_of_the_samples():

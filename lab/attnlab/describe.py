@@ -68,6 +68,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "speed_withheld": summary.get("speed_withheld"),
         "latency_ms": _timing(whole.get("latency")),
         "attention_latency_ms": _timing(whole.get("attention_latency")),
+        "layout_latency_ms": _timing(whole.get("layout_latency")),
         "reference_ratio": _timing(whole.get("reference_ratio")),
         "peak_memory_bytes": _whole_number(whole.get("peak_memory")),
         "peak_memory": _detail(whole.get("peak_memory")),

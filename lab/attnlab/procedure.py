@@ -21,6 +21,7 @@ from .probes.adversarial import prove
 from .probes.ceilings import ceilings_of
 from .probes.interleaved import interleaved
 from .probes.kernel import KernelCall
+from .probes.layout import layout_latency
 from .probes.maps import LayerCapture, capture_call, finish
 from .probes.memory import peak_memory, trim_heap
 from .probes.reference import causal_reference
@@ -207,6 +208,8 @@ class Procedure:
         kernels = self._name_kernels(subject)
         detail = {"layer": middle.layer, "implementation": middle.implementation, "kernels": kernels}
         rows = [whole, with_detail(kernel, detail)]
+        if (layout := layout_latency(middle, self._spec.repeats, self._device)) is not None:
+            rows.append(layout)
         if (captured := self._found.values.get("capture_ms")) is not None:
             compared = {"captured_ms": captured, "plain_ms": whole.value}
             rows.append(MeasurementRow("capture_overhead", captured / whole.value, "ratio", detail=compared))

@@ -13,7 +13,7 @@ from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import pieces, serving_view
 from attnlab_webui.memory_view import frontier_facts, memory_facts
 from attnlab_webui.pieces import Raw, escape
-from attnlab_webui.timing_view import reference_words, timing_spread, timing_trouble
+from attnlab_webui.timing_view import layout_words, reference_words, timing_spread, timing_trouble
 
 # what a run's row may show, in this order; a column that is the same for all runs moves into the header
 VARYING = ("model", "sequence_length", "dtype", "batch_size", "phase")
@@ -183,6 +183,8 @@ def _timing(document: Mapping[str, Any]) -> str:
             rows.append(
                 (words, Raw(text + sample_strip(timing["samples"], words, interval) + timing_trouble(timing)))
             )
+    if document["layout_latency_ms"]:
+        rows.append(("of it, the layout", Raw(layout_words(document["layout_latency_ms"]))))
     if document["reference_ratio"]:
         rows.append(("against plain causal SDPA", Raw(reference_words(document["reference_ratio"]))))
     if document["roofline"]:

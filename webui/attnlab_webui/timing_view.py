@@ -60,3 +60,12 @@ def reference_words(ratio: Mapping[str, Any]) -> str:
         f"<b>{ratio['median']:.3f} x</b> its time <span class='at-muted' title='{proof}'>{sure}{pairs}</span>"
     )
     return words + timing_trouble(ratio)
+
+
+def layout_words(layout: Mapping[str, Any]) -> str:
+    """What the kernel's own layout costs of the attention's time."""
+    copied = layout["detail"]["copied_bytes"]
+    if not copied:
+        return "0 ms <span class='at-muted'>views suffice, nothing is copied</span>"
+    words = f"{pieces.size_in_bytes(copied)} copied"
+    return f"<b>{pieces.milliseconds(layout['median'])}</b> <span class='at-muted'>{words}</span>"

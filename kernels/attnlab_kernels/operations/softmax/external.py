@@ -113,6 +113,11 @@ def window(mask: Mask, unbounded: int | None) -> tuple[bool, tuple[int | None, i
     return band.left is None and band.right == 0, (sides[0], sides[1])
 
 
+def tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[B, tokens, heads, dim]`` as views of ``[B, heads, tokens, dim]``: what most kernels take, by its strides."""
+    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+
+
 def settle(
     output: Tensor, lse: Tensor, mask: Mask, num_keys: int, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def run(
     """Attend with ``flash_attn_func`` of version 4; None means no end of a window there."""
     causal, sides = external.window(mask, None)
     output, lse = external.found(MODULE, SYMBOL)(
-        *(tensor.transpose(1, 2) for tensor in (q, k, v)),
+        *external.tokens_first(q, k, v),
         softmax_scale=scale,
         causal=causal,
         window_size=(None, None) if causal else sides,

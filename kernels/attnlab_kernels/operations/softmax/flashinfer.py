@@ -1,7 +1,7 @@
 """FlashInfer's prefill kernel (package flashinfer-python). Not run on a GPU here, see ``external``.
 
 Ye et al., https://arxiv.org/abs/2501.01005. Its log-sum-exp is of base 2 and is converted. One call takes one sequence,
-``[tokens, heads, dim]`` and contiguous, so tensors are copied into that layout: ``arrange`` alone is what that costs.
+``[tokens, heads, dim]`` and contiguous, so tensors are copied into that layout; ``arrange_all`` makes the copies alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(
         )
         outputs.append(output)
         sums.append(lse)
-    output = torch.stack(outputs).transpose(1, 2)
+    output = torch.stack(outputs).transpose(1, 2)  # a copy
     lse = torch.stack(sums).transpose(1, 2) * math.log(2)
     return external.settle(output, lse, mask, k.shape[2], modifiers.sinks)
 
@@ -54,6 +54,12 @@ def arrange(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``[B, tokens, heads, dim]``, contiguous: what the kernel wants."""
     query, key, value = (tensor.transpose(1, 2).contiguous() for tensor in (q, k, v))
     return query, key, value
+
+
+def arrange_all(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """``arrange``, and the sequences' outputs (of the queries' size) put together as ``run`` does."""
+    given = arrange(q, k, v)
+    return *given, torch.stack(given[0].unbind())
 
 
 def supports(

@@ -69,7 +69,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> tuple[T
     causal = window == (-1, 0)
     asked = "return_attn_probs" in inspect.signature(kernel).parameters
     result = kernel(
-        *(tensor.transpose(1, 2) for tensor in (q, k, v)),
+        *external.tokens_first(q, k, v),
         softmax_scale=scale,
         causal=causal,
         **({} if causal else {"window_size": window}),

@@ -31,7 +31,7 @@ def run(
     """Attend with the hub's ``flash_attn_func``."""
     causal, sides = external.window(mask, -1)
     output, lse, _ = load().flash_attn_func(
-        *(tensor.transpose(1, 2) for tensor in (q, k, v)),
+        *external.tokens_first(q, k, v),
         softmax_scale=scale,
         causal=causal,
         window_size=(-1, -1) if causal else sides,

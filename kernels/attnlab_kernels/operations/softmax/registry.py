@@ -8,6 +8,7 @@ from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import (
     banded,
     eager,
+    external,
     flash_attn2,
     flash_attn3,
     flash_attn4,
@@ -85,6 +86,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             flash_attn2.run,
             flash_attn2.supports,
             "an NVIDIA GPU from Ampere (sm80), half types, pip install flash-attn (compiles)",
+            external.tokens_first,
         ),
         Implementation(
             "flash_attn_3",
@@ -92,6 +94,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             flash_attn3.run,
             flash_attn3.supports,
             "Hopper (sm90), half types, flash_attn_interface built from its sources",
+            external.tokens_first,
         ),
         Implementation(
             "flash_attn_4",
@@ -99,6 +102,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             flash_attn4.run,
             flash_attn4.supports,
             "Hopper or Blackwell, half types, pip install --pre flash-attn-4",
+            external.tokens_first,
         ),
         Implementation(
             "flash_attn_hub",
@@ -106,6 +110,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             hub.run,
             hub.supports,
             "an NVIDIA GPU from Ampere (sm80), half types, pip install kernels, a kernel fetched before",
+            external.tokens_first,
         ),
         Implementation(
             "flashinfer",
@@ -113,6 +118,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             flashinfer.run,
             flashinfer.supports,
             "an NVIDIA GPU from Ampere (sm80), half types, pip install flashinfer-python",
+            flashinfer.arrange_all,
         ),
         Implementation(
             "xformers",
@@ -120,6 +126,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             xformers.run,
             xformers.supports,
             "an NVIDIA GPU from Ampere (sm80), half types, pip install xformers",
+            external.tokens_first,
         ),
     )
 }

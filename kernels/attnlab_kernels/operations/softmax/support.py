@@ -99,3 +99,5 @@ class Implementation:
     supports: Supports
     requires: str
     """What a machine needs for it, in words."""
+    arrange: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]] | None = None
+    """q, k and v in the layout that its kernel takes, and what it copies of the output; None: ours is its own"""

@@ -30,8 +30,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Attend with ``memory_efficient_attention_forward_requires_grad``; it may pad the log-sum-exp's rows."""
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    query = q.transpose(1, 2)
-    key, value = k.transpose(1, 2), v.transpose(1, 2)
+    query, key, value = external.tokens_first(q, k, v)
     if group > 1:
         query = query.unflatten(2, (kv_heads, group))
         key, value = (part[:, :, :, None].expand(-1, -1, -1, group, -1) for part in (key, value))
