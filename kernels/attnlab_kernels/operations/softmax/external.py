@@ -12,7 +12,9 @@ from functools import cache
 from importlib import import_module, metadata
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnlab_kernels.masks import Mask
@@ -122,7 +124,14 @@ def settle(
     output: Tensor, lse: Tensor, mask: Mask, num_keys: int, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Ours from theirs, ``[B, H, n, Dv]`` and ``[B, H, n]``: dead rows (infinity in some) and sinks."""
-    dead = torch.from_numpy(mask.dead_rows(output.shape[2], num_keys)).to(output.device)
+    return settle_rows(output, lse, mask.dead_rows(output.shape[2], num_keys), sinks)
+
+
+def settle_rows(
+    output: Tensor, lse: Tensor, dead_rows: NDArray[np.bool_], sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same, told which of the n rows see no key."""
+    dead = torch.from_numpy(dead_rows).to(output.device)
     if dead.any():
         output, lse = output.masked_fill(dead[:, None], 0), lse.masked_fill(dead, -torch.inf)
     return lower.add_sinks(output, lse, sinks)

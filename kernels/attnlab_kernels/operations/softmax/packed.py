@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Full, Mask
-from attnlab_kernels.operations.softmax import eager, triton_forward
+from attnlab_kernels.operations.softmax import eager, flash_varlen, triton_forward
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Modifiers, Support
 from attnlab_kernels.output import AttentionOutput
 
-IMPLEMENTATIONS = ("eager", "triton")
+IMPLEMENTATIONS = ("eager", "triton", *flash_varlen.MODULES)
 
 
 def attend_packed(
@@ -39,7 +39,8 @@ def attend_packed(
         q: ``[T, Hq, D]``; k ``[Tk, Hkv, D]``; v ``[Tk, Hkv, Dv]``, Hq a multiple of Hkv.
         query_starts: whole numbers ``[S + 1]``, from 0 to T; key_starts the same, to Tk.
         mask: of every sequence, aligned to its newest token; no padding.
-        implementation: "eager", "triton", or "auto" (Triton on CUDA).
+        implementation: "eager", "triton", "flash_attn_2" or "flash_attn_3" (their varlen functions), or "auto"
+            (Triton on CUDA).
 
     Returns:
         output ``[T, Hq, Dv]``; lse ``[Hq, T]`` natural log; aux as ``attend``'s.
@@ -52,30 +53,50 @@ def attend_packed(
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     cuts = [_cuts(name, starts, rows) for name, starts, rows in _named(q, k, query_starts, key_starts)]
     _check(q, k, v, mask, cuts)
-    support = triton_supports(q, k, v, modifiers, factor)
-    name = implementation
-    if implementation == "auto":
-        name = "triton" if support and q.device.type == "cuda" else "eager"
-    if name not in IMPLEMENTATIONS:
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
         )
-    if name == "triton" and not support:
-        raise Unsupported(f"implementation 'triton' cannot run this call: {support.reason}")
-    if name == "eager":
-        output, lse = _run_each(q, k, v, cuts, mask, factor, modifiers)
+    name, reason = implementation, "asked for"
+    if implementation == "auto":
+        support = triton_supports(q, k, v, modifiers, factor)
+        name = "triton" if support and q.device.type == "cuda" else "eager"
+        reason = f"auto: Triton on CUDA, else eager ({support.reason})"
+    elif not (support := _supports(name, q, k, v, cuts, mask, factor, modifiers)):
+        raise Unsupported(f"implementation {name!r} cannot run this call: {support.reason}")
+    if name in flash_varlen.MODULES:
+        output, lse = flash_varlen.run(name, q, k, v, cuts, mask=mask, scale=factor, modifiers=modifiers)
     else:
-        output, lse = _run_triton(q, k, v, cuts, mask, factor, modifiers)
-    reason = (
-        "asked for" if implementation != "auto" else f"auto: Triton on CUDA, else eager ({support.reason})"
-    )
+        run = _run_each if name == "eager" else _run_triton
+        output, lse = run(q, k, v, cuts, mask, factor, modifiers)
     return AttentionOutput(output, lse=lse.detach(), aux={"implementation": name, "reason": reason})
+
+
+def _supports(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cuts: list[list[int]],
+    mask: Mask,
+    scale: float,
+    modifiers: Modifiers,
+) -> Support:
+    if name == "eager":
+        return Support(True)
+    if name == "triton":
+        return triton_supports(q, k, v, modifiers, scale)
+    need_grad = _needs_grad(q, k, v, modifiers)
+    return flash_varlen.supports(name, q, k, v, cuts, mask=mask, modifiers=modifiers, need_grad=need_grad)
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, *modifiers.tensors))
 
 
 def triton_supports(q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers, scale: float) -> Support:
     """Whether our kernel runs packed tensors ``[T, H, D]``: forward only."""
-    parts = (q, k, v, *modifiers.tensors)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+    if _needs_grad(q, k, v, modifiers):
         return Support(False, "packed sequences have no Triton backward; use eager")
     if not scale > 0:
         return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
