@@ -165,7 +165,7 @@ def test_a_timed_run_stands_under_its_ceilings(sqlite_store: Any, monkeypatch: p
     assert "follow from no mask" in results.log_tail(sqlite_store, sparse["id"])
     info = roofline_info(documents)
     assert [point.share for point in info.points] == [found["share"], linear["roofline"]["share"]]
-    assert info.missing == [f"#{sparse['id']} sparse tiled: no count of operations, or no time"]
+    assert info.missing == [f"#{sparse['id']} sparse fused: no count of operations, or no time"]
     roof, *points = roofline_figure(info).to_plotly_json()["data"]
     assert roof["name"] == "made up · float32"
     assert roof["y"][1] == roof["y"][2] == 1e12
