@@ -2,6 +2,7 @@
 
 import io
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 from attnlab.export import image, lines, panel, scene
 from attnlab.export.lines import draw_lines
 from attnlab.export.statistic_grid import draw_statistic
+from attnlab.export.token_text import WIDTH, Passage, draw_passage, draw_token, ink_on
 from attnlab.heads import statistics_document
-from attnlab.views.colormaps import colorize
+from attnlab.views.colormaps import COLORMAPS, colorize, colormap
 from attnlab.views.errors import ViewError
+from attnlab.views.tokens import token_labels
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,3 +151,80 @@ def test_a_dashed_line_is_drawn_in_pieces_of_four_pixels_three_apart():
     np.testing.assert_allclose(lengths, [4, 4, 4])
     np.testing.assert_allclose(pieces[1][:2], (12 * 7 / 20, 16 * 7 / 20))
     assert scene.dashes(scene.Line(0, 0, 12, 16)) == [(0, 0, 12, 16)]
+
+
+def tokens_of(drawn: scene.Scene) -> list[tuple[scene.Rect, scene.Text]]:
+    """The box and the word of each token, in order."""
+    parts = drawn.parts
+    return [
+        (box, word)
+        for box, word in pairwise(parts)
+        if isinstance(box, scene.Rect) and isinstance(word, scene.Text)
+    ]
+
+
+@pytest.mark.parametrize(("direction", "head"), [("sent", 3), ("received", 3), ("sent", None)])
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_every_token_stands_on_the_colour_of_its_weight(traced, direction, head, scale):
+    run_id, row = traced.run_ids[0], 41
+    drawn = draw_token(traced.store, run_id, 1, row, head, direction=direction, scale=scale)
+    heads = range(4) if head is None else [head]
+    full = np.mean([traced.reference(run_id, 1, one) for one in heads], axis=0)
+    weights = full[row] if direction == "sent" else full[:, row]
+    allowed = np.arange(77) <= row if direction == "sent" else np.arange(77) >= row
+    unit = weights / weights.max()
+    if scale == "log":
+        unit = 1 + np.log10(np.maximum(unit, 1e-3)) / 3
+    wanted = np.where(allowed[:, None], colorize(unit, "viridis"), panel.THEMES["light"].masked)
+    tokens = tokens_of(drawn)
+    found = np.array([list(bytes.fromhex(box.color[1:])) for box, _ in tokens])
+    assert np.abs(found - wanted.astype(int)).max() <= 4  # one of 256 colours by rounding
+    assert [word.text.strip() for _, word in tokens] == [label.strip("·Ġ") for label in shown_labels(traced)]
+    assert (
+        f"what ·token41 (41) {'attends to' if direction == 'sent' else 'is attended by'}"
+        in words_of(drawn)[1]
+    )
+    assert "grey: masked" in words_of(drawn)[1]
+    all_formats_open(drawn)
+
+
+def shown_labels(traced) -> list[str]:
+    return token_labels(traced.store, traced.run_ids[0]).query
+
+
+def test_tokens_are_wrapped_into_lines_and_never_overlap(traced):
+    boxes = [box for box, _ in tokens_of(draw_token(traced.store, traced.run_ids[0], 0))]
+    assert len({box.y for box in boxes}) > 3
+    for before, box in pairwise(boxes):
+        assert box.x >= before.x + before.width if box.y == before.y else box.y >= before.y + before.height
+    assert max(box.x + box.width for box in boxes) <= boxes[0].x + WIDTH
+
+
+def test_a_line_of_the_text_ends_where_its_newline_is_and_a_long_token_is_cut():
+    labels = ["one", "·two", ".⏎", "three", "x" * 900]
+    drawn = draw_passage(Passage("a", "b", labels, np.ones(5), 1.0, chosen=1))
+    (one, _), (two, _), (stop, _), (three, _), (long, word) = tokens_of(drawn)
+    assert one.y == two.y == stop.y < three.y < long.y
+    assert one.x == three.x == long.x
+    assert word.text.endswith("…")
+    frame = [
+        part
+        for part in drawn.parts
+        if isinstance(part, scene.Line) and part.x0 in (two.x - 1, two.x + two.width)
+    ]
+    assert len(frame) == 4
+    assert drawn.parts.index(frame[0]) > drawn.parts.index(word)
+
+
+@pytest.mark.parametrize("name", COLORMAPS)
+def test_words_have_a_contrast_of_at_least_four_and_a_half_on_every_colour(name):
+    for colour in colormap(name):
+        luminance = relative_luminance(colour)
+        ink = ink_on(*colour.tolist())
+        assert (luminance + 0.05) / 0.05 >= 4.5 if ink == "#000000" else 1.05 / (luminance + 0.05) >= 4.5
+
+
+def relative_luminance(colour: np.ndarray) -> float:
+    """WCAG 2.2, as it is written there."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour / 255)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

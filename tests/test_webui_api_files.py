@@ -182,6 +182,8 @@ def test_pictures_of_views_are_attachments_in_every_format(client, traced):
         f"/runs/{run}/grid/export/{{}}?statistic=entropy&theme=dark&scale=log",
         f"/runs/{run}/lines/export/{{}}?layer=1&rows=3:20&cols=0:9&heads=0,2&above=0.1",
         f"/runs/{run}/lines/export/{{}}?layer=1&heads=mean",
+        f"/runs/{run}/token/export/{{}}?layer=1&head=2&token=30&direction=received&scale=linear",
+        f"/runs/{run}/token/export/{{}}?layer=1&heads=mean&shown=0:9&colormap=paper",
     ):
         for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
             answer = client.get("/api/v1" + path.format(form))
@@ -205,6 +207,10 @@ def test_pictures_of_views_are_attachments_in_every_format(client, traced):
         ("/runs/1/lines/export/png?layer=0&above=nan", 400, "above must be from 0 to 1; got nan"),
         ("/runs/1/lines/export/png?layer=0&rows=0:77", 400, "rows must be at most 64 tokens; got 0:77"),
         ("/runs/1/lines/export/png?layer=9", 400, "layer must be"),
+        ("/runs/1/token/export/png?layer=0&token=77", 400, "row must be in 0..76"),
+        ("/runs/1/token/export/png?layer=0&direction=up", 400, "direction must be one of sent, received"),
+        ("/runs/1/token/export/png?layer=0&scale=row", 400, "scale must be one of log, linear, got 'row'"),
+        ("/runs/1/token/export/png?layer=0&shown=9:9", 400, "shown must be a range"),
         ("/runs/1/grid/export/png?theme=pink", 400, "theme must be one of light, dark"),
     ],
 )

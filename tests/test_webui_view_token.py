@@ -118,3 +118,13 @@ def test_the_list_leads_with_the_largest_weights_and_goes_there(token_view, serv
     assert f"({reference.argmax()})" in first.get_attribute("title")
     first.click()
     wait_for_token(page, int(reference.argmax()))
+
+
+def test_the_text_is_downloaded_as_a_figure(token_view, tmp_path):
+    page = token_view("layer=1&head=2&token=30&direction=received")
+    with page.expect_download() as download:
+        page.locator('[data-part="files"]').get_by_text("SVG", exact=True).click()
+    download.value.save_as(tmp_path / "view")
+    words = (tmp_path / "view").read_text()
+    assert "L1H2" in words
+    assert "(30) is attended by" in words

@@ -11,6 +11,7 @@ from attnlab.export import image
 from attnlab.export.lines import draw_lines
 from attnlab.export.scene import Scene
 from attnlab.export.statistic_grid import draw_statistic
+from attnlab.export.token_text import SCALES, draw_token
 from attnlab_webui.answers import Refused, StoreDep, find_run, span
 from attnlab_webui.api_files import Text, check_choice, file_answer
 
@@ -51,6 +52,43 @@ def export_lines(
     region = span("rows", rows), span("cols", cols)
     scene = draw_lines(store, run_id, layer, *region, heads=_heads(heads), above=above, theme=theme)
     return _picture(scene, f"run-{run_id}-L{layer}-lines", form)
+
+
+@router.get("/runs/{run_id}/token/export/{form}")
+def export_token(
+    run_id: int,
+    form: str,
+    layer: int,
+    store: StoreDep,
+    head: int = 0,
+    heads: Annotated[str, Query(max_length=1000)] = "",
+    token: int | None = None,
+    direction: Text = "sent",
+    shown: Text = None,
+    scale: str = "log",
+    colormap: str = "viridis",
+    theme: str = "light",
+) -> Response:
+    """What the query `token` (without one: the last) gives or receives over the text, as png, svg or pdf.
+
+    Of one `head`, or of the mean of all with `heads=mean`; over the `shown` positions START:STOP, or all.
+    """
+    check_choice("format", form, image.FORMATS)
+    check_choice("scale", scale, SCALES)
+    find_run(store, run_id)
+    scene = draw_token(
+        store,
+        run_id,
+        layer,
+        token,
+        None if heads == "mean" else head,
+        direction=direction or "sent",
+        shown=span("shown", shown),
+        scale="log" if scale == "log" else "linear",
+        colormap=colormap,
+        theme=theme,
+    )
+    return _picture(scene, f"run-{run_id}-L{layer}-token-{'last' if token is None else token}", form)
 
 
 def _heads(text: str) -> list[int] | Literal["mean"]:

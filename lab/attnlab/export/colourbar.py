@@ -26,16 +26,19 @@ def draw_bar(
     colormap: str,
     color: str,
     low: float = 0.0,
+    decades: int = LOG_DECADES,
 ) -> None:
     """A bar of ``height`` pixels, its numbers to the right in ``color``, from ``low`` (linear only) to ``peak``."""
     ramp = colorize(np.linspace(1.0, 0.0, height)[:, None], colormap)
     scene.add(Raster(x, y, 12, height, ramp))
-    for fraction, label in bar_labels(peak, scale, signed=signed, low=low):
+    for fraction, label in bar_labels(peak, scale, signed=signed, low=low, decades=decades):
         at = y + (1.0 - fraction) * (height - 1)
         scene.add(Line(x + 12, at, x + 15, at, color), Text(x + 18, at, label, 10, color))
 
 
-def bar_labels(peak: float, scale: Scale, *, signed: bool, low: float = 0.0) -> list[tuple[float, str]]:
+def bar_labels(
+    peak: float, scale: Scale, *, signed: bool, low: float = 0.0, decades: int = LOG_DECADES
+) -> list[tuple[float, str]]:
     """(place 0..1 on the colour bar, label) pairs, from low to high."""
     if signed and not peak:
         return [(0.5, "0 everywhere")]
@@ -44,6 +47,6 @@ def bar_labels(peak: float, scale: Scale, *, signed: bool, low: float = 0.0) -> 
     if scale == "row":
         return [(0.0, "0"), (1.0, "row max")]
     if scale == "log":
-        ends = range(LOG_DECADES + 1)
-        return [(i / LOG_DECADES, f"{peak * 10.0 ** (i - LOG_DECADES):.2g}") for i in ends]
+        ends = range(decades + 1)
+        return [(i / decades, f"{peak * 10.0 ** (i - decades):.2g}") for i in ends]
     return [(i / 4, f"{low + (peak - low) * i / 4:.3g}") for i in range(5)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from attnlab.describe import run_brief
 from attnlab.export.panel import THEMES, Theme, check_look
-from attnlab.export.scene import Line, Rect, Scene, Text, shorten, text_width
+from attnlab.export.scene import Anchor, Line, Rect, Scene, Text, shorten, text_width
 from attnlab.views.errors import ViewError
 from attnlab.views.head_tiles import head_tiles
 from attnlab.views.labels import ran_as, view_label
@@ -177,7 +177,11 @@ def _draw_names(
     above = _TOP - 16
     scene.add(Text(place.left - 6, above, "query (from)", 11, look.quiet, "end"))
     scene.add(Text(place.right + 6, above, f"{word} (to)", 11, look.quiet))
-    for x, anchor, side in ((place.left - 6, "end", names[0]), (place.right + 6, "start", names[1])):
+    columns: list[tuple[float, Anchor, list[str]]] = [
+        (place.left - 6, "end", names[0]),
+        (place.right + 6, "start", names[1]),
+    ]
+    for x, anchor, side in columns:
         for at, name in enumerate(side):
             text = shorten(name, _LABEL_ROOM, 11)
             scene.add(Text(x, _TOP + (at + 0.5) * _PITCH, text, 11, look.text, anchor))

@@ -64,8 +64,10 @@ class Panel:
     allowed: np.ndarray | None = None
 
 
-def unit_values(values: np.ndarray, peak: float, scale: Scale, *, signed: bool) -> np.ndarray:
-    """Values mapped to 0..1 of the colour scale: linear, log (five decades below the peak), or by row.
+def unit_values(
+    values: np.ndarray, peak: float, scale: Scale, *, signed: bool, decades: int = LOG_DECADES
+) -> np.ndarray:
+    """Values mapped to 0..1 of the colour scale: linear, log (some decades below the peak), or by row.
 
     Of signed values 0.5 is zero, and log is linear near it (below `SIGNED_KNEE` of the peak).
 
@@ -85,8 +87,8 @@ def unit_values(values: np.ndarray, peak: float, scale: Scale, *, signed: bool) 
         tops = values.max(axis=1, keepdims=True)
         return values / np.where(tops > 0, tops, 1.0)
     if scale == "log":
-        decades = np.log10(np.maximum(values / peak, 10.0**-LOG_DECADES))
-        return np.clip(1.0 + decades / LOG_DECADES, 0.0, 1.0)
+        below = np.log10(np.maximum(values / peak, 10.0**-decades))
+        return np.clip(1.0 + below / decades, 0.0, 1.0)
     return np.clip(values / peak, 0.0, 1.0)
 
 

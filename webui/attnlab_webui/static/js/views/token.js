@@ -2,6 +2,7 @@
 
 import { indexOf, makeScale, precise } from "../colour.js";
 import { onTheme } from "../dark.js";
+import { showFiles } from "../files.js";
 import { HeadBar } from "../headbar.js";
 import { readInk } from "../ink.js";
 import { button, element } from "../make.js";
@@ -30,7 +31,7 @@ export class Token {
       '<div class="at-token-body"><div><canvas class="at-strip-all" aria-hidden="true"></canvas>' +
       '<div data-part="text" aria-label="tokens; arrow keys choose another one"></div></div>' +
       '<aside class="at-side"><section class="at-readout" aria-live="polite"></section>' +
-      '<section data-part="sent"></section><section data-part="received"></section></aside></div>';
+      '<section data-part="sent"></section><section data-part="received"></section><section data-part="files"></section></aside></div>';
     this.find = (name) => root.querySelector(name);
     this.text = new TokenText(this.find('[data-part="text"]'), {
       click: (at) => this.ask(at),
@@ -240,6 +241,15 @@ export class Token {
     this.say(null);
     this.drawStrip();
     this.heads.draw();
+    this.showFiles();
+  }
+
+  showFiles() {
+    const { start, weights } = this.side;
+    const { layer, head } = this.state.values;
+    const heads = this.heads.isMean ? "mean" : null;
+    const shown = `${start}:${start + weights.length}`;
+    showFiles(this.find('[data-part="files"]'), this.run, { layer, head, heads, token: this.row, direction: this.direction, shown }, "token/");
   }
 
   // The largest weights of a side, as buttons that go to the token.
