@@ -6,7 +6,9 @@ from collections import namedtuple
 import pytest
 
 from attnlab import estimate as cost
+from attnlab.probes.warming import expected_calls, warm_up
 from attnlab.spec import parse_spec
+from attnlab_kernels.masks import Causal
 from attnlab_storage import queue, tensors
 
 
@@ -88,6 +90,37 @@ def test_costs_grow_with_the_sequence():
     found = [cost.estimate(spec) for spec in specs]
     for numbers in ([one.seconds or 0 for one in found], [one.peak_bytes for one in found]):
         assert 0 < numbers[0] < numbers[1] < numbers[2]
+
+
+def test_timing_costs_its_warm_up_and_the_pairs_with_the_reference():
+    vary = {"implementation": ["sdpa_flash"], "sequence_length": [4096]}
+    specs = [
+        spec_of(vary=vary, repeats=5, **changes)
+        for changes in (
+            {"record": ["accuracy"]},
+            {"record": ["accuracy", "timing"]},
+            {"record": ["accuracy", "timing"], "reference": "sdpa"},
+        )
+    ]
+    plain, timed, paired = (cost.estimate(spec).seconds or 0 for spec in specs)
+    point = specs[0].points()[0]
+    whole = cost.forward_flops(point, shape()) / cost.CPU_FLOPS
+    attention = cost.attention_flops(point, shape(), Causal()) / cost.CPU_FLOPS
+    # one call, then three that are as long as each other, then the repeats
+    assert timed - plain == pytest.approx((4 + 5) * (whole + attention))
+    assert paired - timed == pytest.approx(2 * (4 + 5) * attention)
+
+
+def test_a_step_of_minutes_is_warmed_up_by_as_few_calls_as_the_rule_allows():
+    for seconds in (1e-6, 0.01, 0.2, 0.3, 0.6, 100.0):
+        times: list[float] = []
+
+        def sample(times: list[float] = times, seconds: float = seconds) -> float:
+            times.append(seconds)
+            return seconds
+
+        warm_up(sample, lambda times=times: sum(times))
+        assert expected_calls(seconds) == len(times)
 
 
 def test_without_a_history_the_time_is_labelled_rough():

@@ -13,7 +13,8 @@ from attnlab.intervals import median_interval
 from attnlab.probes.card import CardWindow, nvml_reader
 from attnlab.probes.conditions import ProcessorWindow
 from attnlab.probes.timers import EventTimer, WallTimer, cache_flusher
-from attnlab.probes.timing import latency, warm_up
+from attnlab.probes.timing import latency
+from attnlab.probes.warming import warm_up
 
 CPU = torch.device("cpu")
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from attnlab.bundled import BUNDLED, describe_model
+from attnlab.probes.warming import expected_calls
 from attnlab.serving.metrics import REQUEST_FIELDS, STEP_FIELDS
 from attnlab.serving.settings import ServingSpec
 from attnlab.serving.workload import draw_requests
@@ -197,12 +198,19 @@ def cache_formula(spec: ExperimentSpec, point: RunPoint, tokens: int) -> dict[st
 
 def forward_flops(point: RunPoint, shape: Shape) -> float:
     """Operations of one forward pass: two for each weight and token, four for each allowed pair and head entry."""
-    tokens = 1 if point.phase == "decode" else point.sequence_length
-    pairs = _mask(point, shape).count(tokens, point.sequence_length)
-    if point.implementation in _DENSE:
-        pairs = tokens * point.sequence_length
-    attention = 4 * pairs * shape.head_dim * shape.heads * shape.layers
-    return point.batch_size * (2 * (shape.weight_bytes / 4) * tokens + attention)
+    weights = 2 * (shape.weight_bytes / 4) * _queries(point) * point.batch_size
+    return weights + shape.layers * attention_flops(point, shape, _mask(point, shape))
+
+
+def attention_flops(point: RunPoint, shape: Shape, mask: Mask) -> float:
+    """Operations of the attention of one layer."""
+    queries, keys = _queries(point), point.sequence_length
+    pairs = queries * keys if point.implementation in _DENSE else mask.count(queries, keys)
+    return 4 * point.batch_size * pairs * shape.head_dim * shape.heads
+
+
+def _queries(point: RunPoint) -> int:
+    return 1 if point.phase == "decode" else point.sequence_length
 
 
 def disk_refusals(needed: int, store: Store | None) -> list[str]:
@@ -229,11 +237,18 @@ def _seconds(
 
 def _rough_seconds(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> float:
     record = set(spec.record)
+    speed = (GPU_FLOPS if point.gpus else CPU_FLOPS) / (3 if point.phase == "train" else 1)
+    whole = forward_flops(point, shape) / speed
     passes = ("maps" in record) + 2 * ("memory" in record) + 2 * bool(record & {"accuracy", "statistics"})
-    passes += (spec.repeats + 1) * ("timing" in record)
-    if point.phase == "train":
-        passes *= 3
-    return START_SECONDS + passes * forward_flops(point, shape) / (GPU_FLOPS if point.gpus else CPU_FLOPS)
+    seconds = START_SECONDS + (passes + 1) * whole  # one to find the attention whose kernels are named
+    if "timing" not in record:
+        return seconds
+    attention = attention_flops(point, shape, _mask(point, shape)) / speed
+    timed = [whole, attention]
+    if spec.reference is not None:
+        plain = replace(point, implementation="auto")
+        timed += [attention, attention_flops(plain, shape, Causal()) / speed]
+    return seconds + sum((spec.repeats + expected_calls(one)) * one for one in timed)
 
 
 def _from_history(store: Store, spec: ExperimentSpec, point: RunPoint) -> float | None:

@@ -8,7 +8,8 @@ from attnlab_storage.results import MeasurementRow
 
 from ..intervals import median_interval
 from .timers import EventTimer, Step, Timer, WallTimer, cache_flusher
-from .timing import warm_up, window_of
+from .timing import window_of
+from .warming import warm_up
 
 
 def interleaved(

@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +18,8 @@ from ..intervals import median_interval
 from .card import CardWindow, nvml_reader
 from .conditions import ProcessorWindow, UnknownWindow
 from .timers import EventTimer, Step, Timer, WallTimer, cache_flusher
+from .warming import warm_up
 
-STEADY = 3
-"""warm-up goes on until this many calls in a row, after the first, are within TOLERANCE of their least"""
-TOLERANCE = 0.05
-MOST_WARM_UP = 20
-WARM_UP_SECONDS = 0.5
 SHARE = 0.05
 """operators below this share of the time are not named, but for the telling ones"""
 TELLING = ("attention", "bmm", "_softmax")
@@ -74,26 +69,6 @@ def latency(
     detail["cache"] = "warm" if flush is None else "L2 overwritten before each sample"
     detail["conditions"] = window.found
     return MeasurementRow(name, statistics.median(samples), "ms", samples=samples, detail=detail)
-
-
-def warm_up(sample: Callable[[], float], clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
-    """Call until the time is steady: three calls in a row after the first within 5 % of their least.
-
-    Ends unsteady after 20 calls, or half a second after the first call. ``first_ms`` is apart, as compilation, tuning
-    and lazy allocation are in it.
-    """
-    times = [sample()]
-    began = clock()
-    while not (steady := _is_steady(times)):
-        if len(times) >= MOST_WARM_UP or clock() - began >= WARM_UP_SECONDS:
-            break
-        times.append(sample())
-    return {"warm_up": len(times), "warm_up_ms": sum(times), "first_ms": times[0], "steady": steady}
-
-
-def _is_steady(times: list[float]) -> bool:
-    last = times[1:][-STEADY:]
-    return len(last) == STEADY and max(last) <= (1 + TOLERANCE) * min(last)
 
 
 def _threads() -> dict[str, Any]:
