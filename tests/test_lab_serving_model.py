@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.models import LoadedModel
+from attnlab.probes.timing import kernels_that_ran
 from attnlab.serving.engine import CacheShape, cut_cache, serve
 from attnlab.serving.language import ModelRunner
 from attnlab.serving.settings import Lengths, ServingSpec, Workload
@@ -89,6 +90,26 @@ def test_every_answer_is_that_of_greedy_generation(llama, contiguous, chunk, bud
     for request in requests:
         assert len(prompts[request.id]) == request.prompt_tokens
         assert answers[request.id] == generated(llama.model, list(prompts[request.id]), request.output_tokens)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "parameters"), [("multi_head", {}), ("multi_head_latent", {"kv_lora_rank": 32})]
+)
+def test_the_attention_of_prompts_and_of_decoding_can_be_run_again_to_name_its_kernels(
+    llama, mechanism, parameters
+):
+    runner = ModelRunner(llama, mechanism, parameters, SOURCE)
+    with runner.ready():
+        serve([Request(0, 0.0, 7, 1)], runner, CacheShape(9, 4, runner.token_bytes), engine())
+        assert set(runner.latest_attention()) == {"prompt"}
+        requests = [Request(0, 0.0, 7, 3), Request(1, 0.0, 5, 2)]
+        serve(requests, runner, CacheShape(9, 4, runner.token_bytes), engine())
+    latest = runner.latest_attention()
+    assert set(latest) == {"prompt", "decode"}
+    for attention in latest.values():
+        names = kernels_that_ran(attention, torch.device("cpu"))
+        assert "aten::bmm" in names
+        assert not any("scaled_dot_product" in name for name in names)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

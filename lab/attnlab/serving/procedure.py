@@ -61,6 +61,7 @@ class ServingProcedure:
         trim_heap()
         with runner.ready() if isinstance(runner, ModelRunner) else contextlib.nullcontext():
             passes = self._passes(runner, shape)
+            self._name_kernels(runner)
         rows = measure(passes)
         if "accuracy" in self._spec.record:
             recorder.phase("checking")
@@ -133,7 +134,6 @@ class ServingProcedure:
     def _passes(self, runner: BareRunner | ModelRunner, shape: CacheShape) -> list[Timeline]:
         self._recorder.phase("warming up")
         serve(self._requests[:WARMED], runner, shape, self._serving)
-        self._name_kernels(runner)
         passes = []
         for index in range(self._spec.repeats):
             name = f"serving, pass {index + 1} of {self._spec.repeats}"
