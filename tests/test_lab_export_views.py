@@ -11,11 +11,13 @@ from PIL import Image
 
 from attnlab.export import image, lines, panel, scene
 from attnlab.export.lines import draw_lines
+from attnlab.export.shares import draw_shares
 from attnlab.export.statistic_grid import draw_statistic
 from attnlab.export.token_text import WIDTH, Passage, draw_passage, draw_token, ink_on
 from attnlab.heads import statistics_document
 from attnlab.views.colormaps import COLORMAPS, colorize, colormap
 from attnlab.views.errors import ViewError
+from attnlab.views.rollout import rollout
 from attnlab.views.tokens import token_labels
 
 ROOT = Path(__file__).parents[1]
@@ -228,3 +230,29 @@ def relative_luminance(colour: np.ndarray) -> float:
     """WCAG 2.2, as it is written there."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour / 255)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_every_token_stands_on_the_colour_of_its_share(traced, sink):
+    run_id, row = traced.run_ids[0], 40
+    shares = rollout(traced.store, run_id, row).values[0]
+    document = {"row": row, "residual": 0.5, "shares": shares.tolist()}
+    drawn = draw_shares(traced.store, run_id, document, scale="linear", sink=sink)
+    peak = shares.max() if sink else shares[1:].max()
+    tokens = tokens_of(drawn)
+    assert len(tokens) == row + 1
+    found = np.array([list(bytes.fromhex(box.color[1:])) for box, _ in tokens])
+    np.testing.assert_array_equal(found, colorize(shares[: row + 1] / peak, "viridis"))
+    assert f"#{run_id} multi_head · rollout from ·token40 (40) · made-up" in words_of(drawn)
+    assert f"{peak:.3g}" in words_of(drawn)
+    all_formats_open(drawn)
+
+
+def test_flows_are_coloured_from_the_least_to_the_most(traced):
+    shares = [0.3, 0.35, 0.2, 0.4]
+    document = {"row": 33, "residual": 0.25, "start": 30, "shares": shares, "inside": [1.0]}
+    drawn = draw_shares(traced.store, traced.run_ids[0], document)
+    found = np.array([list(bytes.fromhex(box.color[1:])) for box, _ in tokens_of(drawn)])
+    np.testing.assert_array_equal(found, colorize((np.array(shares) - 0.2) / 0.2, "viridis"))
+    assert {"0.2", "0.4"} <= set(words_of(drawn))
+    assert "tokens 30:34 · residual share 0.25" in words_of(drawn)[1]

@@ -161,3 +161,19 @@ def test_what_cannot_be_worked_out_is_said_and_the_choices_stay(served, browse):
     page.get_by_role("radio", name="rollout").click()
     wait_for_position(page, 30)
     assert page.locator(".at-complaint").is_hidden()
+
+
+@pytest.mark.parametrize(("way", "words"), [("rollout", "rollout from"), ("flow", "maximum flow from")])
+def test_the_text_is_downloaded_as_a_figure(view, tmp_path, way, words):
+    page = view(f"token=20&residual=0.25&through={way}")
+    with page.expect_download() as download:
+        page.locator('[data-part="files"]').get_by_text("SVG", exact=True).click()
+    download.value.save_as(tmp_path / "view")
+    document = (tmp_path / "view").read_text()
+    assert f"{words} ·token20 (20)" in document
+    assert "residual share 0.25" in document
+
+
+def test_all_positions_have_no_text_to_download(view):
+    page = view("through=all")
+    assert page.locator('[data-part="files"]').is_hidden()

@@ -10,10 +10,13 @@ from fastapi import APIRouter, Query, Response
 from attnlab.export import image
 from attnlab.export.lines import draw_lines
 from attnlab.export.scene import Scene
+from attnlab.export.shares import WAYS, draw_shares
 from attnlab.export.statistic_grid import draw_statistic
 from attnlab.export.token_text import SCALES, draw_token
+from attnlab.views.through_layers import flow_document, rollout_document
 from attnlab_webui.answers import Refused, StoreDep, find_run, span
 from attnlab_webui.api_files import Text, check_choice, file_answer
+from attnlab_webui.api_views import Share
 
 router = APIRouter()
 
@@ -89,6 +92,47 @@ def export_token(
         theme=theme,
     )
     return _picture(scene, f"run-{run_id}-L{layer}-token-{'last' if token is None else token}", form)
+
+
+@router.get("/runs/{run_id}/rollout/export/{form}")
+def export_rollout(
+    run_id: int,
+    form: str,
+    token: int,
+    store: StoreDep,
+    through: str = "rollout",
+    tokens: Text = None,
+    residual: Share = 0.5,
+    scale: str = "log",
+    sink: str = "without",
+    colormap: str = "viridis",
+    theme: str = "light",
+) -> Response:
+    """Where position `token` takes its input from, `through` rollout or flow, over the text, as png, svg or pdf.
+
+    A flow reaches `tokens` START:STOP. 409 while it is being worked out, as `/rollout` and `/flow` do it: ask again.
+    """
+    check_choice("format", form, image.FORMATS)
+    check_choice("scale", scale, SCALES)
+    check_choice("through", through, WAYS)
+    check_choice("sink", sink, ("without", "with"))
+    find_run(store, run_id)
+    if through == "flow":
+        answer = flow_document(store, run_id, token, span("tokens", tokens), residual)
+    else:
+        answer = rollout_document(store, run_id, token, residual)
+    if answer.result is None:
+        raise Refused(f"the {through} is still being worked out ({answer.done:.0%}): ask again", 409)
+    scene = draw_shares(
+        store,
+        run_id,
+        answer.result,
+        scale="log" if scale == "log" else "linear",
+        sink=sink == "with",
+        colormap=colormap,
+        theme=theme,
+    )
+    return _picture(scene, f"run-{run_id}-{through}-{token}", form)
 
 
 def _heads(text: str) -> list[int] | Literal["mean"]:

@@ -33,7 +33,8 @@ class Passage:
     """Tokens of a text with a number each.
 
     ``values`` float [tokens] are NaN where there can be none: grey. ``peak`` is the number at the end of the colours,
-    which signed values have around zero; ``chosen`` is the token that gets a frame.
+    which signed values have around zero, and ``low`` (of a linear scale) the one at their beginning; ``chosen`` is the
+    token that gets a frame.
     """
 
     title: str
@@ -44,6 +45,8 @@ class Passage:
     chosen: int | None = None
     scale: Scale = "linear"
     signed: bool = False
+    low: float = 0.0
+    decades: int = DECADES
 
 
 def draw_token(
@@ -110,8 +113,9 @@ def draw_passage(passage: Passage, colormap: str = "viridis", theme: str = "ligh
         raise ViewError(f"scale must be one of {', '.join(SCALES)}; got {passage.scale!r}")
     look, name = THEMES[theme], DIVERGING if passage.signed else colormap
     known = ~np.isnan(passage.values)
-    values = np.where(known, passage.values, 0.0)
-    unit = unit_values(values, passage.peak, passage.scale, signed=passage.signed, decades=DECADES)
+    values = np.where(known, passage.values, 0.0) - passage.low
+    peak, decades = passage.peak - passage.low, passage.decades
+    unit = unit_values(values, peak, passage.scale, signed=passage.signed, decades=decades)
     colours = colorize(unit, name)
     colours[~known] = look.masked
     boxes = list(_boxes(passage.labels))
@@ -133,7 +137,8 @@ def draw_passage(passage: Passage, colormap: str = "viridis", theme: str = "ligh
         x, y, width, _ = boxes[passage.chosen]
         scene.add(*outline(_MARGIN + x - 1, _TOP + y - 1, width + 1, _LINE - _INSET + 1, look.text))
     bar = {"peak": passage.peak, "scale": passage.scale, "signed": passage.signed, "colormap": name}
-    draw_bar(scene, side, _TOP, min(height, 240), **bar, color=look.quiet, decades=DECADES)
+    ends = {"low": passage.low, "decades": decades}
+    draw_bar(scene, side, _TOP, min(height, 240), **bar, **ends, color=look.quiet)
     return scene
 
 

@@ -2,6 +2,7 @@
 
 import { indexOf, makeScale, precise } from "../colour.js";
 import { onTheme } from "../dark.js";
+import { showFiles } from "../files.js";
 import { readInk } from "../ink.js";
 import { button, element } from "../make.js";
 import { ApiError, getWorkedOut } from "../request.js";
@@ -37,7 +38,7 @@ export class Rollout {
       '<div class="at-token-body"><div><div class="at-layers-place"><canvas class="at-layers" role="img"></canvas>' +
       '<div class="at-veil" role="status" hidden></div></div>' +
       '<div data-part="text" aria-label="tokens; arrow keys choose another position"></div></div>' +
-      '<aside class="at-side"><section class="at-readout" aria-live="polite"></section><section data-part="top"></section></aside></div>';
+      '<aside class="at-side"><section class="at-readout" aria-live="polite"></section><section data-part="top"></section><section data-part="files" hidden></section></aside></div>';
     this.find = (name) => root.querySelector(name);
     this.canvas = this.find("canvas");
     this.text = new TokenText(this.find('[data-part="text"]'), {
@@ -252,6 +253,7 @@ export class Rollout {
   showNothing() {
     this.find('[data-part="text"]').hidden = true;
     this.find('[data-part="top"]').hidden = true;
+    this.find('[data-part="files"]').hidden = true;
     this.find(".at-layers-place").classList.add("at-empty-layers");
     this.say(null);
   }
@@ -263,6 +265,17 @@ export class Rollout {
     if (shares) this.text.paint(shares.slice(this.first - start), this.scale, colours, this.row);
     this.drawLayers();
     this.say(null);
+    this.showFiles();
+  }
+
+  showFiles() {
+    const place = this.find('[data-part="files"]');
+    place.hidden = !this.document.shares;
+    if (place.hidden) return;
+    const tokens = this.shownWay === "flow" ? this.flowSpan.join(":") : null;
+    const { residual, sink } = this.state.values;
+    showFiles(place, this.run, { token: this.row, through: this.shownWay, tokens, residual, sink }, "rollout/");
+    place.querySelector(".at-label").textContent = "this text";
   }
 
   // The picture: layers over tokens from the position itself down to the input, or positions over tokens.
