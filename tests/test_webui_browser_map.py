@@ -119,7 +119,7 @@ def test_another_head_and_another_layer_draw_another_picture(lab, traced):
     page.wait_for_function("() => window.__attnlab.panels()[0].title.startsWith('L1H3')")
     wait(page)
     assert not np.array_equal(np.nan_to_num(first), np.nan_to_num(tile(page)))
-    page.wait_for_url(re.compile(r"layer=1&head=3"))
+    page.wait_for_url(re.compile(r"(?=.*[?&]layer=1(&|$)).*[?&]head=3(&|$)"))
 
 
 def test_the_wheel_zooms_at_the_cursor_and_the_address_keeps_the_region(lab):

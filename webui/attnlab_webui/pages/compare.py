@@ -25,6 +25,8 @@ from attnlab_webui.chart_view import STATE_JS, Chosen, panel, read_choice
 
 CHOICES = 200
 MOST_MAPS = 6  # panels beside the difference; more are compared in charts and table only
+LATEST: dict[str, Any] = {**pieces.INTERNAL, "trigger_mode": "always_last"}
+"""a pick that comes while the last one is answered is answered too"""
 
 # writes what was chosen into the address, so that the link shows the same
 CHOSEN_JS = """(runs, first, second) => {
@@ -93,16 +95,18 @@ def build(store: Store) -> None:
 
     def choose(chosen: Sequence[int], a: int | None, b: int | None) -> list[Any]:
         asked = chosen_runs(chosen, a, b)
-        return [*picker_values(store, asked), *page_values(store, asked)]
+        # the runs stay as they are picked: an answer to the last pick must not take back the next
+        return [gr.skip(), *picker_values(store, asked)[1:], *page_values(store, asked)]
 
     def exchange(chosen: Sequence[int], a: int | None, b: int | None) -> list[Any]:
-        return choose(list(reversed(chosen)) if len(chosen) == 2 else chosen, b, a)
+        asked = chosen_runs(list(reversed(chosen)) if len(chosen) == 2 else chosen, b, a)
+        return [*picker_values(store, asked), *page_values(store, asked)]
 
     follow_runs(store, runs, own, chart)
     follow_served(store, runs, [served, *waits])
     pieces.page().load(load, None, [*pickers, *shown], **pieces.INTERNAL)
     for picker in (runs, first, second):
-        picker.input(choose, [runs, first, second], [*pickers, *shown], js=CHOSEN_JS, **pieces.INTERNAL)
+        picker.input(choose, [runs, first, second], [*pickers, *shown], js=CHOSEN_JS, **LATEST)
     swap.click(exchange, [runs, first, second], [*pickers, *shown], **pieces.INTERNAL).then(
         None, [runs, first, second], None, js=CHOSEN_JS
     )
@@ -126,7 +130,7 @@ def follow_runs(store: Store, runs: Any, own: Any, chart: chart_panel.ChartPanel
         return lambda run_ids, *picked: draw(run_ids, chart_panel.choice_of(changed, *picked))
 
     pieces.page().load(load, None, outputs, **pieces.INTERNAL)
-    runs.input(lambda run_ids: draw(run_ids, Chosen()), runs, outputs, **pieces.INTERNAL)
+    runs.input(lambda run_ids: draw(run_ids, Chosen()), runs, outputs, **LATEST)
     for name, picker in chart.pickers.items():
         picker.input(pick(name), [runs, *pickers], outputs, **pieces.INTERNAL).then(
             None, pickers, None, js=STATE_JS
@@ -150,7 +154,7 @@ def follow_served(store: Store, runs: Any, outputs: list[Any]) -> None:
         return draw(read_address(store, dict(request.query_params)).runs)
 
     pieces.page().load(load, None, outputs, **pieces.INTERNAL)
-    runs.input(draw, runs, outputs, **pieces.INTERNAL)
+    runs.input(draw, runs, outputs, **LATEST)
 
 
 def read_address(store: Store, query: Mapping[str, str]) -> Asked:
