@@ -64,48 +64,48 @@ def test_an_empty_form_is_read_as_empty(fields):
     assert form.dtypes == ()
 
 
-def test_an_edit_in_the_form_rewrites_the_yaml(sqlite_store, fields, starter):
+def test_an_edit_in_the_form_rewrites_the_yaml(fields, starter):
     text, form = starter
     values = fields.values(replace(form, repeats="9"))
-    new_text, shown, *_ = new.on_form(sqlite_store, fields, text, form, *values)
+    new_text, shown, *_ = new.on_form(fields, text, form, *values)
     assert "repeats: 9" in new_text
     assert shown.repeats == "9"
 
 
-def test_a_blur_without_an_edit_rewrites_nothing(sqlite_store, fields, starter):
+def test_a_blur_without_an_edit_rewrites_nothing(fields, starter):
     text, form = starter
-    new_text, *_ = new.on_form(sqlite_store, fields, text, form, *fields.values(form))
+    new_text, *_ = new.on_form(fields, text, form, *fields.values(form))
     assert skipped(new_text)
 
 
-def test_an_edit_in_the_yaml_fills_the_form(sqlite_store, fields, starter):
+def test_an_edit_in_the_yaml_fills_the_form(fields, starter):
     text, _ = starter
-    answers = new.on_yaml(sqlite_store, fields, text.replace("repeats: 5", "repeats: 11"))
+    answers = new.on_yaml(fields, text.replace("repeats: 5", "repeats: 11"))
     shown = answers[0]
     assert shown.repeats == "11"
     assert answers[-len(fields.components()) :] == fields.values(shown)
 
 
 def test_broken_yaml_shows_its_line_and_leaves_the_form(sqlite_store, fields):
-    answers = new.on_yaml(sqlite_store, fields, "name: [x\nvary: 1")
-    problems, _, queue_button, rewrite = answers[1:5]
+    broken = "name: [x\nvary: 1"
+    problems, _, queue_button, rewrite = new.verdict_of(sqlite_store, broken)
     assert "at line 2" in problems
     assert queue_button["interactive"] is False
     assert rewrite["visible"] is True
-    assert all(skipped(answer) for answer in answers[-len(fields.components()) :])
+    assert all(skipped(answer) for answer in new.on_yaml(fields, broken))
 
 
-def test_an_edit_in_the_form_leaves_broken_yaml_alone(sqlite_store, fields, starter):
+def test_an_edit_in_the_form_leaves_broken_yaml_alone(fields, starter):
     _, form = starter
     broken = "name: [x"
-    answers = new.on_form(sqlite_store, fields, broken, form, *fields.values(replace(form, repeats="9")))
+    answers = new.on_form(fields, broken, form, *fields.values(replace(form, repeats="9")))
     assert skipped(answers[0])
     assert answers[1] == form
 
 
-def test_rewrite_gives_broken_yaml_up_for_the_form(sqlite_store, fields, starter):
+def test_rewrite_gives_broken_yaml_up_for_the_form(fields, starter):
     _, form = starter
-    text, *_ = new.on_rewrite(sqlite_store, fields, *fields.values(form))
+    text, *_ = new.on_rewrite(fields, *fields.values(form))
     draft = drafts.read_draft(text)
     assert draft.spec is not None
     assert draft.spec.repeats == 5
@@ -114,7 +114,7 @@ def test_rewrite_gives_broken_yaml_up_for_the_form(sqlite_store, fields, starter
 
 def test_every_problem_is_shown_escaped(sqlite_store, fields):
     hostile = f"name: n\nmodel: {HOSTILE!r}\nvary: {{mechanism: [{HOSTILE!r}]}}\n{HOSTILE!r}: 1"
-    problems = new.on_yaml(sqlite_store, fields, hostile)[1]
+    problems = new.verdict_of(sqlite_store, hostile)[0]
     assert "<script>" not in problems
     assert "&lt;script&gt;" in problems
     assert "choices: multi_head" in problems
@@ -122,9 +122,8 @@ def test_every_problem_is_shown_escaped(sqlite_store, fields):
 
 
 def test_a_near_miss_gets_a_suggestion(sqlite_store, fields):
-    problems = new.on_yaml(
-        sqlite_store, fields, "name: n\nmodel: minilm-l6\nvary: {mechanism: [sliding_windw]}"
-    )[1]
+    near_miss = "name: n\nmodel: minilm-l6\nvary: {mechanism: [sliding_windw]}"
+    problems = new.verdict_of(sqlite_store, near_miss)[0]
     assert "did you mean <code>sliding_window</code>" in problems
 
 
@@ -140,11 +139,12 @@ def test_only_ticked_mechanisms_show_their_parameters(fields):
 def test_a_model_that_reads_pictures_gets_a_picture(sqlite_store, fields, starter):
     text, form = starter
     values = fields.values(replace(form, model="vit-digits"))
-    new_text, shown, *answers = new.on_form(sqlite_store, fields, text, form, *values)
+    new_text, shown, facts, *answers = new.on_form(fields, text, form, *values)
     document = read_document(new_text)
     assert document["input"] == {"image": "digit-3"}
     assert (shown.source, shown.image, shown.sequence_lengths) == ("image", "digit-3", "")
-    assert answers[0] == "", "nothing is left to fix"
+    assert "17 positions" in facts
+    assert new.verdict_of(sqlite_store, new_text)[0] == "", "nothing is left to fix"
     folds = answers[len(answers) - len(fields.components()) - len(fields.folds()) :]
     by_name = dict(zip(["module", *fields.rows, *fields.inputs, "preview"], folds, strict=False))
     assert [name for name in fields.inputs if by_name[name]["visible"]] == ["image"]
@@ -153,10 +153,10 @@ def test_a_model_that_reads_pictures_gets_a_picture(sqlite_store, fields, starte
     assert (written["source"], written["image"], written["max_tokens"]) == ("image", "digit-3", "")
 
 
-def test_typing_leaves_the_fields_alone(sqlite_store, fields, starter):
+def test_typing_leaves_the_fields_alone(fields, starter):
     text, form = starter
     values = fields.values(replace(form, name="other"))
-    answers = new.on_form(sqlite_store, fields, text, form, *values)
+    answers = new.on_form(fields, text, form, *values)
     assert all(skipped(answer) for answer in answers[-len(fields.components()) :])
 
 

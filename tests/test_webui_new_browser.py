@@ -1,7 +1,7 @@
 """The New experiment page in a browser: both sides follow each other, and the Queue button queues."""
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from attnlab_storage.listing import count_runs, list_experiments
 
@@ -69,6 +69,33 @@ def test_broken_yaml_shows_its_line_and_costs_nothing(page):
     expect(yaml_text(page)).to_contain_text("name: [small")
     page.locator("#new-rewrite").click()
     expect(yaml_text(page)).to_contain_text("name: still here")
+    expect(page.locator("#new-problems")).to_have_text("")
+    expect(page.locator("#new-queue")).to_be_enabled()
+
+
+def test_late_answers_leave_the_verdict_on_the_yaml_that_is_seen(page):
+    """The edit that was sent before the rewrite reaches the server after it, still with the broken YAML."""
+    type_yaml(page, SMALL.replace("small", "[small"))
+    expect(page.locator("#new-rewrite")).to_be_visible()
+    held: list[Route] = []
+
+    def hold_the_edit(route: Route) -> None:
+        if not held and "held back" in (route.request.post_data or ""):
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", hold_the_edit)
+    fill(page, "#new-name", "held back")
+    for _ in range(500):
+        if held:
+            break
+        page.wait_for_timeout(20)
+    page.locator("#new-rewrite").click()
+    expect(yaml_text(page)).to_contain_text("name: held back")
+    with page.expect_response("**/queue/join*"):
+        held[0].continue_()
+    page.wait_for_timeout(500)  # nothing tells that no answer changed anything
     expect(page.locator("#new-problems")).to_have_text("")
     expect(page.locator("#new-queue")).to_be_enabled()
 

@@ -12,7 +12,6 @@ import gradio as gr
 from attnlab.spec import MAX_TEXT_BYTES
 from attnlab_storage.database import Store, revision
 from attnlab_webui import drafts, new_experiment, pieces, uploads
-from attnlab_webui.drafts import Draft
 from attnlab_webui.form import Form, form_of
 from attnlab_webui.form_fields import FormFields, implementation_choices, make_fields
 from attnlab_webui.system_facts import alive_dispatchers, implementation_reasons
@@ -50,29 +49,22 @@ def build(store: Store) -> None:
     shown, seen, timer = gr.State(form), gr.State(-1), gr.Timer(3.0)
 
     components = fields.components()
-    verdict = [problems, cost, queue_button, rewrite, fields.facts]
-    edit_form = functools.partial(on_form, store, fields)
+    verdict = [problems, cost, queue_button, rewrite]
+    sides = [shown, fields.facts, *fields.folds()]
+    edit_form = functools.partial(on_form, fields)
     for component in components:
         events = [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]
         gr.on(
             events,
             edit_form,
             [yaml, shown, *components],
-            [yaml, shown, *verdict, *fields.folds(), *components],
+            [yaml, *sides, *components],
             **LATEST,
         )
-    yaml.input(
-        functools.partial(on_yaml, store, fields),
-        yaml,
-        [shown, *verdict, *fields.folds(), *components],
-        **LATEST,
-    )
-    rewrite.click(
-        functools.partial(on_rewrite, store, fields),
-        components,
-        [yaml, shown, *verdict, *fields.folds()],
-        **pieces.INTERNAL,
-    )
+    yaml.input(functools.partial(on_yaml, fields), yaml, [*sides, *components], **LATEST)
+    # nobody else writes the verdict while the page is open, so that it is always the one on the YAML that is seen
+    yaml.change(functools.partial(verdict_of, store), yaml, verdict, **LATEST)
+    rewrite.click(functools.partial(on_rewrite, fields), components, [yaml, *sides], **pieces.INTERNAL)
     for name, button in fields.uploads.items():
         button.upload(
             functools.partial(on_upload, name),
@@ -82,7 +74,7 @@ def build(store: Store) -> None:
         ).then(
             edit_form,
             [yaml, shown, *components],
-            [yaml, shown, *verdict, *fields.folds(), *components],
+            [yaml, *sides, *components],
             **pieces.INTERNAL,
         )
     queue_button.click(
@@ -97,12 +89,12 @@ def build(store: Store) -> None:
     pieces.page().load(
         load,
         None,
-        [notice, yaml, shown, *verdict, *fields.folds(), recent, fields.missing, *components],
+        [notice, yaml, *verdict, *sides, recent, fields.missing, *components],
         **pieces.INTERNAL,
     )
 
 
-def on_form(store: Store, fields: FormFields, text: str, shown: Form, *values: Any) -> list[Any]:
+def on_form(fields: FormFields, text: str, shown: Form, *values: Any) -> list[Any]:
     """After an edit in the form: the YAML follows, unless it cannot be read."""
     typed = fields.read(values)
     form = drafts.readable(typed) if typed.model != shown.model else typed
@@ -113,25 +105,22 @@ def on_form(store: Store, fields: FormFields, text: str, shown: Form, *values: A
     new_text = gr.skip() if draft.text == text else draft.text
     # a field that somebody types into is left alone
     written = fields.values(form) if form != typed else [gr.skip()] * len(fields.components())
-    head = [new_text, shown if kept else form, *verdict_of(store, draft, form), *fields.folded(form)]
-    return [*head, *written]
+    return [new_text, *sides_of(fields, form, shown if kept else form), *written]
 
 
-def on_yaml(store: Store, fields: FormFields, text: str) -> list[Any]:
+def on_yaml(fields: FormFields, text: str) -> list[Any]:
     """After an edit in the YAML: the form follows, unless the YAML cannot be read."""
     draft = drafts.read_draft(text)
     if draft.document is None:
-        unchanged = [gr.skip()] * (1 + len(fields.folds()) + len(fields.components()))
-        return [gr.skip(), *verdict_of(store, draft, None), *unchanged[1:]]
+        return [gr.skip()] * (2 + len(fields.folds()) + len(fields.components()))
     form = form_of(draft.document)
-    return [form, *verdict_of(store, draft, form), *fields.folded(form), *fields.values(form)]
+    return [*sides_of(fields, form), *fields.values(form)]
 
 
-def on_rewrite(store: Store, fields: FormFields, *values: Any) -> list[Any]:
+def on_rewrite(fields: FormFields, *values: Any) -> list[Any]:
     """Give the broken YAML up for what the form holds."""
     form = fields.read(values)
-    draft = drafts.from_form(form)
-    return [draft.text, form, *verdict_of(store, draft, form), *fields.folded(form)]
+    return [drafts.from_form(form).text, *sides_of(fields, form)]
 
 
 def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[Any]:
@@ -147,7 +136,7 @@ def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[
     reasons = implementation_reasons(store)
     choices = {"choices": implementation_choices(reasons), "value": list(form.implementations)}
     values[list(fields.plain).index("implementations")] = gr.update(**choices)
-    head = [notice, text, form, *verdict_of(store, draft, form), *fields.folded(form)]
+    head = [notice, text, *verdict_of(store, text), *sides_of(fields, form)]
     return [*head, new_experiment.recent_list(store), new_experiment.unavailable_line(reasons), *values]
 
 
@@ -190,13 +179,18 @@ def on_tick(store: Store, seen: int) -> tuple[Any, Any]:
     return new_experiment.recent_list(store), now
 
 
-def verdict_of(store: Store, draft: Draft, form: Form | None) -> list[Any]:
-    """Problems, cost, the Queue button, the rewrite button, and the facts under the model."""
+def verdict_of(store: Store, text: str) -> list[Any]:
+    """What the YAML is worth: its problems, its cost, the Queue button, the rewrite button."""
+    draft = drafts.read_draft(text)
     cost = new_experiment.cost_of(store, draft)
     return [
         new_experiment.problem_list(draft.problems),
         new_experiment.cost_panel(cost),
         gr.update(interactive=cost is not None and not cost.refusals),
         gr.update(visible=draft.document is None),
-        gr.skip() if form is None else new_experiment.facts_line(form),
     ]
+
+
+def sides_of(fields: FormFields, form: Form, shown: Form | None = None) -> list[Any]:
+    """The form that the YAML holds (`form` unless another is given), the facts under the model, what is folded."""
+    return [shown or form, new_experiment.facts_line(form), *fields.folded(form)]
