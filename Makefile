@@ -9,7 +9,7 @@ SOURCES := lab:workers:kernels:webui:storage
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 ARGS ?=
 
-.PHONY: run test check venv oracles models browser format gpu-test screenshots clean
+.PHONY: run test check venv oracles models browser format gpu-test clean
 
 run: venv
 	exec $(BIN)/attnlab up $(ARGS)
