@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from itertools import product
 from types import ModuleType, SimpleNamespace
 
@@ -17,10 +18,18 @@ from torch import Tensor
 
 from attnlab.probes.kernel import KernelCall
 from attnlab.probes.layout import copied_bytes, layout_latency
-from attnlab_kernels.masks import Band, Causal, Full, Mask, Padding, Window, mask_from_band
+from attnlab_kernels.masks import Band, Causal, Documents, Full, Mask, Padding, Window, mask_from_band
 from attnlab_kernels.operations.softmax import eager, external, flashinfer, hub, preference
-from attnlab_kernels.operations.softmax.api import IMPLEMENTATIONS, Unsupported, attend, choose, supports
-from attnlab_kernels.operations.softmax.support import Modifiers
+from attnlab_kernels.operations.softmax.api import (
+    FOLD_SCALE,
+    IMPLEMENTATIONS,
+    READ_DOCUMENTS,
+    Unsupported,
+    attend,
+    choose,
+    supports,
+)
+from attnlab_kernels.operations.softmax.support import Modifiers, Support
 
 EXTERNAL = ("flash_attn_2", "flash_attn_3", "flash_attn_4", "flash_attn_hub", "flashinfer", "xformers")
 MASKS: list[Mask] = [Full(), Causal(), Window(9), Window(4, 3), Padding(((2, 11),))]
@@ -285,13 +294,40 @@ def test_what_takes_our_own_layout_has_no_time_of_a_conversion(name):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("mask", [Causal(), Window(9)], ids=str)
+@pytest.mark.parametrize("mask", [Causal(), Window(9), Causal() & Documents([5, 14])], ids=str)
 def test_auto_has_an_order_with_a_source_for_every_card_and_it_ends_with_the_reference(capability, mask):
     names, source = preference.order("cuda", capability, mask)
     assert set(names) <= set(IMPLEMENTATIONS)
     assert len(set(names)) == len(names)
     assert names[-1] == "eager"
     assert ":" in source
+
+
+@pytest.mark.parametrize("mask", [Documents([5, 14]), Window(9) & Documents([5, 14])], ids=str)
+def test_auto_asks_only_those_who_read_document_ids(mask):
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        names, source = preference.order("cuda", capability, mask)
+        assert set(names) <= set(READ_DOCUMENTS)
+        assert source.startswith("packed documents")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, math.nan])
+@pytest.mark.parametrize("name", FOLD_SCALE)
+def test_a_scale_that_a_kernel_would_fold_wrongly_is_refused(name, scale, stand_ins, monkeypatch):
+    willing = replace(IMPLEMENTATIONS[name], supports=lambda *call, **given: Support(True))
+    monkeypatch.setitem(IMPLEMENTATIONS, name, willing)
+    q, k, v = tensors(torch.bfloat16, 64, 64)
+    with pytest.raises(Unsupported, match=rf"{name} folds the scale .* above 0; got {scale}"):
+        attend(q, k, v, mask=Causal(), scale=scale, implementation=name)
+
+
+def test_auto_passes_over_a_kernel_that_would_fold_the_scale_wrongly(stand_ins, monkeypatch):
+    q, k, v = tensors(torch.bfloat16, 64, 64)
+    monkeypatch.setattr(preference, "order", lambda *asked: (("flash_attn_2", "eager"), "stated"))
+    assert choose(q, k, v, mask=Causal(), scale=0.2)[0] == "flash_attn_2"
+    made = attend(q, k, v, mask=Causal(), scale=-0.2)
+    assert made.aux["implementation"] == "eager"
+    assert "flash_attn_2 folds the scale" in made.aux["reason"]
 
 
 def test_auto_takes_the_first_that_runs_and_names_the_source_of_its_order(stand_ins, monkeypatch):

@@ -186,3 +186,11 @@ def test_a_name_that_is_none_of_them_is_told_which_there_are():
         ValueError, match="one of auto, eager, triton, flash_attn_2, flash_attn_3; got 'fast'"
     ):
         attend_packed(*tensors(), *STARTS, implementation="fast")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scale_that_the_kernel_would_fold_wrongly_is_refused(name, scale, install):
+    install()
+    with pytest.raises(Unsupported, match=f"folds the scale into its exponent.*got {scale}"):
+        attend_packed(*tensors(), *STARTS, scale=scale, implementation=name)

@@ -38,6 +38,16 @@ __all__ = [
 ]
 
 
+# kernels that take the maximum of the raw products, of which a scale of 0 or below makes a wrong shift
+FOLD_SCALE = (
+    "triton",
+    "triton_hopper",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "flash_attn_hub",
+    "flashinfer",
+)
 READ_DOCUMENTS = ("eager", "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex", "triton")
 
 
@@ -118,7 +128,7 @@ def attend(
     )
     call = {"bias": bias, "modifiers": modifiers}
     if implementation == "auto":
-        name, reason = choose(q, k, v, mask=tight, **call, need_grad=need_grad, dropout=dropout)
+        name, reason = choose(q, k, v, mask=tight, scale=factor, **call, need_grad=need_grad, dropout=dropout)
     else:
         name = implementation
         support = _supports(
@@ -188,9 +198,8 @@ def _supports(
         )
     if dropout and implementation != "eager":
         return Support(False, f"only eager drops probabilities; got dropout {dropout}")
-    if scale is not None and not scale > 0 and implementation.startswith("triton"):
-        return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
-    return _asked(implementation, q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad)
+    call = {"mask": mask, "bias": bias, "modifiers": modifiers}
+    return _asked(implementation, q, k, v, scale=scale, **call, need_grad=need_grad)
 
 
 def _asked(
@@ -200,11 +209,17 @@ def _asked(
     v: Tensor,
     *,
     mask: Mask,
+    scale: float | None,
     bias: Tensor | None,
     modifiers: Modifiers,
     need_grad: bool,
 ) -> Support:
-    """Its own verdict, once it is known that it can read the mask."""
+    """Its own verdict, once it is known that it can read the mask and apply the scale."""
+    folds = implementation in FOLD_SCALE or (implementation == "sdpa_flash" and q.is_cuda)
+    if folds and scale is not None and not scale > 0:
+        return Support(
+            False, f"{implementation} folds the scale into its exponent and needs it above 0; got {scale}"
+        )
     if mask.form().documents is not None and implementation not in READ_DOCUMENTS:
         return Support(
             False, f"it reads no document ids; got {mask.describe()}; use {', '.join(READ_DOCUMENTS)}"
@@ -220,6 +235,7 @@ def choose(
     v: Tensor,
     *,
     mask: Mask,
+    scale: float | None = None,
     bias: Tensor | None = None,
     modifiers: Modifiers = PLAIN,
     dropout: float = 0.0,
@@ -230,9 +246,10 @@ def choose(
         return "eager", "auto: only eager drops probabilities"
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     order, source = preference.order(q.device.type, capability, mask)
+    call = {"bias": bias, "modifiers": modifiers}
     passed: list[str] = []
     for name in order:
-        support = _asked(name, q, k, v, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad)
+        support = _asked(name, q, k, v, mask=mask, scale=scale, **call, need_grad=need_grad)
         if support:
             skipped = f" (passed over {'; '.join(passed)})" if passed else ""
             return name, f"auto: first of {', '.join(order)} that runs this call ({source}){skipped}"

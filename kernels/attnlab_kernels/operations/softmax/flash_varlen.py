@@ -60,6 +60,7 @@ def supports(
     cuts: list[list[int]],
     *,
     mask: Mask,
+    scale: float,
     modifiers: Modifiers,
     need_grad: bool,
 ) -> Support:
@@ -69,6 +70,7 @@ def supports(
     call = {"mask": mask, "bias": None, "modifiers": modifiers, "need_grad": need_grad}
     reasons = [
         missing,
+        "" if scale > 0 else f"{label} folds the scale into its exponent and needs it above 0; got {scale}",
         f"{label} is not called on nothing" if 0 in (len(q), len(k)) else "",
         external.call_refusal(name=label, softcap=second, alibi=second, **call),
     ]

@@ -87,7 +87,9 @@ def _supports(
     if name == "triton":
         return triton_supports(q, k, v, modifiers, scale)
     need_grad = _needs_grad(q, k, v, modifiers)
-    return flash_varlen.supports(name, q, k, v, cuts, mask=mask, modifiers=modifiers, need_grad=need_grad)
+    return flash_varlen.supports(
+        name, q, k, v, cuts, mask=mask, scale=scale, modifiers=modifiers, need_grad=need_grad
+    )
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers) -> bool:

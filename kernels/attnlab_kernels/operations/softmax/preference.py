@@ -45,6 +45,11 @@ WINDOWED: Order = (
     "a window: kernels that skip tiles outside of it",
 )
 WINDOWED_REST = ("sdpa_efficient", "sdpa_cudnn", "xformers", "sdpa_math", "eager")
+# those that read document ids, by launches: SDPA is called once for each document, see ``lower.plan``
+DOCUMENTS: Order = (
+    ("triton", "flex", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "eager"),
+    "packed documents: one launch that skips the tiles between them, then a launch for each",
+)
 
 
 def order(device: str, capability: tuple[int, int] | None, mask: Mask) -> Order:
@@ -58,7 +63,10 @@ def order(device: str, capability: tuple[int, int] | None, mask: Mask) -> Order:
         return CPU
     if device != "cuda" or capability is None:
         return ("sdpa_math", "eager"), f"{device}: no fused kernel is known"
-    if mask.form().left is not None:
+    band = mask.form()
+    if band.documents is not None:
+        return DOCUMENTS
+    if band.left is not None:
         return (*WINDOWED[0], *WINDOWED_REST), WINDOWED[1]
     names, why = BLACKWELL if capability >= (10, 0) else HOPPER if capability == (9, 0) else AMPERE
     return (*names, *REST), why
