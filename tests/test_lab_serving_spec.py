@@ -164,3 +164,10 @@ def test_the_public_azure_trace_is_read_with_its_own_columns(tmp_path: Path):
 def test_a_trace_that_cannot_be_read_says_the_line(text, words):
     with pytest.raises(TraceError, match=words):
         read_trace(text)
+
+
+def test_repeating_the_text_is_refused_where_prompts_do_it_anyway():
+    text = {"model": "smollm2-135m", "input": {"text": "The river bank.", "repeat": True}}
+    given = {key: value for key, value in document().items() if key != "module"} | text
+    assert "input.repeat: has no effect in phase serving" in problems(given)
+    assert parse_spec(given | {"input": {"text": "The river bank."}}).phase == "serving"

@@ -144,9 +144,11 @@ class ServingProcedure:
 
             made = serve(self._requests, runner, shape, self._serving, progress=progress)
             passes.append(made)
+            written = sum(request.output_tokens for request in self._requests)
+            # what a run that is cancelled later leaves of its passes
             self._recorder.log(
                 f"pass {index + 1}: {len(made.steps)} steps, {made.seconds:.2f} s "
-                f"({time.perf_counter() - began:.2f} s with the books)"
+                f"({time.perf_counter() - began:.2f} s with the books), {written / made.seconds:,.0f} output tokens/s"
             )
         return passes
 

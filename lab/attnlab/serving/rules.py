@@ -31,6 +31,11 @@ def serving_rules(spec: ExperimentSpec) -> Iterator[Problem]:
         yield Problem("serving", "must be given with phase serving: a workload and the memory of the cache")
         return
     yield from _grid(spec)
+    if spec.input.repeat:
+        rule = (
+            "has no effect in phase serving, where a prompt that is longer than the text says it again anyway"
+        )
+        yield Problem("input.repeat", rule, "true", ("false",))
     yield from _engine(spec, spec.serving)
     # a workload that is broken has no requests to hold against the rest
     broken = list(_workload(spec.serving.workload))
