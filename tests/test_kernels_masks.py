@@ -101,6 +101,15 @@ def test_key_range_is_the_smallest_that_holds_every_allowed_key(mask, num_querie
             assert lo == hi
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), SIZES)
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_key_ranges_of_runs_of_rows_are_the_key_range_of_each(mask, num_queries, num_keys, batch):
+    size = {"num_queries": num_queries, "num_keys": num_keys, "batch": batch}
+    for edges in itertools.combinations_with_replacement(range(num_queries + 1), 3):
+        wanted = [mask.key_range(start, stop, **size) for start, stop in itertools.pairwise(edges)]
+        np.testing.assert_array_equal(np.stack(mask.key_ranges(np.array(edges), **size), axis=1), wanted)
+
+
 def test_allowed_takes_any_rows_and_columns():
     rows, cols = np.array([5, 1, 1]), np.array([6, 0, 3, 3])
     expected = dense(Window(2, 1), 7, 9, 0)[np.ix_(rows, cols)]

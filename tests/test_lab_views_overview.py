@@ -120,6 +120,11 @@ def test_a_window_keeps_no_more_blocks_than_it_touches() -> None:
     assert Layout((2048, 2048), Causal()).size == pytest.approx(512 * 512 / 2 * 4 / 3, rel=0.02)
 
 
+def test_the_layout_of_a_long_map_is_worked_out_once_and_not_at_every_look() -> None:
+    first, again = (Layout((70_001, 70_001), Causal() & Padding(((3, 60_000),))) for _ in range(2))
+    assert first.levels is again.levels
+
+
 def test_only_what_the_mask_allows_makes_a_region_wide() -> None:
     shape = (4000, 4000)
     assert is_wide(shape, Causal(), (0, 4000), (0, 4000))

@@ -142,6 +142,21 @@ class Mask:
         lo, hi = (int(first[0]), int(last[-1])) if len(first) else (0, 0)
         return (lo, hi) if lo < hi else (0, 0)
 
+    def key_ranges(
+        self, edges: NDArray[np.integer[Any]], *, num_queries: int, num_keys: int, batch: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``key_range`` of the rows from each edge to the next: ``lo`` and ``hi``, a number for each run of rows."""
+        size = {"num_queries": num_queries, "num_keys": num_keys, "batch": batch}
+        edges = np.asarray(edges, np.int64)
+        band = self.form()
+        if band.documents is not None:
+            found = [self.key_range(start, stop, **size) for start, stop in pairwise(edges.tolist())]
+            lo, hi = np.array(found, np.int64).reshape(-1, 2).T
+            return lo, hi
+        lo, hi = band.row_limits(edges[:-1], **size)[0], band.row_limits(edges[1:] - 1, **size)[1]
+        some = (edges[:-1] < edges[1:]) & (lo < hi)
+        return np.where(some, lo, 0), np.where(some, hi, 0)
+
     def count(self, num_queries: int, num_keys: int, batch: int = 0) -> int:
         """Exact number of allowed (query, key) pairs of one batch element, in O(num_queries)."""
         first, last = self.form().row_limits(

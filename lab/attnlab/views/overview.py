@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ MOST_BLOCKS = 1 << 23
 COARSEST_SIDE = 64
 STRIP_ROWS = 1024
 MOST_UNPACKED = 1 << 22
+LAYOUTS_KEPT = 64
 REDUCTIONS = ("max", "sum")
 
 Span = tuple[int, int]
@@ -57,28 +58,16 @@ class Pixels(NamedTuple):
     col_edges: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Layout:
     """Where the blocks of a map's pyramid lie; it follows from the map's shape and mask alone."""
 
     shape: tuple[int, int]
     mask: Mask
 
-    @cached_property
-    def levels(self) -> list[Level]:
-        block = SMALLEST_BLOCK
-        while self._size(block) > MOST_BLOCKS:
-            block *= 2
-        made: list[Level] = []
-        start = 0
-        while True:
-            first, last = self._limits(block)
-            ends = np.cumsum(last - first)
-            made.append(Level(block, first, last, start + ends - (last - first)))
-            start += int(ends[-1])
-            if block * COARSEST_SIDE >= max(self.shape):
-                return made
-            block *= 2
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return _levels(self.shape, self.mask, SMALLEST_BLOCK, MOST_BLOCKS, COARSEST_SIDE)
 
     @property
     def size(self) -> int:
@@ -86,30 +75,43 @@ class Layout:
         level = self.levels[-1]
         return int(level.offset[-1] + level.last[-1] - level.first[-1])
 
-    def _size(self, block: int) -> int:
-        first, last = self._limits(block)
-        return int((last - first).sum())
 
-    def _limits(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """First block and one past the last of each row of blocks."""
-        queries, keys = self.shape
-        size = {"num_queries": queries, "num_keys": keys}
-        starts = range(0, queries, block)
-        ranges = np.array([self.mask.key_range(row, min(row + block, queries), **size) for row in starts])
-        return ranges[:, 0] // block, -(-ranges[:, 1] // block)
+@lru_cache(LAYOUTS_KEPT)
+def _levels(
+    shape: tuple[int, int], mask: Mask, smallest: int, most: int, coarsest_side: int
+) -> tuple[Level, ...]:
+    """The levels from the finest to the coarsest; kept, because every look at a map asks for them."""
+    block = smallest
+    while int(np.diff(_limits(shape, mask, block), axis=0).sum()) > most:
+        block *= 2
+    made: list[Level] = []
+    start = 0
+    while True:
+        first, last = _limits(shape, mask, block)
+        ends = start + np.cumsum(last - first)
+        made.append(Level(block, first, last, ends - (last - first)))
+        start = int(ends[-1])
+        if block * coarsest_side >= max(shape):
+            return tuple(made)
+        block *= 2
+
+
+def _limits(shape: tuple[int, int], mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """First block and one past the last of each row of blocks."""
+    queries, keys = shape
+    edges = np.append(np.arange(0, queries, block), queries)
+    low, high = mask.key_ranges(edges, num_queries=queries, num_keys=keys)
+    return low // block, -(-high // block)
 
 
 def is_wide(shape: tuple[int, int], mask: Mask, rows: Span, cols: Span) -> bool:
     """Whether a region has more cells that the mask allows than are computed when somebody looks."""
     if (rows[1] - rows[0]) * (cols[1] - cols[0]) <= EXACT_CELLS:
         return False
-    size = {"num_queries": shape[0], "num_keys": shape[1]}
     edges = np.unique(np.linspace(rows[0], rows[1], 65).astype(int))
-    cells = 0
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        low, high = mask.key_range(start, stop, **size)
-        cells += (stop - start) * max(0, min(high, cols[1]) - max(low, cols[0]))
-    return cells > EXACT_CELLS
+    low, high = mask.key_ranges(edges, num_queries=shape[0], num_keys=shape[1])
+    seen = np.minimum(high, cols[1]) - np.maximum(low, cols[0])
+    return int((np.diff(edges) * np.maximum(seen, 0)).sum()) > EXACT_CELLS
 
 
 def build_pyramid(

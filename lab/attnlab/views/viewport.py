@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -236,9 +235,8 @@ def _allowed(full_map: AttentionMap, row_edges: np.ndarray, col_edges: np.ndarra
     size = {"num_queries": full_map.shape[0], "num_keys": full_map.shape[1]}
     if isinstance(full_map, SparseMap | NeighborhoodMap):
         return full_map.seen(row_edges, col_edges)
-    ranges = [full_map.mask.key_range(int(a), int(b), **size) for a, b in pairwise(row_edges)]
-    first, last = (np.array(side)[:, None] for side in zip(*ranges, strict=True))
-    return (col_edges[:-1] < last) & (col_edges[1:] > first)
+    first, last = full_map.mask.key_ranges(row_edges, **size)
+    return (col_edges[:-1] < last[:, None]) & (col_edges[1:] > first[:, None])
 
 
 def find_trace(store: Store, run_id: int, layer: int) -> tuple[RunRow, TraceRow]:
