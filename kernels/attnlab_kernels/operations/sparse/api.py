@@ -13,6 +13,7 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Support
 from attnlab_kernels.operations.sparse import fused, reference, triton_lists
 from attnlab_kernels.operations.sparse.reference import Result
+from attnlab_kernels.operations.sparse.tilings import describe
 from attnlab_kernels.patterns import Pattern
 
 __all__ = ["IMPLEMENTATIONS", "SparseResult", "check_implementation", "sparse_attend", "supports"]
@@ -44,7 +45,7 @@ IMPLEMENTATIONS: dict[str, SparseImplementation] = {
     implementation.name: implementation
     for implementation in (
         SparseImplementation("tiled", "tiles in PyTorch (reference)", _any_call, "any device"),
-        SparseImplementation("fused", "block lists over fused tiles", fused.supports, "a CPU"),
+        SparseImplementation("fused", "fused tiles of one shape", fused.supports, "a CPU"),
         SparseImplementation(
             "triton",
             "attnlab Triton, block lists",
@@ -93,6 +94,8 @@ def sparse_attend(
         result = reference.run(q, k, v, pattern, bias=bias, dropout=dropout, **named)
     else:
         result = (triton_lists if name == "triton" else fused).run(q, k, v, pattern, **named)
+    if name == "fused":
+        reason += f"; {describe(fused.tiling_of(q, k, pattern, start=start, mask=mask))}"
     return SparseResult(result, name, reason)
 
 
