@@ -66,6 +66,13 @@ def describe_environment(device: str | None = None) -> dict[str, Any]:
     }
 
 
+def name_device(device: torch.device) -> str:
+    """Return what a time may be set beside another of: the card, or the processor with its cores and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
 @cache
 def _survey(device: str) -> list[dict[str, Any]]:
     return survey(device)

@@ -11,13 +11,13 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage.queue import Claim
 from attnlab_storage.results import MeasurementRow
 
-from .environment import describe_environment
+from .environment import describe_environment, name_device
 from .estimate import BYTES, cache_formula
 from .frontier_search import search
 from .hook import LayerCall, Listener
 from .models import TORCH_DTYPES, ModelError
 from .probes.accuracy import attention_errors, over_budget
-from .probes.adversarial import prove
+from .probes.adversarial import Proof, Rival, prove
 from .probes.ceilings import ceilings_of
 from .probes.interleaved import interleaved
 from .probes.kernel import KernelCall
@@ -33,6 +33,7 @@ from .roofline import stand
 from .spec import RunPoint, parse_spec
 from .subjects import Caching, Subject
 from .subjects.load import load_subject
+from .subjects.module import FP8_TOLERANCE
 
 
 @dataclass
@@ -90,8 +91,8 @@ class Procedure:
                 if record & {"accuracy", "statistics"}:
                     self._measure(subject)
                 if "timing" in record and "speed_withheld" not in self._found.values:
-                    self._set_against_reference(subject)  # first: what is refused leaves no time behind
                     self._time(subject)
+                if "attention_latency_ms" in self._found.values:
                     self._stand(subject)
                 if "memory" in record:
                     self._weigh(subject)
@@ -196,6 +197,7 @@ class Procedure:
 
         self._recorder.phase("timing", 0, self._spec.repeats)
         middle = self._middle_call(subject)
+        ratio = self._timed_in_turn(middle)
         whole = latency(
             "latency",
             subject.step,
@@ -205,20 +207,47 @@ class Procedure:
             progress=progress,
         )
         kernel = latency("attention_latency", middle.run, self._spec.repeats, self._device, cold=True)
+        layout = layout_latency(middle, self._spec.repeats, self._device)
+        task = middle.task | {"device": name_device(self._device)}
+        proof = self._prove(middle, task, kernel, ratio)
+        if not proof.stands:
+            self._found.values["speed_withheld"] = proof.words
+            return
         kernels = self._name_kernels(subject)
         detail = {"layer": middle.layer, "implementation": middle.implementation, "kernels": kernels}
-        rows = [whole, with_detail(kernel, detail)]
-        if (layout := layout_latency(middle, self._spec.repeats, self._device)) is not None:
-            rows.append(layout)
+        rows = [whole, with_detail(kernel, detail | {"task": task, "proof": proof.words})]
+        rows += [row for row in (layout, ratio) if row is not None]
         if (captured := self._found.values.get("capture_ms")) is not None:
             compared = {"captured_ms": captured, "plain_ms": whole.value}
             rows.append(MeasurementRow("capture_overhead", captured / whole.value, "ratio", detail=compared))
-        self._recorder.measurements(rows)
+        self._recorder.measurements(rows)  # all at once: what is refused leaves no time behind
         self._found.values |= {
             "latency_ms": whole.value,
             "attention_latency_ms": kernel.value,
         }
         self._recorder.log(f"latency {whole.value:.2f} ms, attention {kernel.value:.3f} ms")
+
+    def _timed_in_turn(self, middle: KernelCall) -> MeasurementRow | None:
+        """The attention's time over plain causal SDPA's, pair by pair; None where the spec names no reference."""
+        if (reference := self._reference) is None:
+            return None
+        self._recorder.phase("timing in turn")
+        row = interleaved("reference_ratio", middle.run, reference.run, self._spec.repeats, self._device)
+        self._recorder.log(f"attention takes {row.value:.3f} x the time of plain causal SDPA")
+        return with_detail(row, {"reference": reference.implementation})
+
+    def _prove(
+        self, middle: KernelCall, task: dict[str, Any], kernel: MeasurementRow, ratio: MeasurementRow | None
+    ) -> Proof:
+        """What is much faster than the best known of its operation has to show that it computes it."""
+        rivals = [] if ratio is None else [Rival(ratio.value, "plain causal SDPA in turn")]
+        if (best := self._recorder.best_known(task, self._point)) is not None:
+            rivals.append(Rival(kernel.value / best.value, f"run {best.run_id}, {best.value:.4g} ms"))
+        self._recorder.phase("proving")
+        slack = FP8_TOLERANCE if self._point.parameters.get("use_fp8") else 0.0
+        proof = prove(middle, rivals, slack=slack)
+        self._recorder.log(proof.words)
+        return proof
 
     def _name_kernels(self, subject: Subject) -> list[str]:
         """Profile the attention once, whatever else is recorded: a fallback must not hide."""
@@ -226,19 +255,6 @@ class Procedure:
         self._found.values["kernels"] = kernels
         self._recorder.log(f"kernels that ran: {', '.join(kernels)}")
         return kernels
-
-    def _set_against_reference(self, subject: Subject) -> None:
-        """Time the attention in turn with plain causal SDPA; what is much faster has to prove itself first."""
-        middle = self._middle_call(subject)
-        if (reference := self._reference) is None:
-            return
-        self._recorder.phase("timing in turn")
-        row = interleaved("reference_ratio", middle.run, reference.run, self._spec.repeats, self._device)
-        proof = prove(middle, row.value)
-        self._recorder.measurements(
-            [with_detail(row, {"reference": reference.implementation, "proof": proof})]
-        )
-        self._recorder.log(f"attention takes {row.value:.3f} x the time of plain causal SDPA; {proof}")
 
     def _stand(self, subject: Subject) -> None:
         """Set the attention's time beside the device's ceilings."""

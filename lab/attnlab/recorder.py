@@ -17,8 +17,10 @@ from attnlab_storage.database import Store
 from attnlab_storage.queue import Claim
 from attnlab_storage.results import (
     InputRow,
+    Measured,
     MeasurementRow,
     TraceRow,
+    fastest,
     record_environment,
     record_input,
     record_measurements,
@@ -28,6 +30,7 @@ from attnlab_storage.results import (
 from attnlab_storage.tensors import read_tensor, write_tensor
 
 from .probes.maps import LayerCapture, Named
+from .spec import RunPoint
 
 WAITING_LAYERS = 2
 """layers that may wait for the database; with more the computation waits, so memory stays bounded"""
@@ -68,6 +71,16 @@ class Recorder:
         for start in range(0, len(pending), MEASUREMENTS_AT_ONCE):
             with recording(self._store, self._claim) as session:
                 record_measurements(session, self._claim, pending[start : start + MEASUREMENTS_AT_ONCE])
+
+    def best_known(self, task: Mapping[str, Any], point: RunPoint) -> Measured | None:
+        """The fastest stored run that timed the same task on the same device; None where there is none."""
+        alike = {"dtype": point.dtype, "batch_size": point.batch_size, "phase": point.phase}
+        return fastest(
+            self._store,
+            "attention_latency",
+            alike | {"sequence_length": point.sequence_length},
+            lambda detail: detail.get("task") == task,
+        )
 
     def curves(self, layer: int, curves: Mapping[str, np.ndarray]) -> None:
         """Keep curves of a layer's heads, float32 [heads, points] by name."""

@@ -7,7 +7,7 @@ raises. Keep it to a layer or so: the run's lease cannot be renewed meanwhile.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ __all__ = [
     "ExperimentRow",
     "InputRow",
     "LostLease",
+    "Measured",
     "MeasurementRow",
     "RunPage",
     "RunRow",
@@ -62,6 +63,7 @@ __all__ = [
     "delete_runs",
     "environment",
     "events",
+    "fastest",
     "get_experiment",
     "get_run",
     "list_experiments",
@@ -98,6 +100,14 @@ class MeasurementRow:
     head: int | None = None
     samples: list[float] | None = None
     detail: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's number."""
+
+    run_id: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -205,6 +215,32 @@ def measurements(
     if layer is not None:
         query = query.where(Measurement.layer == layer)
     return _rows(store, query.order_by(Measurement.id), MeasurementRow)
+
+
+def fastest(
+    store: Store, name: str, alike: Mapping[str, Any], accept: Callable[[dict[str, Any]], bool]
+) -> Measured | None:
+    """The succeeded run with the least value of a measurement of the whole run.
+
+    Args:
+        alike: columns of the run and their values (None: without one).
+        accept: whether the detail of the measurement is of the wanted kind.
+    """
+    query = (
+        select(Measurement.run_id, Measurement.value, Measurement.detail)
+        .join(Run, (Run.id == Measurement.run_id) & (Run.attempt == Measurement.attempt))
+        .where(Run.state == "succeeded", Run.deleted_at.is_(None))
+        .where(*(getattr(Run, column).is_not_distinct_from(value) for column, value in alike.items()))
+        .where(Measurement.name == name, Measurement.layer.is_(None), Measurement.head.is_(None))
+        .where(Measurement.value.is_not(None))
+        .order_by(Measurement.value)
+        .execution_options(yield_per=50)
+    )
+    with store.read() as session, session.execute(query) as rows:
+        for run_id, value, detail in rows:
+            if value is not None and accept(detail or {}):
+                return Measured(run_id, value)
+    return None
 
 
 def traces(store: Store, run_id: int) -> list[TraceRow]:

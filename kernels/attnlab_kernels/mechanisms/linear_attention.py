@@ -210,12 +210,19 @@ class LinearAttention(base.SoftmaxModule):
         count = query.shape[2]
         settings = {"causal": causal, "eps": self.eps, "normalize": self.feature_map != "identity"}
 
+        # keys of the past are in the sums: only those of the new tokens can be given anew
+        started = past is not None
+        earlier = [tensor[:, :, :-count] if started else tensor[:, :, :0] for tensor in (key, value)]
+        new = (query, *(tensor[:, :, -count:] if started else tensor for tensor in (key, value)))
+
         def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            if past is not None:
-                key, value = key[:, :, -count:], value[:, :, -count:]
             return linear_attend(query, key, value, past=past, form=result.form, **settings).output
 
         def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            key, value = (
+                torch.cat([old.to(one.dtype), one], dim=2)
+                for old, one in zip(earlier, (key, value), strict=True)
+            )
             # queries of zeros stand for those of the past
             missing = key.shape[2] - count if causal else 0
             padded = functional.pad(query, (0, 0, missing, 0))
@@ -237,7 +244,7 @@ class LinearAttention(base.SoftmaxModule):
                 result.form,
                 attended,
                 reference,
-                (query, key, value),
+                new,
                 detail={
                     "features": self.feature_map,
                     "eps": self.eps if self.feature_map != "identity" else None,

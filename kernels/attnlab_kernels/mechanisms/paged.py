@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -259,11 +260,17 @@ class PagedAttention(SoftmaxModule):
         pools = self.pages.pools(self.layer_idx)
         key, value = (gather(pool, table, length)[None] for pool in pools)
 
-        def again(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def again(query: Tensor) -> Tensor:
             return walk(query[0], *pools, table, length, mask=mask, scale=self.scale)[0][None]
 
         told = AttendCall(query[None], key, value, mask, self.scale, None, output[None], lse[None], "walk")
-        return softmax_call(told, again)
+        plain = softmax_call(told)
+
+        def reference(query: Tensor) -> Tensor:
+            return plain.reference(query, key.to(query.dtype), value.to(query.dtype))
+
+        # the pool holds keys and values: only queries can be given anew
+        return replace(plain, run=again, reference=reference, operands=(query[None],))
 
     def _announce(self, parts: list[AttentionCall], table: list[int]) -> None:
         if parts:

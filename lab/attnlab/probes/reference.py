@@ -14,7 +14,7 @@ def causal_reference(call: LayerCall, backward: bool) -> KernelCall:
     if backward:
         operands = tuple(tensor.clone().requires_grad_() for tensor in operands)
     floor = sum(tensor.numel() * tensor.element_size() for tensor in (call.output, call.lse))
-    return KernelCall(call.layer, operands, causal_attention, "sdpa", floor, backward, None)
+    return KernelCall(call.layer, operands, causal_attention, "sdpa", floor, backward, None, call.output)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

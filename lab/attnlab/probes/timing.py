@@ -15,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from attnlab_storage.results import MeasurementRow
 
 from ..intervals import median_interval
+from ..outcomes import CheckFailed
 from .card import CardWindow, nvml_reader
 from .conditions import ProcessorWindow, UnknownWindow
+from .elsewhere import hides_work, left_running
 from .timers import EventTimer, Step, Timer, WallTimer, cache_flusher
 from .warming import warm_up
 
@@ -44,6 +46,9 @@ def latency(
         progress: told how many samples are done.
         cold: overwrite the device's L2 cache before every sample (CUDA only).
         timer: what times one call; None: CUDA events on a GPU, the host's clock on a CPU.
+
+    Raises:
+        CheckFailed: the step works on another stream than the events are on.
     """
     timer = timer or (EventTimer(device) if device.type == "cuda" else WallTimer())
     flush = cache_flusher(device) if cold else None
@@ -91,11 +96,20 @@ def window_of(device: torch.device) -> ProcessorWindow | CardWindow | UnknownWin
 def _gaps(
     timer: Timer, step: Step, before: list[Step], samples: list[float], device: torch.device
 ) -> dict[str, Any]:
-    """The profiler's device time beside the events, and how much of the events no kernel ran."""
+    """The profiler's device time beside the events, and how much of the events no kernel ran.
+
+    Raises CheckFailed where the device works on after the events: then they timed another stream than the step's.
+    """
+    between, left = left_running(step, device, before)
+    if hides_work(between, left):
+        raise CheckFailed(
+            f"the device worked on for {left:.3g} ms after its {between:.3g} ms: on another stream"
+        )
     for ready in before:
         ready()
     spent = sum(_profiled(step, device).values()) / 1e3
     found: dict[str, Any] = {"device_ms": spent, "launch_gap_ms": statistics.median(samples) - spent}
+    found["left_ms"] = left
     if isinstance(timer, EventTimer):
         found["host_launch_ms"] = statistics.median(timer.launches)
     return found

@@ -11,6 +11,8 @@ from ..hook import LayerCall
 SOFTMAX_KINDS = frozenset(
     {"softmax", "latent", "experts", "paged", "ring", "chunked", "slots", "reduced", "difference"}
 )
+SAME_AS_SOFTMAX = frozenset({"softmax", "paged", "ring", "chunked"})
+"""softmax attention of its own queries and keys, only stored or ordered in another way"""
 BACKWARD_FACTOR = 2.5
 """a backward has five matrix products where the forward has two (Dao 2023, arXiv 2307.08691, section 4.1)"""
 

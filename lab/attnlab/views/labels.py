@@ -10,6 +10,7 @@ from attnlab_kernels.catalog import MECHANISMS
 OUTCOME_WORDS = {
     "succeeded": "succeeded",
     "incorrect": "incorrect",
+    "unproved": "unproved",
     "failed": "failed",
     "out_of_memory": "out of memory",
     "unsupported": "unsupported",
@@ -21,8 +22,13 @@ OUTCOME_WORDS = {
 
 
 def shown_outcome(document: Mapping[str, Any]) -> str:
-    """How a run ended as tables and charts of speed say it: ``incorrect`` where its error is over its budget."""
-    return "incorrect" if document.get("speed_withheld") else document["state"]
+    """How a run ended as tables and charts of speed say it.
+
+    ``incorrect`` where its error is over its budget, ``unproved`` where it is faster than anything known and nothing
+    here could prove it.
+    """
+    withheld = document.get("speed_withheld")
+    return str(withheld).partition(":")[0] if withheld else document["state"]
 
 
 def run_label(document: Mapping[str, Any]) -> str:
