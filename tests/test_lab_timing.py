@@ -107,6 +107,19 @@ def test_a_window_is_disturbed_by_theft_and_by_others(tmp_path, monkeypatch, use
     assert [reason in words for words in disturbed] == ([True] if reason else [])
 
 
+def test_a_processor_whose_clock_fell_is_throttled(tmp_path):
+    proc_with(tmp_path, user=1, steal=0, load=0.5)
+    clocks = tmp_path / "cpuinfo"
+    clocks.write_text("processor: 0\ncpu MHz\t\t: 3100.5\nprocessor: 1\ncpu MHz\t\t: 900.0\n")
+    with ProcessorWindow(tmp_path, cores=2) as window:
+        clocks.write_text("cpu MHz\t\t: 2900.0\n")
+    assert window.found["throttled"] == window.found["disturbed"] == []
+    with ProcessorWindow(tmp_path, cores=2) as window:
+        clocks.write_text("cpu MHz\t\t: 1200.0\ncpu MHz\t\t: 1100.0\n")
+    assert window.found["throttled"] == ["the processor's clock fell from 2900 to 1200 MHz"]
+    assert window.found["disturbed"] == ["slowed down: the processor's clock fell from 2900 to 1200 MHz"]
+
+
 def test_a_short_window_is_judged_by_the_load_average(tmp_path):
     proc_with(tmp_path, user=1, steal=0, load=7.5)
     with ProcessorWindow(tmp_path, cores=2) as window:

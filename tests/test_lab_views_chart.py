@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from attnlab.describe import run_document
-from attnlab.views.chart import PRESETS, Axes, best_axes, chart_info
+from attnlab.intervals import median_interval
+from attnlab.views import figures
+from attnlab.views.chart import BARS, PRESETS, Axes, best_axes, chart_info
 from attnlab.views.chart_figure import chart_figure
-from attnlab.views.chart_table import FIELDS, MEASURES, chart_rows
+from attnlab.views.chart_table import FIELDS, MEASURES, TEXTS, chart_rows
 from attnlab.views.errors import ViewError
+from attnlab.views.samples import ecdf, samples_figure, samples_info
 from attnlab.views.scaling_fit import fit_power
 
 
@@ -91,10 +94,71 @@ def test_repeats_become_one_point_with_the_interval_of_all_samples() -> None:
     (point,) = info.lines[0].points
     samples = [0.9, 1.0, 1.1, 1.8, 2.0, 2.2]
     assert (point.runs, point.samples, point.y) == ((1, 2), 6, pytest.approx(np.median(samples)))
-    assert (point.low, point.high) == pytest.approx(tuple(np.percentile(samples, [10, 90])))
-    error = chart_figure(info).to_plotly_json()["data"][0]["error_y"]
-    assert point.y + error["array"][0] == pytest.approx(point.high)
-    assert point.y - error["arrayminus"][0] == pytest.approx(point.low)
+    assert point.percentiles == pytest.approx(tuple(np.percentile(samples, [10, 90])))
+    assert point.interval == median_interval(samples)
+    for bars in BARS:
+        info = chart_info(again, SCALING._replace(bars=bars))
+        error = chart_figure(info).to_plotly_json()["data"][0]["error_y"]
+        low, high = median_interval(samples) if bars == "interval" else np.percentile(samples, [10, 90])  # type: ignore[misc]
+        assert point.y + error["array"][0] == pytest.approx(high)
+        assert point.y - error["arrayminus"][0] == pytest.approx(low)
+
+
+def test_a_run_with_two_samples_has_no_interval_and_no_bar() -> None:
+    timing = {"median": 1.5, "p10": 1.1, "p90": 1.9, "samples": [1.0, 2.0], "detail": {}}
+    (line,) = chart_info([document(1, 64, 1.5, attention_latency_ms=timing)], SCALING).lines
+    assert line.points[0].interval is None
+    assert line.points[0].ends("interval") == (1.5, 1.5)
+    assert line.points[0].ends("percentiles") == pytest.approx((1.1, 1.9))
+
+
+def timed_under(run: int, **conditions: Any) -> dict[str, Any]:
+    one = document(run, 64 * run, 1.0 * run)
+    timing = one["latency_ms"] | {"detail": {"conditions": {"disturbed": [], **conditions}}}
+    return one | {"latency_ms": timing, "attention_latency_ms": timing}
+
+
+def test_a_throttled_time_is_marked_where_it_stands_and_in_the_legend_and_the_table() -> None:
+    slow = timed_under(3, throttled=["power cap"], disturbed=["slowed down: power cap"])
+    busy = timed_under(2, disturbed=["load average 9 <b>"])
+    info = chart_info([timed_under(1), busy, slow], SCALING)
+    assert [point.conditions for point in info.lines[0].points] == [
+        (), ("#2 disturbed: load average 9 <b>",), ("#3 throttled: power cap",),
+    ]  # fmt: skip
+    marks = {trace["name"]: trace for trace in chart_figure(info).to_plotly_json()["data"]}
+    assert (list(marks["throttled"]["x"]), list(marks["throttled"]["text"])) == ([192], ["throttled"])
+    assert (list(marks["disturbed"]["x"]), marks["disturbed"]["showlegend"]) == ([128], True)
+    assert list(marks["disturbed"]["customdata"]) == ["#2 disturbed: load average 9 &lt;b&gt;"]
+    rows = chart_rows([timed_under(1), busy, slow])
+    assert [row["outcome"] for row in rows] == ["succeeded", "succeeded", "throttled"]
+    assert [row["conditions"] for row in rows] == [
+        "",
+        "disturbed: load average 9 <b>",
+        "throttled: power cap",
+    ]
+    columns = figures.latency_figure(figures.latency_info([slow])).to_plotly_json()["layout"]["annotations"]
+    assert [note["text"] for note in columns] == ["✕ throttled"]
+    memory = chart_info([slow], PRESETS["memory"][1])
+    assert memory.lines[0].points[0].conditions == ()  # bytes do not change with the clock
+
+
+def test_an_ecdf_is_the_share_of_samples_up_to_each() -> None:
+    times, shares = ecdf([3.0, 1.0, 2.0, 2.0])
+    assert times.tolist() == [1, 2, 2, 3]
+    assert shares.tolist() == [0.25, 0.5, 0.75, 1]
+
+
+def test_samples_stand_as_histogram_and_ecdf_beside_each_other() -> None:
+    info = samples_info([document(1, 64, 1.0), document(2, 64, 2.0), document(3, 64, None)])
+    assert [row.title for row in info.rows] == [
+        "time of the forward pass", "time of the attention kernel alone",
+    ]  # fmt: skip
+    assert info.missing == ["#3 multi_head sdpa_flash: out of memory"]
+    traces = samples_figure(info).to_plotly_json()["data"]
+    assert [trace["type"] for trace in traces] == ["histogram", "scatter"] * 4
+    assert sum(trace["showlegend"] for trace in traces) == 2
+    assert list(traces[1]["x"]) == [0.9, 0.9, 1.0, 1.1]
+    assert traces[0]["xbins"]["size"] == traces[2]["xbins"]["size"]
 
 
 def test_facets_share_one_scale_and_one_legend() -> None:
@@ -136,7 +200,7 @@ def test_the_first_chart_is_the_one_that_says_most() -> None:
 def test_rows_hold_what_the_documents_of_real_runs_hold(traced: Any) -> None:
     documents = [run_document(traced.store, run) for run in traced.run_ids]
     rows = chart_rows(documents)
-    assert set(rows[0]) == {"id", "outcome", "reason", *FIELDS, *MEASURES}
+    assert set(rows[0]) == {"id", *TEXTS, *FIELDS, *MEASURES}
     for row, one in zip(rows, documents, strict=True):
         assert row["latency_ms"] == one["latency_ms"]["median"]
         assert row["tokens_per_s"] == pytest.approx(77 / one["latency_ms"]["median"] * 1e3)

@@ -4,6 +4,7 @@ import pytest
 
 from attnlab.compare import validity_notes
 from attnlab.describe import run_document
+from attnlab.export.table import measurement_rows
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
 from attnlab.views import figures
@@ -40,6 +41,25 @@ def test_a_run_beyond_its_error_budget_shows_no_speed_and_why(sqlite_store, monk
     assert figures.latency_info([document]).series[0].outcome == "incorrect"
     assert any(reason in note for note in validity_notes([document], [None]))
     assert "incorrect: the attention of layer 0" in run_facts(document, run)
+
+
+def test_a_run_that_fails_after_it_was_timed_shows_no_speed(sqlite_store, monkeypatch: pytest.MonkeyPatch):
+    def fail(procedure, subject):
+        raise RuntimeError("weighed too heavy")
+
+    monkeypatch.setattr("attnlab.procedure.Procedure._weigh", fail)
+    spec = parse_spec(SPEC | {"record": ["timing", "memory"]})
+    (run,) = results.runs_of(sqlite_store, experiment_id=run_here(sqlite_store, spec))
+    document = run_document(sqlite_store, run.id)
+    assert {"latency", "attention_latency"} <= {
+        row.name for row in results.measurements(sqlite_store, run.id)
+    }
+    assert (document["outcome"], document["speed_discarded"]) == ("failed", True)
+    for name in ("latency_ms", "attention_latency_ms", "roofline", "reference_ratio"):
+        assert document[name] is None
+    assert "latency" not in {row["name"] for row in measurement_rows(sqlite_store, [run.id])}
+    assert chart_rows([document])[0]["outcome"] == "failed"
+    assert "It was timed before, and its speed is not shown" in run_facts(document, run)
 
 
 def test_an_accurate_run_shows_its_speed(sqlite_store):

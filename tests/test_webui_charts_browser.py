@@ -51,6 +51,22 @@ def test_a_picked_chart_is_drawn_and_goes_into_the_address(serve, browse, outcom
     table.get_by_text("0.01", exact=True).first.wait_for()
 
 
+def test_samples_and_error_bars_are_picked_and_go_into_the_address(serve, browse, outcomes):
+    page = browse(f"{serve(outcomes.store)}/experiment?id={outcomes.experiment_id}&tab=charts&chart=samples")
+    titled(page, "Every sample")
+    kinds = page.evaluate("(plot) => document.querySelector(plot).data.map((t) => t.type)", PLOT)
+    assert {"histogram", "scatter"} == set(kinds)
+    page.get_by_label("Chart", exact=True).click()
+    page.get_by_role("option", name="Time", exact=True).click()
+    titled(page, "Time of the forward pass")
+    page.get_by_label("Error bars", exact=True).click()
+    page.get_by_role("option", name="10th to 90th percentile").click()
+    page.wait_for_url(re.compile("chart=own.*bars=percentiles"))
+    again = browse(page.url)
+    titled(again, "Time of the forward pass")
+    assert again.get_by_label("Error bars", exact=True).input_value() == "10th to 90th percentile"
+
+
 def test_a_chart_follows_the_runs(serve, browse, sqlite_store, make_traced):
     made = make_traced(sqlite_store, tokens=30, layers=1, outcomes=["failed"])
     queue.retry(sqlite_store, made.run_ids)

@@ -36,6 +36,9 @@ SERVING = (
     "answers_equal",
     "cache_bytes",
 )
+SPEED = frozenset(
+    {"latency", "attention_latency", "layout_latency", "reference_ratio", "roofline", "capture_overhead"}
+)
 STATISTICS = tuple(statistics.STATISTICS)
 TIMELINES = {"memory_timeline": "forward pass", "attention_memory_timeline": "attention kernel alone"}
 
@@ -50,8 +53,9 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
     """
     run = find_run(store, run_id)
     rows = results.measurements(store, run_id)
-    whole = {row.name: row for row in rows if row.layer is None and row.head is None}
     summary = run.summary or {}
+    kept = [row for row in rows if not (hides_speed(run) and row.name in SPEED)]
+    whole = {row.name: row for row in kept if row.layer is None and row.head is None}
     traces = results.traces(store, run_id)
     return {
         **run_brief(run),
@@ -66,6 +70,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "attempts": {"used": run.attempt, "most": run.max_attempts},
         "times": _times(run),
         "speed_withheld": summary.get("speed_withheld"),
+        "speed_discarded": len(kept) < len(rows),
         "latency_ms": _timing(whole.get("latency")),
         "attention_latency_ms": _timing(whole.get("attention_latency")),
         "layout_latency_ms": _timing(whole.get("layout_latency")),
@@ -87,6 +92,11 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "stored_bytes": tensors.stored_bytes(store, run_id),
         "environment": results.environment(store, run_id),
     }
+
+
+def hides_speed(run: RunRow) -> bool:
+    """Whether what a run measured of speed is not to be shown: it ended otherwise than it should."""
+    return run.state in OUTCOMES and run.state != "succeeded"
 
 
 def memory_timeline(store: Store, run_id: int, what: str = "memory_timeline") -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import gradio as gr
 
 from attnlab.views.chart import Axes
 from attnlab_webui.chart_view import (
+    BAR_CHOICES,
     CHART_CHOICES,
     FIELD_CHOICES,
     MEASURE_CHOICES,
@@ -49,6 +50,7 @@ def build(prefix: str) -> ChartPanel:
                 ("y", "y", MEASURE_CHOICES),
                 ("colour", "Colour", [*NONE, *FIELD_CHOICES]),
                 ("facet", "Panel for each", [*NONE, *FIELD_CHOICES]),
+                ("bars", "Error bars", BAR_CHOICES),
             )
         }
     plot = gr.Plot(show_label=False, elem_id=f"{prefix}-plot", elem_classes="at-plot-of-runs")
@@ -60,7 +62,7 @@ def build(prefix: str) -> ChartPanel:
 def values(shown: Panel) -> dict[str, Any]:
     """The value of every output."""
     chosen = shown.chosen
-    own = {"interactive": chosen.chart != "roofline"}
+    own = {"interactive": chosen.chart not in ("roofline", "samples")}
     axes = {name: {"value": getattr(chosen.axes, name), **own} for name in PARTS[1:]}
     return {
         "chart": {"value": chosen.chart or None},
@@ -76,8 +78,8 @@ def updates(shown: Panel) -> list[Any]:
     return [gr.update(**value) if isinstance(value, dict) else value for value in values(shown).values()]
 
 
-def choice_of(changed: str, chart: str, x: str, y: str, colour: str, facet: str) -> Chosen:
+def choice_of(changed: str, chart: str, x: str, y: str, colour: str, facet: str, bars: str) -> Chosen:
     """What the pickers say after one of them was changed: an axis makes the chart one's own."""
     if changed == "chart" and chart != OWN:
         return picked(chart)
-    return Chosen(OWN, Axes(x, y, colour or "", facet or ""))
+    return Chosen(OWN, Axes(x, y, colour or "", facet or "", bars))

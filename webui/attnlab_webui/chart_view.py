@@ -7,17 +7,30 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from attnlab.views.chart import PRESETS, ROOFLINE, Axes, best_axes, chart_info, check_axes, outcome_words
+from attnlab.views.chart import (
+    BARS,
+    PRESETS,
+    ROOFLINE,
+    SAMPLES,
+    Axes,
+    best_axes,
+    chart_info,
+    check_axes,
+    outcome_words,
+)
 from attnlab.views.chart_figure import chart_figure
 from attnlab.views.chart_table import FIELDS, MEASURES, chart_rows, varying
 from attnlab.views.errors import ViewError
+from attnlab.views.labels import TIMINGS
 from attnlab.views.roofline import roofline_figure, roofline_info
+from attnlab.views.samples import samples_figure, samples_info
 from attnlab_webui import pieces
 from attnlab_webui.pieces import Raw, escape
 
 OWN = "own"
 CHART_CHOICES = [
     *((words, name) for name, (words, _) in PRESETS.items()),
+    ("Samples: histogram and ECDF", SAMPLES),
     ("Roofline", ROOFLINE),
     ("Axes of your own", OWN),
 ]
@@ -25,13 +38,14 @@ FIELD_CHOICES = [(field.words, name) for name, field in FIELDS.items()]
 MEASURE_CHOICES = [(measure.words, name) for name, measure in MEASURES.items()]
 NONE = [("none", "")]
 FORMATS = {"csv": "CSV", "parquet": "Parquet", "json": "JSON"}
-PARTS = ("chart", "x", "y", "colour", "facet")
+PARTS = ("chart", "x", "y", "colour", "facet", "bars")
+BAR_CHOICES = [(words, name) for name, words in BARS.items()]
 
 # writes the chart's state into the address, so that a link shows the same chart
-STATE_JS = """(chart, x, y, colour, facet) => {
+STATE_JS = """(chart, x, y, colour, facet, bars) => {
   const params = new URLSearchParams(window.location.search);
   params.set("chart", chart);
-  for (const [name, value] of Object.entries({ x, y, colour, facet })) {
+  for (const [name, value] of Object.entries({ x, y, colour, facet, bars })) {
     if (chart === "own" && value) params.set(name, value); else params.delete(name);
   }
   const words = params.toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
@@ -60,13 +74,17 @@ def read_choice(query: Mapping[str, str]) -> Chosen:
     chart = query.get("chart", "")
     if chart in PRESETS:
         return Chosen(chart, PRESETS[chart][1])
-    if chart == ROOFLINE:
-        return Chosen(ROOFLINE)
+    if chart in (ROOFLINE, SAMPLES):
+        return Chosen(chart)
     if chart != OWN:
         return Chosen()
     start = PRESETS["latency"][1]
     axes = Axes(
-        query.get("x") or start.x, query.get("y") or start.y, query.get("colour", ""), query.get("facet", "")
+        query.get("x") or start.x,
+        query.get("y") or start.y,
+        query.get("colour", ""),
+        query.get("facet", ""),
+        query.get("bars") or start.bars,
     )
     try:
         check_axes(axes)
@@ -95,6 +113,8 @@ def panel(documents: Sequence[Mapping[str, Any]], chosen: Chosen) -> Panel:
             text = "No run has a place under a roofline: it takes timing in record, and an attention with a mask."
             return Panel(chosen, None, pieces.notice(text), table)
         return Panel(chosen, roofline_figure(roofs), _left_out(roofs.missing), table)
+    if chosen.chart == SAMPLES:
+        return _samples_panel(documents, rows, chosen)
     info = chart_info(documents, chosen.axes)
     wanted = [name for name in (chosen.axes.x, chosen.axes.y) if name in MEASURES]
     table = _table(rows, wanted, documents)
@@ -103,6 +123,18 @@ def panel(documents: Sequence[Mapping[str, Any]], chosen: Chosen) -> Panel:
         return Panel(chosen, None, pieces.notice(text), table)
     lost = [outcome_words(end) for line in info.lines for end in line.ends if end.x is None]
     return Panel(chosen, chart_figure(info), _left_out(lost), table)
+
+
+def _samples_panel(
+    documents: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], chosen: Chosen
+) -> Panel:
+    table = _table(rows, list(TIMINGS), documents)
+    info = samples_info(documents)
+    if not info.rows:
+        return Panel(
+            chosen, None, pieces.notice("No run has samples yet: they take timing in record."), table
+        )
+    return Panel(chosen, samples_figure(info), _left_out(info.missing), table)
 
 
 def _left_out(words: Sequence[str]) -> str:
@@ -130,7 +162,7 @@ def _table(
             f"#{row['id']}",
             *(row[name] for name in fields),
             *(_cell(name, row[name]) for name in wanted),
-            Raw(pieces.chip(row["outcome"], row["reason"] or "")),
+            Raw(pieces.chip(row["outcome"], row["reason"] or row["conditions"]) + _conditions(row)),
         )
         for row in rows
     ]
@@ -143,6 +175,13 @@ def _table(
         f"{links}</div>"
     )
     return pieces.table(columns, body, label="The same numbers") + exports
+
+
+def _conditions(row: Mapping[str, Any]) -> str:
+    """What disturbed the times of a run, where that is not its outcome already."""
+    if row["outcome"] != "succeeded" or not row["conditions"]:
+        return ""
+    return f' <span class="at-muted" title="{escape(row["conditions"])}">disturbed</span>'
 
 
 def _head(name: str) -> str:

@@ -144,7 +144,8 @@ def _trouble(document: Mapping[str, Any], run: RunRow) -> str:
         text = escape(document["error_detail"])
         detail = f'<details open><summary>detail</summary><pre class="at-pre">{text}</pre></details>'
     what = f" ({run.error_kind})" if run.error_kind else ""
-    return pieces.notice(reason + what, kind) + detail
+    timed = " It was timed before, and its speed is not shown." if document["speed_discarded"] else ""
+    return pieces.notice(reason + what + timed, kind) + detail
 
 
 def _check(document: Mapping[str, Any]) -> str:

@@ -31,6 +31,9 @@ STATE_WORDS = {
     "unsupported": "unsupported",
     "timed_out": "timed out",
     "cancelled": "cancelled",
+    "incorrect": "incorrect",
+    "unproved": "unproved",
+    "throttled": "throttled",
 }
 
 

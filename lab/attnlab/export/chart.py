@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnlab.describe import run_document
-from attnlab.views.chart_table import FIELDS, MEASURES, NUMERIC_FIELDS, chart_rows
+from attnlab.views.chart_table import FIELDS, MEASURES, NUMERIC_FIELDS, TEXTS, chart_rows
 from attnlab.views.errors import ViewError
 from attnlab_storage.database import Store
 
@@ -42,7 +42,7 @@ def _arrow(rows: Sequence[dict[str, Any]]) -> Any:
 
     whole = ("id", *NUMERIC_FIELDS)
     kinds = {name: pyarrow.int64() if name in whole else pyarrow.string() for name in ("id", *FIELDS)}
-    kinds |= {"outcome": pyarrow.string(), "reason": pyarrow.string()}
+    kinds |= {name: pyarrow.string() for name in TEXTS}
     kinds |= {name: pyarrow.float64() for name in MEASURES}
     numbers = [
         {name: float(v) if name in MEASURES and v is not None else v for name, v in row.items()}

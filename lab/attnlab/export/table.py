@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnlab.describe import run_brief
+from attnlab.describe import SPEED, hides_speed, run_brief
 from attnlab.export.arrays import map_arrays
 from attnlab.views.errors import ViewError
 from attnlab.views.viewport import Region, find_run
@@ -68,6 +68,8 @@ def measurement_rows(store: Store, run_ids: Sequence[int]) -> list[dict[str, Any
             "reason": run.reason,
         }
         measured = results.measurements(store, run_id)
+        if hides_speed(run):
+            measured = [row for row in measured if row.name not in SPEED]
         for row in measured:
             one = facts | {"name": row.name, "layer": row.layer, "head": row.head, "unit": row.unit}
             rows.append(one | {"value": row.value})

@@ -12,6 +12,8 @@ OTHERS_LIMIT = 0.25
 """cores that other processes kept busy on average"""
 SHORT = 0.2
 """seconds: the kernel counts in hundredths, so a shorter window is judged by the load average alone"""
+SLOWER = 0.85
+"""of the clock before: below it the processor was slowed down (heat, power), not idle, as a step ran just before"""
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 
 
@@ -21,6 +23,7 @@ class _Reading:
     load: float
     own: float
     at: float
+    mhz: float | None
 
 
 class ProcessorWindow:
@@ -53,7 +56,16 @@ class ProcessorWindow:
         except OSError:
             return None
         ticks: dict[str, int] = dict(zip(FIELDS, map(int, line.split()[1:]), strict=False))
-        return _Reading(ticks, load, time.process_time(), time.monotonic())
+        return _Reading(ticks, load, time.process_time(), time.monotonic(), self._fastest_core())
+
+    def _fastest_core(self) -> float | None:
+        """Clock of the fastest core in MHz, None where the system does not say."""
+        try:
+            lines = (self._proc / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return None
+        clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+        return max(clocks, default=None)
 
 
 class UnknownWindow:
@@ -77,7 +89,8 @@ def _judge(before: _Reading, after: _Reading, cores: int) -> dict[str, Any]:
     busy = sum(spent.values()) - sum(spent.get(name, 0) for name in ("idle", "iowait", "steal"))
     others = max(0.0, busy / os.sysconf("SC_CLK_TCK") - (after.own - before.own)) / max(seconds, 1e-9)
     load = max(before.load, after.load)
-    reasons = []
+    slowed = _slowed(before.mhz, after.mhz)
+    reasons = [f"slowed down: {words}" for words in slowed]
     if seconds < SHORT:
         if load > cores:
             reasons.append(f"load average {load:.1f} on {cores} cores")
@@ -91,5 +104,13 @@ def _judge(before: _Reading, after: _Reading, cores: int) -> dict[str, Any]:
         "load_average": [before.load, after.load],
         "steal": None if seconds < SHORT else steal,
         "other_cores": None if seconds < SHORT else others,
+        "mhz": [before.mhz, after.mhz],
+        "throttled": slowed,
         "disturbed": reasons,
     }
+
+
+def _slowed(before: float | None, after: float | None) -> list[str]:
+    if before is None or after is None or after >= SLOWER * before:
+        return []
+    return [f"the processor's clock fell from {before:.0f} to {after:.0f} MHz"]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attnlab.intervals import median_interval
 from attnlab.views.chart_table import (
     FIELDS,
     MEASURES,
@@ -35,8 +36,11 @@ class Axes(NamedTuple):
     y: str
     colour: str = ""
     facet: str = ""
+    bars: str = "interval"
+    """what the error bars are: the 95 % interval of the median, or the 10th to 90th percentile of the samples"""
 
 
+BARS = {"interval": "95 % interval of the median", "percentiles": "10th to 90th percentile"}
 PRESETS: dict[str, tuple[str, Axes]] = {
     "latency": ("Time", Axes("run", "latency_ms", "mechanism")),
     "attention": ("Time of the attention alone", Axes("run", "attention_latency_ms", "mechanism")),
@@ -51,6 +55,7 @@ PRESETS: dict[str, tuple[str, Axes]] = {
     "frontier": ("Longest that fits", Axes("run", "longest_fit", "mechanism")),
 }
 ROOFLINE = "roofline"
+SAMPLES = "samples"
 
 
 class Point(NamedTuple):
@@ -58,10 +63,18 @@ class Point(NamedTuple):
 
     x: Any
     y: float  # median
-    low: float  # 10th percentile of all samples
-    high: float  # 90th
+    interval: tuple[float, float] | None  # of the median, 95 %; None with fewer than three samples
+    percentiles: tuple[float, float]  # 10th and 90th of all samples
     runs: tuple[int, ...]
     samples: int
+    conditions: tuple[
+        str, ...
+    ] = ()  # "#3 throttled: power cap", of the runs that were slowed down or disturbed
+    throttled: bool = False
+
+    def ends(self, bars: str) -> tuple[float, float]:
+        """Where the error bar ends."""
+        return self.percentiles if bars == "percentiles" else self.interval or (self.y, self.y)
 
 
 class End(NamedTuple):
@@ -103,6 +116,7 @@ def check_axes(axes: Axes) -> None:
         "y": tuple(MEASURES),
         "colour": ("", *FIELDS),
         "facet": ("", *FIELDS),
+        "bars": tuple(BARS),
     }
     for name, allowed in choices.items():
         if (value := getattr(axes, name)) not in allowed:
@@ -164,18 +178,22 @@ def _line(
     label: str, facet: str, members: list[tuple[dict[str, Any], Mapping[str, Any]]], axes: Axes, numeric: bool
 ) -> Line:
     found: dict[Any, list[tuple[int, list[float]]]] = {}
+    marked: dict[int, tuple[str, bool]] = {}
     ends: list[End] = []
     for row, document in members:
         x = row[axes.x] if numeric else str(row[axes.x])
         samples = samples_of(document, axes.y)
         if x is not None and samples:
             found.setdefault(x, []).append((row["id"], samples))
+            if row["conditions"]:
+                marked[row["id"]] = (row["conditions"], row["outcome"] == "throttled")
             fails = (document.get("frontier") or {}).get("fails") if axes.y == "longest_fit" else None
             if fails:
                 ends.append(End(x, row["id"], fails["outcome"], fails["reason"], fails["tokens"]))
         elif row["outcome"] not in LIVE:
             ends.append(End(x, row["id"], row["outcome"], str(row["reason"] or "")))
-    points = [_point(x, runs) for x, runs in found.items()]
+    timed = bool(MEASURES[axes.y].samples)  # memory and errors do not change with the clock
+    points = [_point(x, runs, marked if timed else {}) for x, runs in found.items()]
     fit = None
     if numeric:
         points.sort(key=lambda point: point.x)
@@ -184,10 +202,20 @@ def _line(
     return Line(label, facet, points, ends, fit)
 
 
-def _point(x: Any, runs: list[tuple[int, list[float]]]) -> Point:
+def _point(x: Any, runs: list[tuple[int, list[float]]], marked: Mapping[int, tuple[str, bool]]) -> Point:
     samples = [sample for _, found in runs for sample in found]
     low, high = np.percentile(samples, [10, 90]).tolist()
-    return Point(x, statistics.median(samples), low, high, tuple(run for run, _ in runs), len(samples))
+    numbers = tuple(run for run, _ in runs)
+    return Point(
+        x,
+        statistics.median(samples),
+        median_interval(samples),
+        (low, high),
+        numbers,
+        len(samples),
+        tuple(f"#{run} {marked[run][0]}" for run in numbers if run in marked),
+        any(marked[run][1] for run in numbers if run in marked),
+    )
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

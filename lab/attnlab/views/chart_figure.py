@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from attnlab.views.chart import ChartInfo, Line, Point, outcome_words
-from attnlab.views.chart_style import color, plain, styled, symbol
+from attnlab.views.chart_style import FONT, color, plain, styled, symbol
 from attnlab.views.chart_table import FIELDS, MEASURES
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes
 
@@ -44,7 +44,7 @@ def end_height(info: ChartInfo, row: int) -> float:
     """Where the ends of a line are marked: above all points, each line in a row of its own; at 0 under bars."""
     if info.labels:
         return 0.0
-    values = [value for line in info.lines for point in line.points for value in (point.low, point.high)]
+    values = [end for line in info.lines for point in line.points for end in point.ends(info.axes.bars)]
     low, high = min(values, default=1.0), max(values, default=1.0)
     if info.log_y and low > 0:
         return high * max(high / low, 10.0) ** (0.09 * (row + 1))
@@ -72,8 +72,8 @@ def _draw(
         "hovertemplate": "%{customdata}<extra>" + plain(line.label) + "</extra>",
         "error_y": {
             "type": "data",
-            "array": [point.high - point.y for point in line.points],
-            "arrayminus": [point.y - point.low for point in line.points],
+            "array": [point.ends(info.axes.bars)[1] - point.y for point in line.points],
+            "arrayminus": [point.y - point.ends(info.axes.bars)[0] for point in line.points],
             "visible": any(point.samples > 1 for point in line.points),
             "thickness": 1.2,
         },
@@ -83,6 +83,7 @@ def _draw(
     else:
         mode = "lines+markers" if info.axes.x in FIELDS else "markers"
         figure.add_trace(go.Scatter(mode=mode, marker=look, line_color=color(index), **common), **place)
+    _mark_conditions(figure, line, place)
     ends = [end for end in line.ends if end.x is not None]
     if ends:
         figure.add_trace(
@@ -109,14 +110,49 @@ def _draw(
         )
 
 
+CONDITIONS = {True: ("throttled", "diamond-tall-open"), False: ("disturbed", "circle-open")}
+
+
+def _mark_conditions(figure: go.Figure, line: Line, place: dict[str, Any]) -> None:
+    """A ring around every time that is not the kernel's alone; what was throttled is named where it stands."""
+    for throttled, (word, mark) in CONDITIONS.items():
+        points = [point for point in line.points if point.conditions and point.throttled == throttled]
+        if not points:
+            continue
+        first = all(trace.name != word for trace in figure.data)
+        figure.add_trace(
+            go.Scatter(
+                x=[point.x for point in points],
+                y=[point.y for point in points],
+                mode="markers+text" if throttled else "markers",
+                text=[word] * len(points) if throttled else None,
+                textposition="middle right",
+                marker={"color": FONT, "symbol": mark, "size": 16, "line": {"width": 2}},
+                customdata=[plain("; ".join(point.conditions)) for point in points],
+                hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
+                name=word,
+                legendgroup=word,
+                showlegend=first,
+                cliponaxis=False,
+            ),
+            **place,
+        )
+
+
 def _hover(info: ChartInfo, point: Point) -> str:
     y = _value(info.axes.y, point.y)
     parts = [y if info.labels else f"{_value(info.axes.x, point.x)} {_short(info.axes.x)}: {y}"]
     if point.samples > 1:
-        interval = f"{_value(info.axes.y, point.low)} to {_value(info.axes.y, point.high)}"
-        parts.append(f"p10 to p90: {interval}, {point.samples} samples")
+        if point.interval:
+            parts.append(f"95 % interval {_between(info.axes.y, point.interval)}")
+        parts.append(f"p10 to p90: {_between(info.axes.y, point.percentiles)}, {point.samples} samples")
+    parts += map(plain, point.conditions)
     runs = " ".join(f"#{run}" for run in point.runs)
     return "<br>".join([*parts, f"run {runs}" if len(point.runs) == 1 else f"runs {runs}"])
+
+
+def _between(name: str, ends: tuple[float, float]) -> str:
+    return f"{_value(name, ends[0])} to {_value(name, ends[1])}"
 
 
 def _short(name: str) -> str:

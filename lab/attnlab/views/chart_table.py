@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from attnlab.views.labels import mechanism_label, ran_as, run_label, shown_outcome
+from attnlab.views.labels import conditions_words, mechanism_label, ran_as, run_label, shown_outcome
 
 Document = Mapping[str, Any]
 
@@ -66,6 +66,8 @@ FIELDS: dict[str, Field] = {
     "dtype": Field("dtype", lambda document: document.get("dtype")),
     "phase": Field("phase", lambda document: document.get("phase")),
 }
+TEXTS = ("outcome", "reason", "conditions")
+"""how a run ended, why, and what disturbed or slowed down its times"""
 NUMERIC_FIELDS = ("sequence_length", "batch_size")
 
 MEASURES: dict[str, Measure] = {
@@ -99,13 +101,14 @@ MEASURES: dict[str, Measure] = {
 
 
 def chart_rows(documents: Sequence[Document]) -> list[dict[str, Any]]:
-    """One flat row a run: ``id``, `FIELDS`, ``outcome``, ``reason`` and `MEASURES`, None where not measured."""
+    """One flat row a run: ``id``, `FIELDS`, `TEXTS` and `MEASURES`, None where not measured."""
     return [
         {"id": document["id"]}
         | {name: field.read(document) for name, field in FIELDS.items()}
         | {
             "outcome": shown_outcome(document),
             "reason": document.get("speed_withheld") or document.get("reason"),
+            "conditions": conditions_words(document),
         }
         | {name: measure.read(document) for name, measure in MEASURES.items()}
         for document in documents

@@ -90,7 +90,10 @@ def latency_figure(info: LatencyInfo) -> go.Figure:
             )
     styled(figure, title=info.title, x="", y="milliseconds")
     _label_columns(figure, [series.label for series in info.series])
-    _mark_outcomes(figure, [(i, s.outcome) for i, s in enumerate(info.series) if s.median is None])
+    _mark_outcomes(
+        figure,
+        [(i, s.outcome) for i, s in enumerate(info.series) if s.median is None or s.outcome == "throttled"],
+    )
     figure.update_yaxes(rangemode="tozero")
     return figure
 

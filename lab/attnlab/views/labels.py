@@ -11,6 +11,7 @@ OUTCOME_WORDS = {
     "succeeded": "succeeded",
     "incorrect": "incorrect",
     "unproved": "unproved",
+    "throttled": "throttled",
     "failed": "failed",
     "out_of_memory": "out of memory",
     "unsupported": "unsupported",
@@ -21,14 +22,38 @@ OUTCOME_WORDS = {
 }
 
 
+TIMINGS = ("latency_ms", "attention_latency_ms")
+
+
 def shown_outcome(document: Mapping[str, Any]) -> str:
     """How a run ended as tables and charts of speed say it.
 
     ``incorrect`` where its error is over its budget, ``unproved`` where it is faster than anything known and nothing
-    here could prove it.
+    here could prove it, ``throttled`` where its device slowed down while it was timed.
     """
     withheld = document.get("speed_withheld")
-    return str(withheld).partition(":")[0] if withheld else document["state"]
+    if withheld:
+        return str(withheld).partition(":")[0]
+    return "throttled" if throttling(document) else document["state"]
+
+
+def throttling(document: Mapping[str, Any]) -> list[str]:
+    """Why the device slowed down while the run was timed; empty where it did not."""
+    return _reasons(document, "throttled")
+
+
+def conditions_words(document: Mapping[str, Any]) -> str:
+    """``throttled: power cap``, ``disturbed: ...`` or nothing: what its times have of the machine."""
+    slowed, disturbed = throttling(document), _reasons(document, "disturbed")
+    if slowed:
+        return f"throttled: {'; '.join(slowed)}"
+    return f"disturbed: {'; '.join(disturbed)}" if disturbed else ""
+
+
+def _reasons(document: Mapping[str, Any], kind: str) -> list[str]:
+    details = [(document.get(name) or {}).get("detail") or {} for name in TIMINGS]
+    reasons = [reason for detail in details for reason in (detail.get("conditions") or {}).get(kind, [])]
+    return list(dict.fromkeys(reasons))
 
 
 def run_label(document: Mapping[str, Any]) -> str:
