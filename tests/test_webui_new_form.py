@@ -255,3 +255,11 @@ def test_model_line_says_how_to_fetch_what_is_missing(home, monkeypatch):
 
 def test_a_document_of_the_wrong_types_is_a_list_of_problems():
     assert drafts.read_draft(write_document({"name": 7, "vary": "x"})).problems
+
+
+def test_decoding_steps_are_a_section_of_their_own_and_leave_with_their_phase() -> None:
+    decoding = Form(phase="decode", steps="32", generate=True)
+    document = merge(decoding, {})
+    assert document["decode"] == {"steps": 32, "generate": True}
+    assert form_of(document).steps == "32"
+    assert "decode" not in merge(replace(form_of(document), phase="prefill"), document)

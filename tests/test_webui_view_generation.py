@@ -96,3 +96,37 @@ def test_a_map_that_is_not_causal_has_no_steps_and_says_why(serve_runs, browse):
     )
     page = browse(ran.link("bare", "view=generation"))
     page.get_by_text("No step follows another in this run").wait_for()
+
+
+DECODED = {
+    "module": {"dim": 24, "num_heads": 2},
+    "vary": {"mechanism": ["multi_head"], "sequence_length": [23]},
+    "phase": "decode",
+}
+
+
+@pytest.fixture(scope="module")
+def decoded(serve_runs):
+    """A run of six decoding steps and one of a single step."""
+    return serve_runs(six=DECODED | {"decode": {"steps": 6}}, one=DECODED)
+
+
+def test_decoding_steps_stand_over_the_cache_as_it_grew(decoded, browse):
+    page = browse(decoded.link("six", "view=generation&layer=0&head=1&token=2"))
+    page.wait_for_function(IDLE)
+    assert step_of(page).startswith("3 of 6 · 19")
+    chips = page.locator('[data-part="text"] .at-token')
+    assert chips.count() == 20  # 17 in the cache before the first step, and three steps
+    assert page.locator(".at-decoded-token").count() == 3
+    weights = head_tiles(decoded.store, decoded.runs["six"].id, 0, (2, 3))[1, 0]
+    for key in (0, 11, 19):
+        said = chips.nth(key).get_attribute("title").split(": ")[1]
+        assert float(said) == pytest.approx(weights[key], rel=1e-4)
+    page.get_by_text("a decoding step of its own").wait_for()
+    chips.nth(18).click()
+    page.wait_for_url("**token=1*")
+
+
+def test_a_run_of_one_decoded_token_says_how_to_keep_more(decoded, browse):
+    page = browse(decoded.link("one", "view=generation"))
+    page.get_by_text("decode: {steps: 32}").wait_for()

@@ -148,7 +148,7 @@ def stored_bytes(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> int:
     layers = shape.layers if spec.layers == "all" else len([x for x in spec.layers if int(x) < shape.layers])
     kv_heads = min(shape.kv_heads, int(point.parameters.get("num_kv_heads") or shape.kv_heads))
     keys = point.sequence_length
-    queries = 1 if point.phase == "decode" else keys
+    queries = spec.decoded or keys
     size = min(BYTES[point.dtype], 4)  # float64 is kept as float32
     maps = (shape.heads * queries + kv_heads * keys) * shape.head_dim * size
     maps += shape.heads * queries * 8 + kv_heads * keys * 4

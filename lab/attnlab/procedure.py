@@ -31,7 +31,8 @@ from .probes.token_facts import token_facts
 from .recorder import Recorder, core_is_free
 from .roofline import stand
 from .spec import RunPoint, parse_spec
-from .subjects import Caching, Subject
+from .step_calls import StepCalls
+from .subjects import Caching, Stepping, Subject
 from .subjects.load import load_subject
 from .subjects.module import FP8_TOLERANCE
 
@@ -139,8 +140,7 @@ class Procedure:
                     writer.put(made)
 
             self._recorder.phase("capturing", 0, len(wanted))
-            subject.prepare()
-            subject.step(self._listening(capture))
+            self._hear(subject, capture)
         took = time.perf_counter() - began
         self._recorder.settle()
         trim_heap()
@@ -169,12 +169,17 @@ class Procedure:
         compared = {0, subject.layers // 2, subject.layers - 1}
         given = subject.input_row()
         rows: list[MeasurementRow] = []
+        at_once = "statistics" in record and not self._walks(subject)
 
         def measure(call: LayerCall) -> None:
             self._recorder.phase("measuring", call.layer, max(subject.layers, call.layer))
             if "accuracy" in record and call.layer in compared:
                 rows.extend(attention_errors(call))
-            if "statistics" in record and self._keeps(call):
+            if at_once:
+                describe(call)
+
+        def describe(call: LayerCall) -> None:
+            if self._keeps(call):
                 facts = token_facts(given, call.query.shape[2], call.key.shape[2])
                 found = statistics_of(call, facts)
                 rows.extend(found.rows)
@@ -182,6 +187,8 @@ class Procedure:
 
         subject.prepare()
         hidden = subject.step(self._listening(measure))
+        if "statistics" in record and not at_once:
+            self._hear(subject, describe)
         if "accuracy" in record:
             self._recorder.phase("comparing logits")
             rows.extend(subject.loss(hidden.detach()))
@@ -303,6 +310,21 @@ class Procedure:
             return []
         expected = cache_formula(self._spec, self._point, subject.tokens - 1)
         return [MeasurementRow("cache_bytes", float(subject.cache_bytes()), "bytes", detail=expected)]
+
+    def _hear(self, subject: Subject, listener: Listener) -> None:
+        """Let the listener hear each attention that has a map: of decoding steps one, over all of them."""
+        if self._walks(subject):
+            assert isinstance(subject, Stepping)
+            gathered = StepCalls(subject.steps)
+            subject.walk(self._listening(gathered.hear))
+            for call in gathered.calls():
+                listener(call)
+        else:
+            subject.prepare()
+            subject.step(self._listening(listener))
+
+    def _walks(self, subject: Subject) -> bool:
+        return isinstance(subject, Stepping) and subject.steps > 1
 
     def _wanted(self, subject: Subject) -> list[int]:
         layers = self._spec.layers

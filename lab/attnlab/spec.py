@@ -245,6 +245,15 @@ class Resources(_Strict):
     gpus: Annotated[StrictInt, Field(ge=0, le=64)] = 0
 
 
+class DecodeSpec(_Strict):
+    """Of phase decode: the last tokens are decoded one after another, and each is a row of the maps."""
+
+    steps: Annotated[StrictInt, Field(ge=1, le=4096)]
+    """how many; without this section one"""
+    generate: StrictBool = False
+    """the model writes these tokens itself, greedily and through its own attention; false: they are the input's"""
+
+
 class FrontierSpec(_Strict):
     """A search for the longest sequence that fits: every run of the grid doubles its length, then bisects."""
 
@@ -291,6 +300,8 @@ class ExperimentSpec(_Strict):
     frontier: FrontierSpec | None = None
     """search the longest sequence that fits instead of running given ones"""
     phase: Annotated[str, AfterValidator(_choice(PHASES))] = "prefill"
+    decode: DecodeSpec | None = None
+    """of phase decode: how many tokens are decoded, and who writes them"""
     serving: ServingSpec | None = None
     """of phase serving: the workload and the engine"""
     record: Choices[Annotated[str, AfterValidator(_choice(RECORDS))]] = RECORDS
@@ -316,6 +327,18 @@ class ExperimentSpec(_Strict):
             return cast(str, self.model)
         kv_heads = f"/{self.module.num_kv_heads}" if self.module.num_kv_heads else ""
         return f"module {self.module.dim}x{self.module.num_heads}{kv_heads}"
+
+    @property
+    def decoded(self) -> int:
+        """How many tokens phase decode decodes one after another, the rows of its maps; 0 in other phases."""
+        if self.phase != "decode":
+            return 0
+        return self.decode.steps if self.decode else 1
+
+    @property
+    def generated(self) -> int:
+        """How many tokens the model writes itself, after those of the input."""
+        return self.decode.steps if self.decode and self.decode.generate else 0
 
     def points(self) -> list[RunPoint]:
         """Return the runs of the grid in the order they are queued: mechanism varies slowest."""
@@ -385,12 +408,11 @@ class ExperimentSpec(_Strict):
         if self.input.image is not None or self.input.audio is not None:
             facts = describe_model(self.model or "")
             return facts and facts.positions(self.input.size)
-        if self.input.text is None:
-            return self.input.max_tokens
-        counted = self.text_tokens()
-        if counted is None or self.input.max_tokens is None:
-            return counted
-        return min(counted, self.input.max_tokens)
+        given = self.input.max_tokens
+        if self.input.text is not None:
+            counted = self.text_tokens()
+            given = counted if counted is None or given is None else min(counted, given)
+        return given and given + self.generated
 
 
 def parse_spec(source: str | bytes | Mapping[str, Any], *, folder: Path | None = None) -> ExperimentSpec:
@@ -461,6 +483,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
         ("input",): InputSpec,
         ("input", "needle"): NeedleSpec,
         ("vary",): VarySpec,
+        ("decode",): DecodeSpec,
         ("frontier",): FrontierSpec,
         ("resources",): Resources,
         ("serving",): ServingSpec,

@@ -20,6 +20,7 @@ def broken_rules(spec: ExperimentSpec) -> list[Problem]:
     return [
         *_subject(spec),
         *_frontier(spec),
+        *_decode(spec),
         *_reference(spec),
         *_input(spec),
         *_parameters(spec),
@@ -70,6 +71,21 @@ def _frontier(spec: ExperimentSpec) -> Iterator[Problem]:
     if spec.frontier.first > spec.frontier.up_to:
         rule = f"must be at most up_to ({spec.frontier.up_to})"
         yield Problem("frontier.first", rule, str(spec.frontier.first))
+
+
+def _decode(spec: ExperimentSpec) -> Iterator[Problem]:
+    """A step needs a token before it, and only a language model writes."""
+    if spec.decode is None:
+        return
+    if spec.phase != "decode":
+        yield Problem("decode", "is for phase decode", spec.phase, ("phase: decode",))
+    if spec.decode.generate and spec.module is not None:
+        yield Problem("decode.generate", "is for models: a bare module writes no tokens", "true")
+    given = spec.vary.sequence_length or (spec.points()[0].sequence_length,)
+    shortest = min((length for length in given if length), default=None)
+    if shortest is not None and spec.decode.steps >= shortest:
+        rule = f"must be fewer than the {shortest} tokens of the shortest run, the decoded ones among them"
+        yield Problem("decode.steps", rule, str(spec.decode.steps))
 
 
 def _reference(spec: ExperimentSpec) -> Iterator[Problem]:
@@ -238,11 +254,15 @@ def _context(spec: ExperimentSpec, context: int) -> Iterator[Problem]:
     if tokens is None:
         # every tokenizer of a known model splits at spaces first
         tokens, exact = len(spec.input.text.split()), False
-    if spec.vary.sequence_length is None and spec.input.max_tokens is None and tokens > context:
+    if (
+        spec.vary.sequence_length is None
+        and spec.input.max_tokens is None
+        and tokens + spec.generated > context
+    ):
         rule += "; cut it with input.max_tokens or vary.sequence_length"
         yield Problem("input.text", rule, f"{'' if exact else 'at least '}{tokens} tokens")
     longest = max(spec.vary.sequence_length or (0,))
-    available = min(tokens, spec.input.max_tokens or tokens)
+    available = min(tokens, spec.input.max_tokens or tokens) + spec.generated
     # with a needle the text fills only what needle, question and answer leave: the run checks that
     whole = exact and not spec.input.repeat and spec.input.needle is None
     if whole and longest > available:

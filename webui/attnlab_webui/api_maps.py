@@ -50,11 +50,13 @@ def recorded_maps(run_id: int, store: StoreDep) -> dict[str, Any]:
     find_run(store, run_id)
     run, traces = recorded(store, run_id)
     brief = run_brief(run)
+    given = results.run_input(store, run_id)
     return {
         "run": run_id,
         "label": f"#{run_id} {mechanism_label(brief)} · {ran_as(brief)} · {brief['dtype']}",
         "stamp": stamp(run),
         "phase": run.phase,
+        "generated": ((given and given.detail) or {}).get("generated_tokens", 0),
         "layers": [
             {
                 "layer": trace.layer,

@@ -51,6 +51,10 @@ class Form:
     dtypes: tuple[str, ...] = ("float32",)
     batch_sizes: str = "1"
     phase: str = "prefill"
+    steps: str = ""
+    """tokens that phase decode decodes one after another"""
+    generate: bool = False
+    """the model writes them"""
     record: tuple[str, ...] = RECORDS
     layers: str = "all"
     repeats: str = "20"
@@ -89,6 +93,8 @@ def form_of(document: Document) -> Form:
         dtypes=_known(vary.get("dtype", ["float32"]), DTYPES),
         batch_sizes=_commas(vary.get("batch_size", [1])),
         phase="".join(_known(document.get("phase", "prefill"), FORM_PHASES)),
+        steps=_text(_mapping(document.get("decode")).get("steps")),
+        generate=_mapping(document.get("decode")).get("generate") is True,
         record=_known(document.get("record", RECORDS), RECORDS),
         layers=_commas(document.get("layers", "all")),
         repeats=_text(document.get("repeats", 20)),
@@ -130,6 +136,9 @@ def merge(form: Form, document: Document, shown: Form | None = None) -> Document
         "seed": _value(form.seed),
     }
     merged |= {key: value for key, value in plain.items() if key in changed}
+    if changed & {"steps", "generate"}:
+        merged["decode"] = _decode(form)
+        merged = {key: value for key, value in merged.items() if value is not None}
     if "gpus" in changed:
         merged["resources"] = {**_mapping(document.get("resources")), "gpus": _value(form.gpus)}
     return merged
@@ -143,6 +152,8 @@ def _effective(form: Form) -> Form:
         form = replace(form, image="", size="")
     if form.source != AUDIO:
         form = replace(form, audio="")
+    if form.phase != "decode":
+        form = replace(form, steps="", generate=False)
     return replace(form, parameters=_parameters_in_use(form))
 
 
@@ -209,6 +220,11 @@ def _input(form: Form, before: Document, changed: set[str]) -> Document:
     if form.repeat:
         source["repeat"] = True
     return source
+
+
+def _decode(form: Form) -> Document | None:
+    section: Document = {"steps": _value(form.steps)} if form.steps.strip() else {}
+    return section | ({"generate": True} if form.generate else {}) or None
 
 
 def _vary(form: Form, changed: set[str]) -> Document:

@@ -93,13 +93,13 @@ def _plain(name: str, value: Any) -> Any:
     if name in SETS:
         order = {"implementations": IMPLEMENTATIONS, "dtypes": DTYPES, "record": RECORDS}[name]
         return tuple(choice for choice in order if choice in (value or ()))
-    if name == "repeat":
+    if name in ("repeat", "generate"):
         return bool(value)
     return "" if value is None else str(value)
 
 
 def _empty(name: str) -> Any:
-    return {"phase": None, "repeat": False, "image": None, "audio": None}.get(name, "")
+    return {"phase": None, "repeat": False, "generate": False, "image": None, "audio": None}.get(name, "")
 
 
 def make_fields(form: Form) -> FormFields:
@@ -113,7 +113,7 @@ def make_fields(form: Form) -> FormFields:
         ticks, parameters, rows = _mechanisms(form)
     with gr.Column(elem_classes="at-section"):
         title("Grid", "every combination is one run")
-        missing = _grid(plain, form)
+        missing = _grid(plain, inputs, form)
     with gr.Column(elem_classes="at-section"):
         title("Record")
         _record(plain, form)
@@ -228,6 +228,8 @@ def _sample_field(label: str, samples: Mapping[str, Path], value: str, elem_id: 
 def _input_shown(kind: str, form: Form) -> bool:
     if kind == "target":
         return drafts.writes(form)
+    if kind == "steps":
+        return form.phase == "decode"
     shown = TEXT if form.source == RANDOM else form.source  # random tokens are cut at a length too
     return kind == shown
 
@@ -263,7 +265,7 @@ def _mechanisms(
     return ticks, parameters, rows
 
 
-def _grid(plain: dict[str, Any], form: Form) -> gr.HTML:
+def _grid(plain: dict[str, Any], inputs: dict[str, Any], form: Form) -> gr.HTML:
     with gr.Row():
         plain["sequence_lengths"] = gr.Textbox(
             form.sequence_lengths,
@@ -275,6 +277,18 @@ def _grid(plain: dict[str, Any], form: Form) -> gr.HTML:
         )
         plain["batch_sizes"] = gr.Textbox(form.batch_sizes, label="Batch sizes", max_lines=1, min_width=90)
         plain["phase"] = gr.Radio(list(FORM_PHASES), value=form.phase or None, label="Phase", min_width=220)
+    with gr.Row(visible=_input_shown("steps", form), elem_classes="at-tight") as inputs["steps"]:
+        plain["steps"] = gr.Textbox(
+            form.steps,
+            label="Decoding steps",
+            placeholder="1; each is a row of the maps",
+            max_lines=1,
+            min_width=160,
+            elem_id="new-steps",
+        )
+        plain["generate"] = gr.Checkbox(
+            form.generate, label="The model writes their tokens", min_width=220, container=False
+        )
     plain["dtypes"] = gr.CheckboxGroup(
         list(DTYPES), value=list(form.dtypes), label="Dtypes", elem_id="new-dtypes"
     )

@@ -11,7 +11,7 @@ from attnlab_storage.results import InputRow, MeasurementRow
 
 from ..hook import LayerCall
 
-__all__ = ["Caching", "Listener", "Subject"]
+__all__ = ["Caching", "Listener", "Stepping", "Subject"]
 
 Listener = Callable[[LayerCall], None]
 
@@ -68,4 +68,16 @@ class Caching(Protocol):
 
     def cache_bytes(self) -> int:
         """Bytes that the cache holds before a decoding step, the whole batch together."""
+        ...
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """A subject that can decode several tokens one after another."""
+
+    steps: int
+    """how many; 0 where nothing is decoded"""
+
+    def walk(self, listener: Listener) -> None:
+        """Decode the last ``steps`` tokens over the growing cache; the listener hears every attention of each step."""
         ...

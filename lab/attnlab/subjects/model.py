@@ -44,11 +44,15 @@ class ModelSubject:
         self._loaded = loaded
         self._model = loaded.model
         self._phase = point.phase
+        self.steps = spec.decoded
+        self._written = spec.generated
         self._text = spec.input.text
         self._input = read_tokens(loaded, spec, point)
         self.tokens = len(self._input.ids)
-        if point.phase == "decode" and self.tokens < 2:
-            raise Unsupported("phase: decode needs at least 2 tokens, one to cache and one to decode")
+        if self.tokens <= self.steps:
+            raise Unsupported(
+                f"phase: decode needs at least {self.steps + 1} tokens, one to cache and {self.steps} to decode"
+            )
         self.device = next(self._model.parameters()).device
         self._ids = torch.tensor([self._input.ids], device=self.device).expand(point.batch_size, -1)
         config = self._model.config.get_text_config()
@@ -67,7 +71,9 @@ class ModelSubject:
             detail["cut_tokens"] = self._input.cut
         if self._input.needle:
             detail["needle"] = self._input.needle
-        queries = strings[-1:] if self._phase == "decode" else strings
+        if self._written:
+            detail["generated_tokens"] = self._written
+        queries = strings[-self.steps :]  # of no steps all
         return InputRow(self._text, queries, strings, detail)
 
     def trace_detail(self, call: LayerCall) -> dict[str, Any]:
@@ -126,10 +132,19 @@ class ModelSubject:
         return sum(part.nbytes for part in held if part is not None)
 
     def prepare(self) -> None:
-        if self._cache is not None:
-            extra = self._cache.get_seq_length() - (self.tokens - 1)
-            if extra > 0:
-                self._cache.crop(-extra)
+        self._shorten(self.tokens - 1)
+
+    def walk(self, listener: Listener) -> None:
+        assert self._cache is not None
+        self._shorten(self.tokens - self.steps)
+        for place in range(self.tokens - self.steps, self.tokens):
+            token = self._ids[:, place : place + 1]
+            self._hook.forward(lambda token=token: self._base(token, self._cache), listener)
+
+    def _shorten(self, tokens: int) -> None:
+        """Drop what the cache holds beyond its first tokens."""
+        if self._cache is not None and (extra := self._cache.get_seq_length() - tokens) > 0:
+            self._cache.crop(-extra)
 
     def step(self, listener: Listener | None = None) -> Tensor:
         hidden = self._hook.forward(self._forward, listener)

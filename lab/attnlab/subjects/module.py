@@ -59,8 +59,11 @@ class ModuleSubject:
         self._filled: Any = None
         self._cache: Any = None
         self._held = 0
-        if point.phase == "decode" and point.sequence_length < 2:
-            raise Unsupported("phase: decode needs at least 2 tokens, one to cache and one to decode")
+        self.steps = spec.decoded
+        if point.sequence_length <= self.steps:
+            raise Unsupported(
+                f"phase: decode needs at least {self.steps + 1} tokens, one to cache and {self.steps} to decode"
+            )
         self.device = device
         self.layers = 1
         self.kind = "none"
@@ -79,7 +82,7 @@ class ModuleSubject:
         names = [str(position) for position in range(self.tokens)]
         context = self._call.context
         keys = names if context is None else [f"context {place}" for place in range(context.shape[1])]
-        queries = names[-1:] if self._phase == "decode" else names
+        queries = names[-self.steps :]  # of no steps all
         detail = {"batch_size": self._hidden.shape[0], "synthetic": "normal hidden states"}
         return InputRow(None, queries, keys, detail)
 
@@ -146,6 +149,15 @@ class ModuleSubject:
         if self._filled is not None:
             release(self._cache)
             self._cache = self._filled.clone()
+
+    def walk(self, listener: Listener) -> None:
+        cache = self._call.fill(self._hidden[:, : -self.steps], mapped=True)
+        try:
+            for place in range(self.tokens - self.steps, self.tokens):
+                with hearing(_Listening(listener)):
+                    self._call.decode(self._hidden[:, place : place + 1], cache)
+        finally:
+            release(cache)
 
     def step(self, listener: Listener | None = None) -> Tensor:
         told = _Listening(listener)

@@ -29,8 +29,8 @@ def attention_role(run: RunRow, trace: TraceRow) -> str:
 
 
 def grows(trace: TraceRow) -> bool:
-    """Whether row after row sees one more key, as steps of decoding do."""
-    return trace.num_queries <= trace.num_keys and mask_from_json(trace.mask).form().right == 0
+    """Whether row after row sees one more key, as steps of decoding do; one row alone follows no other."""
+    return 1 < trace.num_queries <= trace.num_keys and mask_from_json(trace.mask).form().right == 0
 
 
 def run_picture(store: Store, run_id: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@
 const NO_PICTURE = "This run read no picture. Give an experiment an image as its input, or a module neighborhood attention in 2 dimensions.";
 const NO_CROSS = "No layer of this run reads another sequence. Encoder-decoders do: Whisper over sound, a translator over its source.";
 const NO_STEPS = "No step follows another in this run: its attention is not causal, so there is no cache that grows.";
-
+const ONE_STEP =
+  "This run decoded one token, so it keeps one row and no step after another. Give an experiment of phase decode `decode: {steps: 32}`, and each step is a row.";
 const ONE_TEXT = "The way through the layers needs every layer, all of them attending over one text; this run has not.";
 
 export const VIEWS = [
@@ -42,7 +43,7 @@ export const VIEWS = [
     key: "generation",
     title: "Generation",
     help: "step by step over the growing cache",
-    missing: (run) => (run.facts.layers.some(({ grows }) => grows) ? "" : NO_STEPS),
+    missing: (run) => (run.facts.layers.some(({ grows }) => grows) ? "" : run.facts.phase === "decode" ? ONE_STEP : NO_STEPS),
     load: async () => (await import("./views/generation.js")).Generation,
   },
 ];

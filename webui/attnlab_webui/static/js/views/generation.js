@@ -22,7 +22,7 @@ const BODY =
   '<section data-part="top"></section><section class="at-hint" data-part="hint"></section><section data-part="files"></section></aside></div>';
 const HINTS = {
   prefill: "A prefill computed all steps at once: each row is what that step sees when it is decoded on its own.",
-  decode: "",
+  decode: "Each row was computed in a decoding step of its own, over the cache as it was then.",
   train: "A training step computed all steps at once: each row is what that step sees when it is decoded on its own.",
 };
 
@@ -39,9 +39,10 @@ export class Generation extends OneQuery {
     this.slider.addEventListener("keydown", (event) => this.onKey(event));
     this.part("text").addEventListener("click", (event) => {
       const at = event.target.closest(".at-token")?.dataset.at;
-      if (at !== undefined) this.go(Number(at) - this.offset);
+      if (at >= this.offset) this.go(Number(at) - this.offset);
     });
-    this.part("hint").textContent = HINTS[run.facts.phase] ?? "";
+    const wrote = run.facts.generated ? " The model wrote these tokens: a step reads one and writes the next." : "";
+    this.part("hint").textContent = (HINTS[run.facts.phase] ?? "") + wrote;
     this.ready = this.start();
   }
 
@@ -147,12 +148,18 @@ export class Generation extends OneQuery {
     this.steps.show({ ...look, tile: this.stepsTile, window: whole, labels, row: query, words: all });
     this.slider.value = query;
     this.slider.setAttribute("aria-valuetext", `step ${query} of ${this.layer.queries}`);
-    const token = labels.query?.[query];
-    this.part("query").textContent = `${query + 1} of ${this.layer.queries}${token === undefined ? "" : ` · ${token}`}`;
+    this.part("query").textContent = `${query + 1} of ${this.layer.queries}${this.tokenWords(query)}`;
     showFiles(this.part("files"), this.run, { layer, head });
     this.drawText(look, seen);
     this.showTop(seen);
     this.say(this.heads.cross ?? this.steps.cross);
+  }
+
+  // What the step reads; of a generation also what it wrote, which the next one reads.
+  tokenWords(step) {
+    const [token, next] = (this.labels.query ?? []).slice(step, step + 2);
+    if (token === undefined) return "";
+    return ` · ${token}${this.run.facts.generated && next !== undefined ? ` → ${next}` : ""}`;
   }
 
   // The newest tokens of the cache as words on the colour of their weight.
@@ -168,6 +175,7 @@ export class Generation extends OneQuery {
       chip.dataset.at = at;
       chip.title = `${at}: ${Number.isNaN(value) ? "masked" : precise(value)}`;
       chip.classList.toggle("at-asked-token", at === seen - 1);
+      chip.classList.toggle("at-decoded-token", this.offset > 0 && at >= this.offset);
       if (!Number.isNaN(value)) {
         const colour = table.colours.subarray(indexOf(scale, value) * 3, indexOf(scale, value) * 3 + 3);
         chip.style.background = `rgb(${colour.join()})`;
