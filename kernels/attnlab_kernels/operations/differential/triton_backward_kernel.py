@@ -8,36 +8,22 @@ dO and V is the same for both maps and is made once.
 from __future__ import annotations
 
 # the arguments of a kernel are pointers, scalars and constexprs: triton types them at launch
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 # pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    load_columns,
+    load_lse,
+    load_rows,
+    store_rows,
+    weights_again,
+    within_band,
+)
+
 INTERPRETED = knobs.runtime.interpret
-
-
-@triton.jit
-def _weights(scores, lse, keep):
-    """Probabilities of one map again, from scores and log-sum-exp in powers of two."""
-    return tl.where(keep, tl.math.exp2(scores - lse), 0.0)
-
-
-@triton.jit
-def _row(pointer, place, live):
-    """A log-sum-exp in powers of two; a dead row has weights of 2 ** (score - infinity)."""
-    lse = tl.load(pointer + place, mask=live, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-
-
-@triton.jit
-def _inside(exists, position, keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    keep = exists
-    if HAS_LEFT:
-        keep = keep & (keys >= position - left)
-    if HAS_RIGHT:
-        keep = keep & (keys <= position + right)
-    return keep
 
 
 @triton.jit
@@ -60,20 +46,13 @@ def difference_query_gradient_kernel(
     rows64 = rows.to(tl.int64)
     offset = num_keys - num_queries
     position = rows + offset
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     live = rows < num_queries
-    in_q = live[:, None] & (offs_d[None, :] < D)
-    in_g = live[:, None] & (offs_dv[None, :] < DV)
-    q1_rows = q1_ptr + batch * stride_q1b + head * stride_q1h + rows64 * stride_q1m
-    q2_rows = q2_ptr + batch * stride_q2b + head * stride_q2h + rows64 * stride_q2m
-    g_rows = grad_ptr + batch * stride_gb + head * stride_gh + rows64 * stride_gm
-    q1 = tl.load(q1_rows[:, None] + offs_d[None, :], mask=in_q, other=0.0)
-    q2 = tl.load(q2_rows[:, None] + offs_d[None, :], mask=in_q, other=0.0)
-    grad = tl.load(g_rows[:, None] + offs_dv[None, :], mask=in_g, other=0.0)
+    q1 = load_rows(q1_ptr + batch * stride_q1b + head * stride_q1h, rows64, stride_q1m, live, D, BLOCK_D)
+    q2 = load_rows(q2_ptr + batch * stride_q2b + head * stride_q2h, rows64, stride_q2m, live, D, BLOCK_D)
+    grad = load_rows(grad_ptr + batch * stride_gb + head * stride_gh, rows64, stride_gm, live, DV, BLOCK_DV)
     place = (batch * heads + head) * num_queries + rows64
-    lse1 = _row(lse1_ptr, place, live)
-    lse2 = _row(lse2_ptr, place, live)
+    lse1 = load_lse(lse1_ptr, place, live)
+    lse2 = load_lse(lse2_ptr, place, live)
     delta1 = tl.load(delta1_ptr + place, mask=live, other=0.0)
     delta2 = tl.load(delta2_ptr + place, mask=live, other=0.0)
     weight = tl.load(weight_ptr + place, mask=live, other=0.0)
@@ -92,22 +71,23 @@ def difference_query_gradient_kernel(
         keys = first + tl.arange(0, BLOCK_N)
         keys64 = keys.to(tl.int64)
         exists = keys < hi
-        in_k = exists[:, None] & (offs_d[None, :] < D)
-        in_v = exists[None, :] & (offs_dv[:, None] < DV)
-        v = tl.load(v_base + keys64[None, :] * stride_vn + offs_dv[:, None], mask=in_v, other=0.0)
+        v = load_columns(v_base, keys64, stride_vn, exists, DV, BLOCK_DV)
         products = tl.dot(grad, v, input_precision="ieee")
-        keep = _inside(exists[None, :], position[:, None], keys[None, :], left, right, HAS_LEFT, HAS_RIGHT)
-        k = tl.load(k1_base + keys64[:, None] * stride_k1n + offs_d[None, :], mask=in_k, other=0.0)
+        keep = within_band(
+            exists[None, :], position[:, None], keys[None, :], left, right, HAS_LEFT, HAS_RIGHT
+        )
+        k = load_rows(k1_base, keys64, stride_k1n, exists, D, BLOCK_D)
         scores = tl.dot(q1, tl.trans(k), input_precision="ieee") * qk_scale
-        gradient = _weights(scores, lse1[:, None], keep) * (products - delta1[:, None])
+        gradient = weights_again(scores, lse1[:, None], keep) * (products - delta1[:, None])
         dq1 = tl.dot(gradient.to(k.dtype), k, dq1, input_precision="ieee")
-        k = tl.load(k2_base + keys64[:, None] * stride_k2n + offs_d[None, :], mask=in_k, other=0.0)
+        k = load_rows(k2_base, keys64, stride_k2n, exists, D, BLOCK_D)
         scores = tl.dot(q2, tl.trans(k), input_precision="ieee") * qk_scale
-        gradient = _weights(scores, lse2[:, None], keep) * (products - delta2[:, None]) * -weight[:, None]
+        gradient = (
+            weights_again(scores, lse2[:, None], keep) * (products - delta2[:, None]) * -weight[:, None]
+        )
         dq2 = tl.dot(gradient.to(k.dtype), k, dq2, input_precision="ieee")
-    cells = place[:, None] * D + offs_d[None, :]
-    tl.store(dq1_ptr + cells, (dq1 * scale).to(dq1_ptr.dtype.element_ty), mask=in_q)
-    tl.store(dq2_ptr + cells, (dq2 * scale).to(dq2_ptr.dtype.element_ty), mask=in_q)
+    store_rows(dq1_ptr, place, dq1 * scale, live, D, BLOCK_D)
+    store_rows(dq2_ptr, place, dq2 * scale, live, D, BLOCK_D)
 
 
 @triton.jit
@@ -128,19 +108,14 @@ def difference_key_gradient_kernel(
     keys = first_key + tl.arange(0, BLOCK_N)
     keys64 = keys.to(tl.int64)
     offset = num_keys - num_queries
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     lo = tl.load(ranges_ptr + 2 * batch)
     hi = tl.load(ranges_ptr + 2 * batch + 1)
     exists = (keys >= lo) & (keys < hi)
-    in_k = exists[:, None] & (offs_d[None, :] < D)
-    in_v = exists[:, None] & (offs_dv[None, :] < DV)
-    k1_rows = k1_ptr + batch * stride_k1b + key_head * stride_k1h + keys64 * stride_k1n
-    k2_rows = k2_ptr + batch * stride_k2b + key_head * stride_k2h + keys64 * stride_k2n
-    v_rows = v_ptr + batch * stride_vb + key_head * stride_vh + keys64 * stride_vn
-    k1 = tl.load(k1_rows[:, None] + offs_d[None, :], mask=in_k, other=0.0)
-    k2 = tl.load(k2_rows[:, None] + offs_d[None, :], mask=in_k, other=0.0)
-    v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=in_v, other=0.0)
+    k1_base = k1_ptr + batch * stride_k1b + key_head * stride_k1h
+    k2_base = k2_ptr + batch * stride_k2b + key_head * stride_k2h
+    k1 = load_rows(k1_base, keys64, stride_k1n, exists, D, BLOCK_D)
+    k2 = load_rows(k2_base, keys64, stride_k2n, exists, D, BLOCK_D)
+    v = load_rows(v_ptr + batch * stride_vb + key_head * stride_vh, keys64, stride_vn, exists, DV, BLOCK_DV)
     # rows that see some key of this block
     top = 0
     bottom = num_queries
@@ -162,34 +137,31 @@ def difference_key_gradient_kernel(
             rows = start + tl.arange(0, BLOCK_M)
             rows64 = rows.to(tl.int64)
             live = rows < bottom
-            in_q = live[:, None] & (offs_d[None, :] < D)
-            in_g = live[:, None] & (offs_dv[None, :] < DV)
-            grad = tl.load(g_base + rows64[:, None] * stride_gm + offs_dv[None, :], mask=in_g, other=0.0)
+            grad = load_rows(g_base, rows64, stride_gm, live, DV, BLOCK_DV)
             weight = tl.load(weight_ptr + flat + rows64, mask=live, other=0.0)
             position = (offset + rows)[None, :]
             exist = exists[:, None] & live[None, :]
-            keep = _inside(exist, position, keys[:, None], left, right, HAS_LEFT, HAS_RIGHT)
+            keep = within_band(exist, position, keys[:, None], left, right, HAS_LEFT, HAS_RIGHT)
             # everything lies keys first, so that no product has to be turned
             products = tl.dot(v, tl.trans(grad), input_precision="ieee")
-            q = tl.load(q1_base + rows64[:, None] * stride_q1m + offs_d[None, :], mask=in_q, other=0.0)
+            q = load_rows(q1_base, rows64, stride_q1m, live, D, BLOCK_D)
             scores = tl.dot(k1, tl.trans(q), input_precision="ieee") * qk_scale
-            signed = _weights(scores, _row(lse1_ptr, flat + rows64, live)[None, :], keep)
+            signed = weights_again(scores, load_lse(lse1_ptr, flat + rows64, live)[None, :], keep)
             delta = tl.load(delta1_ptr + flat + rows64, mask=live, other=0.0)
             gradient = signed * (products - delta[None, :])
             dk1 = tl.dot(gradient.to(q.dtype), q, dk1, input_precision="ieee")
-            q = tl.load(q2_base + rows64[:, None] * stride_q2m + offs_d[None, :], mask=in_q, other=0.0)
+            q = load_rows(q2_base, rows64, stride_q2m, live, D, BLOCK_D)
             scores = tl.dot(k2, tl.trans(q), input_precision="ieee") * qk_scale
-            second = _weights(scores, _row(lse2_ptr, flat + rows64, live)[None, :], keep) * weight[None, :]
+            second = (
+                weights_again(scores, load_lse(lse2_ptr, flat + rows64, live)[None, :], keep)
+                * weight[None, :]
+            )
             delta = tl.load(delta2_ptr + flat + rows64, mask=live, other=0.0)
             gradient = second * (delta[None, :] - products)
             dk2 = tl.dot(gradient.to(q.dtype), q, dk2, input_precision="ieee")
             dv = tl.dot((signed - second).to(grad.dtype), grad, dv, input_precision="ieee")
     place = (batch * kv_heads + key_head) * num_keys + keys64
     stored = keys < num_keys
-    cells = place[:, None] * D + offs_d[None, :]
-    in_k = stored[:, None] & (offs_d[None, :] < D)
-    in_v = stored[:, None] & (offs_dv[None, :] < DV)
-    tl.store(dk1_ptr + cells, (dk1 * scale).to(dk1_ptr.dtype.element_ty), mask=in_k)
-    tl.store(dk2_ptr + cells, (dk2 * scale).to(dk2_ptr.dtype.element_ty), mask=in_k)
-    dv_ptrs = dv_ptr + place[:, None] * DV + offs_dv[None, :]
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=in_v)
+    store_rows(dk1_ptr, place, dk1 * scale, stored, D, BLOCK_D)
+    store_rows(dk2_ptr, place, dk2 * scale, stored, D, BLOCK_D)
+    store_rows(dv_ptr, place, dv, stored, DV, BLOCK_DV)

@@ -7,26 +7,22 @@ a block of queries, reads each tile of values once, and subtracts at the end.
 from __future__ import annotations
 
 # the arguments of a kernel are pointers, scalars and constexprs: triton types them at launch
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 # pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    close_softmax,
+    fold_softmax,
+    load_columns,
+    load_rows,
+    store_rows,
+    within_band,
+)
+
 INTERPRETED = knobs.runtime.interpret
-
-
-@triton.jit
-def _fold(acc, row_max, row_sum, scores, v):
-    """One tile of one softmax; ``scores`` [M, N] in powers of two, minus infinity where forbidden."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # a row that has seen no key yet: subtract 0, so that its exponentials are 0 and not NaN
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.math.exp2(scores - shift[:, None])
-    decay = tl.math.exp2(row_max - shift)
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, new_max, row_sum
 
 
 @triton.jit
@@ -52,14 +48,11 @@ def difference_forward_kernel(
     rows64 = rows.to(tl.int64)
     offset = num_keys - num_queries
     position = rows + offset
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     live = rows < num_queries
-    in_q = live[:, None] & (offs_d[None, :] < D)
     q1_base = q1_ptr + batch * stride_q1b + head * stride_q1h
     q2_base = q2_ptr + batch * stride_q2b + head * stride_q2h
-    q1 = tl.load(q1_base + rows64[:, None] * stride_q1m + offs_d[None, :], mask=in_q, other=0.0)
-    q2 = tl.load(q2_base + rows64[:, None] * stride_q2m + offs_d[None, :], mask=in_q, other=0.0)
+    q1 = load_rows(q1_base, rows64, stride_q1m, live, D, BLOCK_D)
+    q2 = load_rows(q2_base, rows64, stride_q2m, live, D, BLOCK_D)
     k1_base = k1_ptr + batch * stride_k1b + key_head * stride_k1h
     k2_base = k2_ptr + batch * stride_k2b + key_head * stride_k2h
     v_base = v_ptr + batch * stride_vb + key_head * stride_vh
@@ -79,35 +72,29 @@ def difference_forward_kernel(
         keys = first + tl.arange(0, BLOCK_N)
         keys64 = keys.to(tl.int64)
         exists = keys < hi
-        in_k = exists[None, :] & (offs_d[:, None] < D)
-        k1 = tl.load(k1_base + keys64[None, :] * stride_k1n + offs_d[:, None], mask=in_k, other=0.0)
-        in_v = exists[:, None] & (offs_dv[None, :] < DV)
-        v = tl.load(v_base + keys64[:, None] * stride_vn + offs_dv[None, :], mask=in_v, other=0.0)
-        keep = exists[None, :]
-        if HAS_LEFT:
-            keep = keep & (keys[None, :] >= position[:, None] - left)
-        if HAS_RIGHT:
-            keep = keep & (keys[None, :] <= position[:, None] + right)
+        k1 = load_columns(k1_base, keys64, stride_k1n, exists, D, BLOCK_D)
+        v = load_rows(v_base, keys64, stride_vn, exists, DV, BLOCK_DV)
+        keep = within_band(
+            exists[None, :], position[:, None], keys[None, :], left, right, HAS_LEFT, HAS_RIGHT
+        )
         scores = tl.where(keep, tl.dot(q1, k1, input_precision="ieee") * qk_scale, float("-inf"))
-        acc1, max1, sum1 = _fold(acc1, max1, sum1, scores, v)
+        acc1, max1, sum1 = fold_softmax(acc1, max1, sum1, scores, v)
         if SHARED_KEY:
             k2 = k1
         else:
-            k2 = tl.load(k2_base + keys64[None, :] * stride_k2n + offs_d[:, None], mask=in_k, other=0.0)
+            k2 = load_columns(k2_base, keys64, stride_k2n, exists, D, BLOCK_D)
         scores = tl.where(keep, tl.dot(q2, k2, input_precision="ieee") * qk_scale, float("-inf"))
-        acc2, max2, sum2 = _fold(acc2, max2, sum2, scores, v)
+        acc2, max2, sum2 = fold_softmax(acc2, max2, sum2, scores, v)
     weight = tl.load(
         weight_ptr + batch * stride_wb + head * stride_wh + rows64 * stride_wm, mask=live, other=0.0
     )
     # a dead row is dead in both: its outputs are zero, its maxima minus infinity
-    sum1 = tl.where(sum1 == 0.0, 1.0, sum1)
-    sum2 = tl.where(sum2 == 0.0, 1.0, sum2)
+    sum1, lse1 = close_softmax(max1, sum1)
+    sum2, lse2 = close_softmax(max2, sum2)
     place = (batch * heads + head) * num_queries + rows64
-    in_out = live[:, None] & (offs_dv[None, :] < DV)
     if KEEP_SECOND:
-        tl.store(second_ptr + place[:, None] * DV + offs_dv[None, :], acc2 / sum2[:, None], mask=in_out)
+        store_rows(second_ptr, place, acc2 / sum2[:, None], live, DV, BLOCK_DV)
     out = acc1 / sum1[:, None] - (weight / sum2)[:, None] * acc2
-    tl.store(lse1_ptr + place, (max1 + tl.math.log2(sum1)) * 0.6931471805599453, mask=live)
-    tl.store(lse2_ptr + place, (max2 + tl.math.log2(sum2)) * 0.6931471805599453, mask=live)
-    out_ptrs = out_ptr + place[:, None] * DV + offs_dv[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_out)
+    tl.store(lse1_ptr + place, lse1, mask=live)
+    tl.store(lse2_ptr + place, lse2, mask=live)
+    store_rows(out_ptr, place, out, live, DV, BLOCK_DV)

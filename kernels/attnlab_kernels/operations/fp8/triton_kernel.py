@@ -14,6 +14,15 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    close_softmax,
+    fold_maximum,
+    load_columns,
+    load_rows,
+    store_rows,
+    within_band,
+)
+
 INTERPRETED = knobs.runtime.interpret
 
 
@@ -49,12 +58,9 @@ def fp8_forward_kernel(
     live = rows < num_queries
     offset = num_keys - num_queries
     position = rows + offset
-    offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     place = plane * num_queries + rows.to(tl.int64)
-    q = tl.load(
-        q_ptr + place[:, None] * D + offs_d[None, :], mask=live[:, None] & (offs_d[None, :] < D), other=0.0
-    )
+    q = load_rows(q_ptr, place, D, live, D, BLOCK_D)
     # one head's keys and values stay below 2 ** 31 numbers
     k_base = k_ptr + key_plane * num_keys * D
     v_base = v_ptr + key_plane * DV * stride_vd
@@ -75,21 +81,13 @@ def fp8_forward_kernel(
     for block in range(start // BLOCK_N, tl.cdiv(hi, BLOCK_N)):
         keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
         exists = (keys >= lo) & (keys < hi)
-        in_k = exists[None, :] & (offs_d[:, None] < D)
-        k = tl.load(k_base + keys[None, :] * D + offs_d[:, None], mask=in_k, other=0.0)
+        k = load_columns(k_base, keys, D, exists, D, BLOCK_D)
         scores = tl.dot(q, k) * (unit * tl.load(scale_k_ptr + key_plane * key_blocks + block))
-        keep = exists[None, :]
-        if HAS_LEFT:
-            keep = keep & (keys[None, :] >= position[:, None] - left)
-        if HAS_RIGHT:
-            keep = keep & (keys[None, :] <= position[:, None] + right)
+        keep = within_band(
+            exists[None, :], position[:, None], keys[None, :], left, right, HAS_LEFT, HAS_RIGHT
+        )
         scores = tl.where(keep, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # a row that has seen no key yet: subtract 0, so that its exponentials are 0 and not NaN
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(scores - shift[:, None])
-        decay = tl.math.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
+        row_max, row_sum, weights, decay = fold_maximum(row_max, row_sum, scores)
         in_v = exists[:, None] & (offs_dv[None, :] < DV)
         v = tl.load(v_base + offs_dv[None, :] * stride_vd + keys[:, None], mask=in_v, other=0.0)
         # weights lie in [0, 1]; times 256 they use the exponents of e4m3
@@ -99,10 +97,6 @@ def fp8_forward_kernel(
         else:
             product = tl.dot((weights * 256.0).to(v.dtype), v)
         acc = acc * decay[:, None] + product * tl.load(scale_v_ptr + key_plane * key_blocks + block)
-        row_max = new_max
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    tl.store(lse_ptr + place, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, mask=live)
-    out = (acc / (row_sum[:, None] * 256.0)).to(out_ptr.dtype.element_ty)
-    tl.store(
-        out_ptr + place[:, None] * DV + offs_dv[None, :], out, mask=live[:, None] & (offs_dv[None, :] < DV)
-    )
+    row_sum, lse = close_softmax(row_max, row_sum)
+    tl.store(lse_ptr + place, lse, mask=live)
+    store_rows(out_ptr, place, acc / (row_sum[:, None] * 256.0), live, DV, BLOCK_DV)

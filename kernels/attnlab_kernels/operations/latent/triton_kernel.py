@@ -13,6 +13,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    fold_softmax,
+    load_columns,
+    load_rows,
+    store_rows,
+    within_band,
+)
+
 INTERPRETED = knobs.runtime.interpret
 
 
@@ -34,15 +42,8 @@ def latent_decode_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < num_rows
     place = batch * num_rows + rows.to(tl.int64)
-    offs_r = tl.arange(0, BLOCK_R)
-    offs_dr = tl.arange(0, BLOCK_DR)
-    in_r, in_dr = offs_r < R, offs_dr < DR
-    nope = tl.load(
-        nope_ptr + place[:, None] * R + offs_r[None, :], mask=live[:, None] & in_r[None, :], other=0.0
-    )
-    rope = tl.load(
-        rope_ptr + place[:, None] * DR + offs_dr[None, :], mask=live[:, None] & in_dr[None, :], other=0.0
-    )
+    nope = load_rows(nope_ptr, place, R, live, R, BLOCK_R)
+    rope = load_rows(rope_ptr, place, DR, live, DR, BLOCK_DR)
     position = num_keys - num_queries + rows % num_queries
     lo = tl.maximum(tl.load(ranges_ptr + 2 * batch), split * split_keys)
     hi = tl.minimum(tl.load(ranges_ptr + 2 * batch + 1), (split + 1) * split_keys)
@@ -57,30 +58,19 @@ def latent_decode_kernel(
         keys = first + tl.arange(0, BLOCK_N)
         keys64 = keys.to(tl.int64)
         exists = keys < hi
-        c_ptrs = latent_ptr + batch * stride_cb + keys64[:, None] * stride_cn + offs_r[None, :]
-        latent = tl.load(c_ptrs, mask=exists[:, None] & in_r[None, :], other=0.0)
-        r_ptrs = key_rope_ptr + batch * stride_rb + keys64[None, :] * stride_rn + offs_dr[:, None]
-        key_rope = tl.load(r_ptrs, mask=exists[None, :] & in_dr[:, None], other=0.0)
+        latent = load_rows(latent_ptr + batch * stride_cb, keys64, stride_cn, exists, R, BLOCK_R)
+        key_rope = load_columns(key_rope_ptr + batch * stride_rb, keys64, stride_rn, exists, DR, BLOCK_DR)
         scores = tl.dot(rope, key_rope, input_precision="ieee")
         scores = tl.dot(nope, tl.trans(latent), scores, input_precision="ieee") * qk_scale
-        keep = exists[None, :]
-        if HAS_LEFT:
-            keep = keep & (keys[None, :] >= position[:, None] - left)
-        if HAS_RIGHT:
-            keep = keep & (keys[None, :] <= position[:, None] + right)
+        keep = within_band(
+            exists[None, :], position[:, None], keys[None, :], left, right, HAS_LEFT, HAS_RIGHT
+        )
         scores = tl.where(keep, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(scores - shift[:, None])
-        decay = tl.math.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(latent.dtype), latent, acc * decay[:, None], input_precision="ieee")
-        row_max = new_max
+        acc, row_max, row_sum = fold_softmax(acc, row_max, row_sum, scores, latent)
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     plane = split.to(tl.int64)
     tl.store(lse_ptr + plane * stride_ls + place, row_max + tl.math.log2(row_sum), mask=live)
-    out_ptrs = out_ptr + plane * stride_os + place[:, None] * R + offs_r[None, :]
-    tl.store(out_ptrs, acc / row_sum[:, None], mask=live[:, None] & in_r[None, :])
+    store_rows(out_ptr + plane * stride_os, place, acc / row_sum[:, None], live, R, BLOCK_R)
 
 
 @triton.jit

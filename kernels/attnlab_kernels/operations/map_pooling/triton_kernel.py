@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import load_rows, within_band
+
 INTERPRETED = knobs.runtime.interpret
 
 
 @triton.jit
 def _load(base, places, stride, limit, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows ``places`` [N] of a matrix, as [N, BLOCK_D], zeros beyond ``limit`` and D."""
-    offs_d = tl.arange(0, BLOCK_D)
-    keep = (places[:, None] >= 0) & (places[:, None] < limit) & (offs_d[None, :] < D)
-    return tl.load(base + places[:, None].to(tl.int64) * stride + offs_d[None, :], mask=keep, other=0.0)
+    return load_rows(base, places.to(tl.int64), stride, (places >= 0) & (places < limit), D, BLOCK_D)
 
 
 @triton.jit
@@ -33,10 +33,7 @@ def _log_weights(
     keep = (keys[None, :] >= lo) & (keys[None, :] < hi) & (rows[:, None] < num_queries)
     # also false for a dead row, whose lse is minus infinity
     keep = keep & (lse[:, None] > float("-inf"))
-    if HAS_LEFT:
-        keep = keep & (keys[None, :] >= rows[:, None] + offset - left)
-    if HAS_RIGHT:
-        keep = keep & (keys[None, :] <= rows[:, None] + offset + right)
+    keep = within_band(keep, rows[:, None] + offset, keys[None, :], left, right, HAS_LEFT, HAS_RIGHT)
     # a padded key may hold anything: its product is thrown away
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
     norm = tl.where(lse > float("-inf"), lse, 0.0) * 1.4426950408889634

@@ -13,6 +13,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    load_columns,
+    load_lse,
+    load_rows,
+    store_rows,
+    weights_again,
+)
+
 INTERPRETED = knobs.runtime.interpret
 
 
@@ -55,15 +63,9 @@ def neighborhood_query_gradient_kernel(
         TILE_Y, TILE_X,
     )  # fmt: skip
     pixel = plane + pixel.to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    in_q = live[:, None] & (offs_d[None, :] < D)
-    in_g = live[:, None] & (offs_dv[None, :] < DV)
-    q = tl.load(q_ptr + pixel[:, None] * D + offs_d[None, :], mask=in_q, other=0.0)
-    grad = tl.load(grad_ptr + pixel[:, None] * DV + offs_dv[None, :], mask=in_g, other=0.0)
-    lse = tl.load(lse_ptr + pixel, mask=live, other=float("-inf"))
-    # a dead row has weights of 2 ** (score - infinity)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    q = load_rows(q_ptr, pixel, D, live, D, BLOCK_D)
+    grad = load_rows(grad_ptr, pixel, DV, live, DV, BLOCK_DV)
+    lse = load_lse(lse_ptr, pixel, live)
     delta = tl.load(delta_ptr + pixel, mask=live, other=0.0)
     dq = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     for start in range(0, rows * columns, BLOCK_N):
@@ -79,18 +81,14 @@ def neighborhood_query_gradient_kernel(
             )
         keep = (key_y[None, :] >= first_y[:, None]) & (key_y[None, :] < end_y[:, None]) & exists[None, :]
         keep = keep & (key_x[None, :] >= first_x[:, None]) & (key_x[None, :] < end_x[:, None])
-        in_k = exists[:, None] & (offs_d[None, :] < D)
-        in_v = exists[None, :] & (offs_dv[:, None] < DV)
-        k = tl.load(k_ptr + (plane + place)[:, None] * D + offs_d[None, :], mask=in_k, other=0.0)
-        v = tl.load(v_ptr + (plane + place)[None, :] * DV + offs_dv[:, None], mask=in_v, other=0.0)
+        k = load_rows(k_ptr, plane + place, D, exists, D, BLOCK_D)
+        v = load_columns(v_ptr, plane + place, DV, exists, DV, BLOCK_DV)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         products = tl.dot(grad, v, input_precision="ieee")
-        weights = tl.where(keep, tl.math.exp2(scores - lse[:, None]), 0.0)
+        weights = weights_again(scores, lse[:, None], keep)
         gradient = weights * (products - delta[:, None])
         dq = tl.dot(gradient.to(k.dtype), k, dq, input_precision="ieee")
-    tl.store(
-        dq_ptr + pixel[:, None] * D + offs_d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_q
-    )
+    store_rows(dq_ptr, pixel, dq * scale, live, D, BLOCK_D)
 
 
 @triton.jit
@@ -112,13 +110,9 @@ def neighborhood_key_gradient_kernel(
         batch = (tl.program_id(2) // heads).to(tl.int64)
         seen = live & (tl.load(visible_ptr + batch * height * width + pixel, mask=live, other=0) != 0)
     pixel = plane + pixel.to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    in_k = offs_d[None, :] < D
-    in_v = offs_dv[None, :] < DV
     # a hidden pixel may hold anything, so it is not read
-    k = tl.load(k_ptr + pixel[:, None] * D + offs_d[None, :], mask=in_k & seen[:, None], other=0.0)
-    v = tl.load(v_ptr + pixel[:, None] * DV + offs_dv[None, :], mask=in_v & seen[:, None], other=0.0)
+    k = load_rows(k_ptr, pixel, D, seen, D, BLOCK_D)
+    v = load_rows(v_ptr, pixel, DV, seen, DV, BLOCK_DV)
     dk = tl.zeros([TILE_Y * TILE_X, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE_Y * TILE_X, BLOCK_DV], tl.float32)
     for start in range(0, rows * columns, BLOCK_N):
@@ -130,20 +124,15 @@ def neighborhood_key_gradient_kernel(
         keep = (query_y[None, :] >= first_y[:, None]) & (query_y[None, :] < end_y[:, None]) & seen[:, None]
         keep = keep & (query_x[None, :] >= first_x[:, None]) & (query_x[None, :] < end_x[:, None])
         keep = keep & exists[None, :]
-        in_q = exists[:, None] & (offs_d[None, :] < D)
-        in_g = exists[:, None] & (offs_dv[None, :] < DV)
-        q = tl.load(q_ptr + place[:, None] * D + offs_d[None, :], mask=in_q, other=0.0)
-        grad = tl.load(grad_ptr + place[:, None] * DV + offs_dv[None, :], mask=in_g, other=0.0)
-        lse = tl.load(lse_ptr + place, mask=exists, other=float("-inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+        q = load_rows(q_ptr, place, D, exists, D, BLOCK_D)
+        grad = load_rows(grad_ptr, place, DV, exists, DV, BLOCK_DV)
+        lse = load_lse(lse_ptr, place, exists)
         delta = tl.load(delta_ptr + place, mask=exists, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
         products = tl.dot(v, tl.trans(grad), input_precision="ieee")
-        weights = tl.where(keep, tl.math.exp2(scores - lse[None, :]), 0.0)
+        weights = weights_again(scores, lse[None, :], keep)
         gradient = weights * (products - delta[None, :])
         dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
         dk = tl.dot(gradient.to(q.dtype), q, dk, input_precision="ieee")
-    dk_ptrs = dk_ptr + pixel[:, None] * D + offs_d[None, :]
-    dv_ptrs = dv_ptr + pixel[:, None] * DV + offs_dv[None, :]
-    tl.store(dk_ptrs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k & live[:, None])
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=in_v & live[:, None])
+    store_rows(dk_ptr, pixel, dk * scale, live, D, BLOCK_D)
+    store_rows(dv_ptr, pixel, dv, live, DV, BLOCK_DV)

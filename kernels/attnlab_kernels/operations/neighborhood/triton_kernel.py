@@ -14,6 +14,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    close_softmax,
+    fold_softmax,
+    load_columns,
+    load_rows,
+    store_rows,
+)
+
 INTERPRETED = knobs.runtime.interpret
 
 
@@ -45,11 +53,8 @@ def neighborhood_forward_kernel(
     rows = tl.maximum(tl.max(end_y, 0) - low_y, 0) // dilation_y
     columns = tl.maximum(tl.max(end_x, 0) - low_x, 0) // dilation_x
 
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     pixel = plane + (query_y * width + query_x).to(tl.int64)
-    in_q = live[:, None] & (offs_d[None, :] < D)
-    q = tl.load(q_ptr + pixel[:, None] * D + offs_d[None, :], mask=in_q, other=0.0)
+    q = load_rows(q_ptr, pixel, D, live, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -69,20 +74,10 @@ def neighborhood_forward_kernel(
             exists = exists & (seen != 0)
             keep = keep & exists[None, :]
         # a hidden pixel may hold anything, so it is not read
-        in_k = exists[None, :] & (offs_d[:, None] < D)
-        k = tl.load(k_ptr + (plane + place)[None, :] * D + offs_d[:, None], mask=in_k, other=0.0)
-        in_v = exists[:, None] & (offs_dv[None, :] < DV)
-        v = tl.load(v_ptr + (plane + place)[:, None] * DV + offs_dv[None, :], mask=in_v, other=0.0)
+        k = load_columns(k_ptr, plane + place, D, exists, D, BLOCK_D)
+        v = load_rows(v_ptr, plane + place, DV, exists, DV, BLOCK_DV)
         scores = tl.where(keep, tl.dot(q, k, input_precision="ieee") * qk_scale, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(scores - shift[:, None])
-        decay = tl.math.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        row_max = new_max
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    tl.store(lse_ptr + pixel, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, mask=live)
-    out_ptrs = out_ptr + pixel[:, None] * DV + offs_dv[None, :]
-    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, mask=live[:, None] & (offs_dv[None, :] < DV))
+        acc, row_max, row_sum = fold_softmax(acc, row_max, row_sum, scores, v)
+    row_sum, lse = close_softmax(row_max, row_sum)
+    tl.store(lse_ptr + pixel, lse, mask=live)
+    store_rows(out_ptr, pixel, acc / row_sum[:, None], live, DV, BLOCK_DV)

@@ -14,6 +14,17 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from attnlab_kernels.operations.triton_tiles import (
+    close_softmax,
+    fold_softmax,
+    load_columns,
+    load_lse,
+    load_rows,
+    store_rows,
+    weights_again,
+    within_band,
+)
+
 INTERPRETED = knobs.runtime.interpret
 
 
@@ -31,11 +42,7 @@ def _kept(
         listed = (cell >= 0) & (which >= 0)
         flags = tl.load(keep_ptr + which.to(tl.int64) * (HEIGHT * WIDTH) + cell, mask=listed, other=1)
         keep = keep & (flags != 0)
-    if HAS_LEFT:
-        keep = keep & (keys >= queries + offset - left)
-    if HAS_RIGHT:
-        keep = keep & (keys <= queries + offset + right)
-    return keep
+    return within_band(keep, queries + offset, keys, left, right, HAS_LEFT, HAS_RIGHT)
 
 
 @triton.jit
@@ -47,8 +54,6 @@ def _fold(
     HAS_RANGES: tl.constexpr,
 ):  # fmt: skip
     """Fold blocks first..last of the list into (acc, row_max, row_sum), which are in powers of two."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     offs_n = tl.arange(0, BLOCK_N)
     for block in range(first, last):
         keys = tl.load(columns_ptr + block * BLOCK_N + offs_n)
@@ -56,10 +61,8 @@ def _fold(
         if HAS_RANGES:
             exists = (keys >= lo) & (keys < hi)
         keys64 = keys.to(tl.int64)
-        in_k = exists[None, :] & (offs_d[:, None] < D)
-        in_v = exists[:, None] & (offs_dv[None, :] < DV)
-        k = tl.load(k_base + keys64[None, :] * stride_kn + offs_d[:, None], mask=in_k, other=0.0)
-        v = tl.load(v_base + keys64[:, None] * stride_vn + offs_dv[None, :], mask=in_v, other=0.0)
+        k = load_columns(k_base, keys64, stride_kn, exists, D, BLOCK_D)
+        v = load_rows(v_base, keys64, stride_vn, exists, DV, BLOCK_DV)
         scores = tl.dot(q, k, input_precision="ieee") * qk_scale
         if MASKED or HAS_LEFT or HAS_RIGHT or HAS_RANGES:
             keep = _kept(
@@ -67,14 +70,7 @@ def _fold(
                 BLOCK_M, BLOCK_N, MASKED, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             scores = tl.where(keep, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # a row that has seen no key yet: subtract 0, so that its exponentials are 0 and not NaN
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.math.exp2(scores - shift[:, None])
-        decay = tl.math.exp2(row_max - shift)
-        row_sum = row_sum * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        row_max = new_max
+        acc, row_max, row_sum = fold_softmax(acc, row_max, row_sum, scores, v)
     return acc, row_max, row_sum
 
 
@@ -93,10 +89,7 @@ def sparse_forward_kernel(
     rows = tl.load(rows_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     live = rows >= 0
     rows64 = rows.to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    q_rows = q_ptr + batch * stride_qb + head * stride_qh + rows64 * stride_qm
-    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=live[:, None] & (offs_d[None, :] < D), other=0.0)
+    q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, rows64, stride_qm, live, D, BLOCK_D)
     k_base = k_ptr + batch * stride_kb + (head // group) * stride_kh
     v_base = v_ptr + batch * stride_vb + (head // group) * stride_vh
     lo = 0
@@ -120,12 +113,10 @@ def sparse_forward_kernel(
         stride_kn, stride_vn, offset, left, right, qk_scale,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_LEFT, HAS_RIGHT, HAS_RANGES,
     )  # fmt: skip
-    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    row_sum, lse = close_softmax(row_max, row_sum)
     place = (batch * heads + head) * num_queries + rows64
-    tl.store(lse_ptr + place, (row_max + tl.math.log2(row_sum)) * 0.6931471805599453, mask=live)
-    out_ptrs = out_ptr + place[:, None] * DV + offs_dv[None, :]
-    out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, mask=live[:, None] & (offs_dv[None, :] < DV))
+    tl.store(lse_ptr + place, lse, mask=live)
+    store_rows(out_ptr, place, acc / row_sum[:, None], live, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -144,19 +135,11 @@ def sparse_query_gradient_kernel(
     rows = tl.load(rows_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
     live = rows >= 0
     rows64 = rows.to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     offs_n = tl.arange(0, BLOCK_N)
-    in_q = live[:, None] & (offs_d[None, :] < D)
-    in_g = live[:, None] & (offs_dv[None, :] < DV)
-    q_rows = q_ptr + batch * stride_qb + head * stride_qh + rows64 * stride_qm
-    g_rows = grad_ptr + batch * stride_gb + head * stride_gh + rows64 * stride_gm
-    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=in_q, other=0.0)
-    grad = tl.load(g_rows[:, None] + offs_dv[None, :], mask=in_g, other=0.0)
+    q = load_rows(q_ptr + batch * stride_qb + head * stride_qh, rows64, stride_qm, live, D, BLOCK_D)
+    grad = load_rows(grad_ptr + batch * stride_gb + head * stride_gh, rows64, stride_gm, live, DV, BLOCK_DV)
     place = (batch * heads + head) * num_queries + rows64
-    lse = tl.load(lse_ptr + place, mask=live, other=float("-inf"))
-    # a dead row has weights of 2 ** (score - infinity)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    lse = load_lse(lse_ptr, place, live)
     delta = tl.load(delta_ptr + place, mask=live, other=0.0)
     k_base = k_ptr + batch * stride_kb + (head // group) * stride_kh
     v_base = v_ptr + batch * stride_vb + (head // group) * stride_vh
@@ -174,20 +157,18 @@ def sparse_query_gradient_kernel(
         if HAS_RANGES:
             exists = (keys >= lo) & (keys < hi)
         keys64 = keys.to(tl.int64)
-        in_k = exists[:, None] & (offs_d[None, :] < D)
-        in_v = exists[None, :] & (offs_dv[:, None] < DV)
-        k = tl.load(k_base + keys64[:, None] * stride_kn + offs_d[None, :], mask=in_k, other=0.0)
-        v = tl.load(v_base + keys64[None, :] * stride_vn + offs_dv[:, None], mask=in_v, other=0.0)
+        k = load_rows(k_base, keys64, stride_kn, exists, D, BLOCK_D)
+        v = load_columns(v_base, keys64, stride_vn, exists, DV, BLOCK_DV)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         products = tl.dot(grad, v, input_precision="ieee")
         keep = _kept(
             masks_ptr, keep_ptr, block, rows[:, None], keys[None, :], exists[None, :], offset, left, right,
             BLOCK_M, BLOCK_N, True, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
-        weights = tl.where(keep, tl.math.exp2(scores - lse[:, None]), 0.0)
+        weights = weights_again(scores, lse[:, None], keep)
         gradient = weights * (products - delta[:, None])
         dq = tl.dot(gradient.to(k.dtype), k, dq, input_precision="ieee")
-    tl.store(dq_ptr + place[:, None] * D + offs_d[None, :], dq * scale, mask=in_q)
+    store_rows(dq_ptr, place, dq * scale, live, D, BLOCK_D)
 
 
 @triton.jit
@@ -217,13 +198,9 @@ def sparse_key_gradient_kernel(
         exists = (keys >= lo) & (keys < hi)
     keys64 = keys.to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
     key_head = program * members // group
-    k_rows = k_ptr + batch * stride_kb + key_head * stride_kh + keys64 * stride_kn
-    v_rows = v_ptr + batch * stride_vb + key_head * stride_vh + keys64 * stride_vn
-    k = tl.load(k_rows[:, None] + offs_d[None, :], mask=exists[:, None] & (offs_d[None, :] < D), other=0.0)
-    v = tl.load(v_rows[:, None] + offs_dv[None, :], mask=exists[:, None] & (offs_dv[None, :] < DV), other=0.0)
+    k = load_rows(k_ptr + batch * stride_kb + key_head * stride_kh, keys64, stride_kn, exists, D, BLOCK_D)
+    v = load_rows(v_ptr + batch * stride_vb + key_head * stride_vh, keys64, stride_vn, exists, DV, BLOCK_DV)
     first = tl.load(spans_ptr + 3 * tile)
     last = tl.load(spans_ptr + 3 * tile + 2)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -237,12 +214,9 @@ def sparse_key_gradient_kernel(
             rows = tl.load(columns_ptr + block * BLOCK_M + offs_m)
             live = rows >= 0
             rows64 = rows.to(tl.int64)
-            in_q = live[:, None] & (offs_d[None, :] < D)
-            in_g = live[:, None] & (offs_dv[None, :] < DV)
-            q = tl.load(q_base + rows64[:, None] * stride_qm + offs_d[None, :], mask=in_q, other=0.0)
-            grad = tl.load(g_base + rows64[:, None] * stride_gm + offs_dv[None, :], mask=in_g, other=0.0)
-            lse = tl.load(lse_ptr + flat + rows64, mask=live, other=float("-inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+            q = load_rows(q_base, rows64, stride_qm, live, D, BLOCK_D)
+            grad = load_rows(g_base, rows64, stride_gm, live, DV, BLOCK_DV)
+            lse = load_lse(lse_ptr, flat + rows64, live)
             delta = tl.load(delta_ptr + flat + rows64, mask=live, other=0.0)
             # everything lies keys first, so that no product has to be turned
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * qk_scale
@@ -251,12 +225,10 @@ def sparse_key_gradient_kernel(
                 masks_ptr, keep_ptr, block, rows[None, :], keys[:, None], exists[:, None] & live[None, :],
                 offset, left, right, BLOCK_N, BLOCK_M, True, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
-            weights = tl.where(keep, tl.math.exp2(scores - lse[None, :]), 0.0)
+            weights = weights_again(scores, lse[None, :], keep)
             gradient = weights * (products - delta[None, :])
             dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
             dk = tl.dot(gradient.to(q.dtype), q, dk, input_precision="ieee")
     place = (batch * programs + program) * num_keys + keys64
-    in_k = stored[:, None] & (offs_d[None, :] < D)
-    in_v = stored[:, None] & (offs_dv[None, :] < DV)
-    tl.store(dk_ptr + place[:, None] * D + offs_d[None, :], dk * scale, mask=in_k)
-    tl.store(dv_ptr + place[:, None] * DV + offs_dv[None, :], dv, mask=in_v)
+    store_rows(dk_ptr, place, dk * scale, stored, D, BLOCK_D)
+    store_rows(dv_ptr, place, dv, stored, DV, BLOCK_DV)
