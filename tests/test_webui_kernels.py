@@ -64,6 +64,18 @@ def test_each_filter_keeps_what_it_says(panel):
     assert kernel_view.operations(panel) == [ANY, "softmax", "sparse", "linear"]
 
 
+def test_a_kernel_of_others_has_no_bound_and_shows_what_its_code_does_not_tell(panel):
+    theirs = row("flash-attn 4 forward", stack=152, spill_bound=None)
+    theirs["facts"] |= {"shared_bytes": None, "occupancy": None}
+    document = panel | {"rows": [theirs], "notes": ["one is not installed: pip install it"]}
+    assert "none above its bound" in kernel_view.summary(document, [theirs])
+    assert "one is not installed: pip install it." in kernel_view.summary(document, [theirs])
+    table = kernel_view.table([theirs])
+    assert "set at launch" in table
+    assert "unknown" in table
+    assert "at-bad" not in table
+
+
 def test_what_is_over_its_bound_and_what_did_not_compile_are_red_and_counted(panel):
     head, table = show(*ALL)
     assert "2 above their bound of spills or not compiled" in head

@@ -80,7 +80,7 @@ def chosen(
 
 def summary(panel: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """How many, from where, by which compiler, and that this is no time."""
-    over = sum(1 for row in rows if row["facts"] is None or row["facts"]["stack_bytes"] > row["spill_bound"])
+    over = sum(1 for row in rows if row["facts"] is None or over_bound(row))
     worst = (
         f"{over} above their bound of spills or not compiled" if over else "none above its bound of spills"
     )
@@ -88,8 +88,14 @@ def summary(panel: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return (
         f'<p class="at-muted">{len(rows)} of {len(panel["rows"])} kernels, {worst}. {escape(versions)}, '
         f"{escape(panel['origin'])} ({escape(panel['made_at'][:10])}). These are facts about machine code and say "
-        "nothing about time. <code>attnlab kernels --static</code> compiles them here.</p>"
+        "nothing about time. <code>attnlab kernels --static</code> compiles them here."
+        f"{''.join(f' {escape(note)}.' for note in panel.get('notes', ()))}</p>"
     )
+
+
+def over_bound(row: dict[str, Any]) -> bool:
+    """Whether a compiled kernel spills more than its bound; the kernels of others have none."""
+    return row["spill_bound"] is not None and row["facts"]["stack_bytes"] > row["spill_bound"]
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -121,13 +127,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return [*first, error]
     matrix = facts["matrix_count"]
     words = " ".join(f"{count} {name}" for name, count in matrix.items()) or "none"
-    over = facts["stack_bytes"] > row["spill_bound"]
+    shared, occupancy = facts["shared_bytes"], facts["occupancy"]
     return [
         *first,
         _cell(facts["registers"], facts["registers"]),
-        _cell(facts["stack_bytes"], facts["stack_bytes"], "at-bad" if over else ""),
-        _cell(f"{facts['shared_bytes'] / 1024:.1f}", facts["shared_bytes"]),
-        _cell(f"{facts['occupancy']:.0%}", facts["occupancy"]),
+        _cell(facts["stack_bytes"], facts["stack_bytes"], "at-bad" if over_bound(row) else ""),
+        _cell(*(("set at launch", -1) if shared is None else (f"{shared / 1024:.1f}", shared))),
+        _cell(*(("unknown", -1) if occupancy is None else (f"{occupancy:.0%}", occupancy))),
         _cell(words, sum(matrix.values())),
         _cell(facts["tma_loads"], facts["tma_loads"]),
         _cell(facts["exponentials"], facts["exponentials"]),

@@ -149,6 +149,8 @@ def show_static(document: dict[str, Any], as_json: bool) -> None:
             "exp2",
         )
         print_table(head, [static_cells(row) for row in document["rows"]], empty="no kernels")
+        for note in document.get("notes", ()):
+            typer.echo(note)
     if any(row["error"] for row in document["rows"]):
         raise typer.Exit(1)
 
@@ -160,8 +162,8 @@ def static_cells(row: dict[str, Any]) -> tuple[Any, ...]:
     if facts is None:
         return (*first, row["error"], "", "", "", "", "", "")
     matrix = " ".join(f"{count} {name}" for name, count in facts["matrix_count"].items()) or "none"
-    shared = f"{facts['shared_bytes'] / 1024:.0f}"
-    occupancy = f"{facts['occupancy']:.0%}"
+    shared = "at launch" if facts["shared_bytes"] is None else f"{facts['shared_bytes'] / 1024:.0f}"
+    occupancy = "unknown" if facts["occupancy"] is None else f"{facts['occupancy']:.0%}"
     numbers = (facts["registers"], facts["stack_bytes"], shared, occupancy)
     return (*first, *numbers, matrix, facts["tma_loads"], facts["exponentials"])
 
