@@ -1,4 +1,4 @@
-"""Forms of the differential kernels for the static panel: values twice as wide as queries, as in the paper."""
+"""Forms of the differential kernels for the static panel: the paper's, and the largest of each tile."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from attnlab_kernels.operations.differential.triton_forward import KERNELS, Conf
 from attnlab_kernels.static_facts import StaticCase
 
 ROWS = ("weight", "lse1", "lse2")
+# of queries, of values: the paper's values are twice as wide, and a tile goes by the wider
+DIMS = ((64, 128), *((dim, dim) for dim in (16, 32, 64, 128, 256)))
 
 
 def cases(capability: int) -> list[StaticCase]:
-    """Three head dimensions, with a window and two keys: forward, forward for training, both gradients."""
+    """With a window and two keys: forward, forward for training, both gradients."""
     made: list[StaticCase] = []
     for dtype, size in (("bf16", 2), ("fp32", 4)):
-        for dim in (32, 64, 128):
-            made += [forward_case(dtype, dim, capability, keep) for keep in (False, True)]
+        for dims in DIMS:
+            made += [forward_case(dtype, dims, capability, keep) for keep in (False, True)]
             for kind, choose in (
                 ("query", triton_backward.choose_query_config),
                 ("key", triton_backward.choose_key_config),
             ):
-                made.append(gradient_case(kind, dtype, dim, choose(dim, 2 * dim, size)))
+                made.append(gradient_case(kind, dtype, dims, choose(*dims, size)))
     return made
 
 
-def forward_case(dtype: str, dim: int, capability: int, keep_second: bool = False) -> StaticCase:
-    """Queries of ``dim``, values of ``2 dim``."""
-    config = choose_config(dim, 2 * dim, 4 if dtype == "fp32" else 2, capability)
+def forward_case(dtype: str, dims: tuple[int, int], capability: int, keep_second: bool = False) -> StaticCase:
+    """``dims`` of queries and of values."""
+    config = choose_config(*dims, 4 if dtype == "fp32" else 2, capability)
     name = "differential forward" + (" for training" if keep_second else "")
     constants = {"SHARED_KEY": False, "KEEP_SECOND": keep_second}
-    return _case(name, KERNELS, "difference_forward_kernel", (*ROWS, "second"), dtype, dim, config, constants)
+    return _case(
+        name, KERNELS, "difference_forward_kernel", (*ROWS, "second"), dtype, dims, config, constants
+    )
 
 
-def gradient_case(kind: str, dtype: str, dim: int, config: Config) -> StaticCase:
+def gradient_case(kind: str, dtype: str, dims: tuple[int, int], config: Config) -> StaticCase:
     """The kernel of the gradients of queries, or of keys and values."""
     function = f"difference_{kind}_gradient_kernel"
     rows = (*ROWS, "delta1", "delta2")
     return _case(
-        f"differential {kind} gradient", triton_backward.KERNELS, function, rows, dtype, dim, config, {}
+        f"differential {kind} gradient", triton_backward.KERNELS, function, rows, dtype, dims, config, {}
     )
 
 
@@ -48,23 +52,24 @@ def _case(
     function: str,
     rows: tuple[str, ...],
     dtype: str,
-    dim: int,
+    dims: tuple[int, int],
     config: Config,
     constants: dict[str, Any],
 ) -> StaticCase:
+    dim, value_dim = dims
     types = {f"{name}_ptr": "*fp32" for name in rows} | {"ranges_ptr": "*i32", "qk_scale": "fp32"}
     return StaticCase(
         kernel=kernel,
-        form=f"{dtype} D {dim}, Dv {2 * dim}, tile {config.block_m} x {config.block_n}",
+        form=f"{dtype} D {dim}, Dv {value_dim}, tile {config.block_m} x {config.block_n}",
         module=module,
         function=function,
         dtype=dtype,
         types=types if "forward" in kernel else types | {"scale": "fp32"},
         constants={
             "D": dim,
-            "DV": 2 * dim,
+            "DV": value_dim,
             "BLOCK_D": dim,
-            "BLOCK_DV": 2 * dim,
+            "BLOCK_DV": value_dim,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "HAS_LEFT": True,
@@ -75,5 +80,5 @@ def _case(
         num_stages=config.num_stages,
         tensor_cores=dtype == "bf16",
         spill_bound=32 if dtype == "bf16" else 64,
-        typical=dim == 64,
+        typical=dims == (64, 128),
     )

@@ -103,7 +103,7 @@ def _multiply(x: Tensor, weight: Tensor, routing: Routing, divisor: int) -> Tens
     kernels.expert_projection_kernel[grid](
         x, matrices, gates, *blocks, out, x.stride(0), matrices.stride(0), matrices.stride(1), divisor,
         weight.shape[2], weight.shape[3],
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, LOGITS=False,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

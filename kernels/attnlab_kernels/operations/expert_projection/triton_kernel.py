@@ -21,13 +21,13 @@ INTERPRETED = knobs.runtime.interpret
 def expert_projection_kernel(
     x_ptr, weight_ptr, gate_ptr, order_ptr, group_ptr, start_ptr, stop_ptr, out_ptr,
     stride_xm, stride_wg, stride_wk, divisor, width_in, width_out,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOGITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out[a] = gate[a] * x[a // divisor] @ weight[group]`` for the assignments a of one block.
 
     ``order`` int64, assignments sorted by group; for each block its ``group``, and ``start`` and ``stop`` in the order
     (start == stop: nothing to do). ``weight`` [groups, width_in, width_out] with unit stride in the last dimension;
-    ``out`` contiguous [assignments, width_out]; LOGITS: gates come as logits, the sigmoid is taken here.
+    ``out`` contiguous [assignments, width_out].
     """
     block = tl.program_id(0)
     start = tl.load(start_ptr + block)
@@ -52,8 +52,6 @@ def expert_projection_kernel(
             weight = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
             acc = tl.dot(x, weight, acc, input_precision="ieee")
         gate = tl.load(gate_ptr + assignment, mask=live, other=0.0).to(tl.float32)
-        if LOGITS:
-            gate = 1.0 / (1.0 + tl.math.exp2(-gate * 1.4426950408889634))
         out_ptrs = out_ptr + assignment[:, None] * width_out + columns[None, :]
         out = (acc * gate[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs, out, mask=live[:, None] & in_n[None, :])

@@ -7,17 +7,17 @@ from attnlab_kernels.static_facts import StaticCase
 
 
 def cases(capability: int) -> list[StaticCase]:
-    """Gates as numbers, and as logits whose sigmoid the kernel takes."""
-    return [grouped_case(dtype, logits) for dtype in ("bf16", "fp32") for logits in (False, True)]
+    """One form a dtype."""
+    return [grouped_case(dtype) for dtype in ("bf16", "fp32")]
 
 
-def grouped_case(dtype: str, logits: bool) -> StaticCase:
+def grouped_case(dtype: str) -> StaticCase:
     """One tile serves every width."""
     config = choose_config(4 if dtype == "fp32" else 2)
     places = {f"{name}_ptr": "*i64" for name in ("order", "group", "start", "stop")}
     return StaticCase(
         kernel="expert projection",
-        form=f"{dtype} {'sigmoid inside' if logits else 'gates given'}",
+        form=f"{dtype} tile {config.block_m} x {config.block_n} x {config.block_k}",
         module=KERNELS,
         function="expert_projection_kernel",
         dtype=dtype,
@@ -26,10 +26,8 @@ def grouped_case(dtype: str, logits: bool) -> StaticCase:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "LOGITS": logits,
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores=dtype == "bf16",
-        typical=not logits,
     )

@@ -1,15 +1,17 @@
-"""Forms of the latent kernels for the static panel: DeepSeek's rank of 512 and a small one."""
+"""Forms of the latent kernels for the static panel: every padded rank to DeepSeek's 512."""
 
 from __future__ import annotations
 
 from attnlab_kernels.operations.latent.triton_absorbed import KERNELS, choose_config
 from attnlab_kernels.static_facts import StaticCase
 
+RANKS = (16, 32, 64, 128, 256, 512)
+
 
 def cases(capability: int) -> list[StaticCase]:
-    """The split kernel for two ranks, and the merge."""
-    return [split_case(dtype, rank) for dtype in ("bf16", "fp32") for rank in (128, 512)] + [
-        merge_case("bf16")
+    """The split kernel and the merge for every rank."""
+    return [
+        make(dtype, rank) for make in (split_case, merge_case) for dtype in ("bf16", "fp32") for rank in RANKS
     ]
 
 
@@ -41,17 +43,18 @@ def split_case(dtype: str, rank: int) -> StaticCase:
     )
 
 
-def merge_case(dtype: str) -> StaticCase:
+def merge_case(dtype: str, rank: int) -> StaticCase:
     """The merge of the splits."""
     return StaticCase(
         kernel="latent merge",
-        form=f"{dtype} rank 512",
+        form=f"{dtype} rank {rank}",
         module=KERNELS,
         function="latent_merge_kernel",
         dtype=dtype,
         types={"parts_ptr": "*fp32", "part_lse_ptr": "*fp32", "lse_ptr": "*fp32"},
-        constants={"R": 512, "BLOCK_R": 512},
+        constants={"R": rank, "BLOCK_R": rank},
         num_warps=4,
-        num_stages=1,
+        num_stages=3,
         tensor_cores=False,
+        typical=rank == 512,
     )

@@ -11,10 +11,10 @@ CELLS = (8, 64, 256)
 
 
 def cases(capability: int) -> list[StaticCase]:
-    """Rows, columns and three sizes of cells, for two head dimensions, with a window."""
+    """Rows, columns and three sizes of cells, for every padded head dimension, with a window."""
     found = []
     for dtype in ("bf16", "fp32"):
-        for dim in (64, 128, 256):
+        for dim in (16, 32, 64, 128, 256):
             found.append(_case("map rows", "map_row_kernel", dtype, dim, {}, ("out",)))
             found.append(_case("map columns", "map_column_kernel", dtype, dim, {}, ("sum", "max")))
             found += [pool_case(dtype, dim, cell) for cell in CELLS]

@@ -150,7 +150,7 @@ def _run_triton(
     if q.shape[0] == 0:
         return output, lse.T
     modified = modifiers.softcap is not None or modifiers.alibi is not None
-    cut = triton_forward.plan(q, size, value_pool.shape[-1], modified)
+    cut = triton_forward.plan(q, size, value_pool.shape[-1], modified, paged=True)
     strides = tuple((0, pool.stride(2), pool.stride(1), pool.stride(0)) for pool in (key_pool, value_pool))
     triton_forward.launch(
         *(q, key_pool, value_pool, output, lse, cut, size),

@@ -59,6 +59,8 @@ HALF_MODIFIED: dict[int, dict[int, Config]] = {
 }
 HALF_MODIFIED_FEW_ROWS = {dim: Config(16, 32, 4, 2) for dim in (*_SMALL, 128, 256)}
 FEW_ROWS, MEDIUM_ROWS = 16, 64
+# a table of blocks takes registers for the addresses of its rows: with these dimensions the widest tiles spill
+NARROW_PAGED = {80: (64, 128), 90: (128,), 100: (128,)}
 
 
 def choose_config(
@@ -68,6 +70,7 @@ def choose_config(
     capability: int,
     modified: bool = False,
     limited: bool = False,
+    paged: bool = False,
 ) -> Config:
     """Tile for a padded head dimension, bytes of a number, query rows and compute capability (80, 90, 100).
 
@@ -76,6 +79,7 @@ def choose_config(
     Args:
         modified: the call has a soft cap, ALiBi or a bias.
         limited: each query has limits of its own (documents), which take registers and make tiles narrow.
+        paged: keys lie in the blocks of a pool.
     """
     if element_size == 4:
         # float32 products run on the plain cores, where small tiles lose nothing
@@ -88,6 +92,8 @@ def choose_config(
             return Config(32, 32, 4, 2)
         return HALF_MODIFIED[generation][block_d]
     wide, medium, few = HALF[generation]
+    if paged and block_d in NARROW_PAGED[generation]:
+        wide = medium
     return (few if num_rows <= FEW_ROWS else medium if num_rows <= MEDIUM_ROWS else wide)[block_d]
 
 

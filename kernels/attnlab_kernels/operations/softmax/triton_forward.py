@@ -51,7 +51,9 @@ class Plan:
     config: Config
 
 
-def plan(q: Tensor, size: Size, value_dim: int, modified: bool, limited: bool = False) -> Plan:
+def plan(
+    q: Tensor, size: Size, value_dim: int, modified: bool, limited: bool = False, paged: bool = False
+) -> Plan:
     """The cut for queries of any layout with heads second and D last."""
     heads = q.shape[1]
     group = heads // size.kv_heads
@@ -61,7 +63,7 @@ def plan(q: Tensor, size: Size, value_dim: int, modified: bool, limited: bool = 
     if q.device.type == "cuda":
         cores = torch.cuda.get_device_properties(q.device).multi_processor_count
     block_d = max(padded(q.shape[-1]), padded(value_dim))
-    config = choose_config(block_d, q.element_size(), rows, capability_of(q), modified, limited)
+    config = choose_config(block_d, q.element_size(), rows, capability_of(q), modified, limited, paged)
     if q.device.type != "cuda":
         config = Config(min(config.block_m, 32), min(config.block_n, 32), 1, 1)
     programs = -(-rows // config.block_m) * size.batch * heads // pack

@@ -45,6 +45,13 @@ _TYPES = {
 _MODIFIED = {"HAS_SOFTCAP": True, "HAS_ALIBI": True, "HAS_BIAS": True}
 _PLAIN = dict.fromkeys(_MODIFIED, False)
 _DOCUMENTS = {"HAS_LEFT": False, "HAS_RIGHT": False, "HAS_RANGES": False, "HAS_LIMITS": True}
+# what a call asks for, the words of the tables of tiles for it, and the kernels' flags
+KINDS: tuple[tuple[str, dict[str, bool], dict[str, Any]], ...] = (
+    ("", {}, {}),
+    ("modified", {"modified": True}, _MODIFIED),
+    ("documents", {"limited": True}, _DOCUMENTS),
+    ("documents modified", {"modified": True, "limited": True}, _DOCUMENTS | _MODIFIED),
+)
 _PAGED = {"PACK": 8, "PAGE": 16, "VARLEN": True, "HAS_RANGES": False}
 
 
@@ -53,15 +60,12 @@ def cases(capability: int) -> list[StaticCase]:
     made = [forward_case(*choice) for choice in launchable(capability)]
     for dtype, size in ELEMENT_SIZE.items():
         for block_d in BLOCK_DIMS:
-            for rows in (4096, 16):
-                config = choose_config(block_d, size, rows, capability, modified=True)
-                made.append(forward_case(dtype, block_d, config, "modified", _MODIFIED))
-            config = choose_config(block_d, size, 16, capability)
-            made.append(forward_case(dtype, block_d, config, "paged", _PAGED))
-            config = choose_config(block_d, size, 4096, capability, limited=True)
-            made.append(forward_case(dtype, block_d, config, "documents", _DOCUMENTS))
-            config = choose_config(block_d, size, 4096, capability, modified=True, limited=True)
-            made.append(forward_case(dtype, block_d, config, "documents modified", _DOCUMENTS | _MODIFIED))
+            for rows in ROW_COUNTS:
+                config = choose_config(block_d, size, rows, capability, paged=True)
+                made.append(forward_case(dtype, block_d, config, "paged", _PAGED))
+                for name, chosen, flags in KINDS[1:]:
+                    config = choose_config(block_d, size, rows, capability, **chosen)
+                    made.append(forward_case(dtype, block_d, config, name, flags))
             made += backward_cases(dtype, block_d, capability)
             made += small_cases(dtype, block_d)
     if capability == 90:
@@ -95,20 +99,19 @@ def forward_case(
 
 
 def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCase]:
-    """dQ, and dK with dV: plain, modified, and over documents."""
+    """dQ, and dK with dV, of every kind of call."""
     size = ELEMENT_SIZE[dtype]
     made = []
-    for kind, flags in (("", {}), (" modified", _MODIFIED), (" documents", _DOCUMENTS)):
+    for kind, chosen, flags in KINDS:
         for name in ("query", "key"):
-            modified, limited = flags is _MODIFIED, flags is _DOCUMENTS
             config = (
-                choose_key_config(block_d, size, capability, modified, limited)
+                choose_key_config(block_d, size, capability, **chosen)
                 if name == "key"
-                else choose_query_config(block_d, size, capability, modified)
+                else choose_query_config(block_d, size, capability, "modified" in chosen)
             )
             made.append(
                 _case(
-                    f"softmax {name} gradient{kind}",
+                    f"softmax {name} gradient{kind and ' ' + kind}",
                     BACKWARD,
                     f"softmax_{name}_gradient_kernel",
                     dtype,
