@@ -1,6 +1,6 @@
 """Operations and bytes counted by hand and by torch's own counter; ceilings measured once and kept a week."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,23 @@ from attnlab import procedure
 from attnlab.describe import run_document
 from attnlab.hook import LayerCall
 from attnlab.probes import ceilings
-from attnlab.probes.work import count_pairs, work_of
+from attnlab.probes.work import count_pairs, pattern_pairs, work_of
 from attnlab.roofline import stand
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
 from attnlab.views.roofline import roofline_figure, roofline_info
+from attnlab_kernels.attention_call import AttentionCall
 from attnlab_kernels.masks import Causal, Documents, Full, Mask, Padding, Window
+from attnlab_kernels.neighborhood import Neighborhood
 from attnlab_kernels.operations.softmax.api import attend
+from attnlab_kernels.patterns import build_pattern
 from attnlab_storage import results
 
 CPU = torch.device("cpu")
+PATTERNS = ("local", "strided", "fixed", "local_global", "longformer", "bigbird")
+SPARSE = {
+    "local_window": 6, "stride": 5, "block_size": 4, "global_tokens": 2, "summary_tokens": 2, "num_random": 1,
+}  # fmt: skip
 MASKS: dict[str, Mask] = {
     "full": Full(),
     "causal": Causal(),
@@ -54,6 +61,39 @@ def test_operations_are_those_of_the_masks_own_pairs(mask: Mask) -> None:
     assert work.pairs == count_pairs(mask, 2, 13, 13) == pairs
     assert work.flops == 6 * pairs * 2 * (8 + 5)
     assert work_of(call_of(mask), backward=True).flops == round(3.5 * work.flops)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Padding(((2, 13), (0, 9)))], ids=["causal", "padded"])
+@pytest.mark.parametrize("queries", [13, 5])
+def test_operations_of_a_pattern_are_those_of_its_own_pairs(name: str, mask: Mask, queries: int) -> None:
+    pattern = build_pattern(name, True, **SPARSE)
+    rows, cols = np.arange(13 - queries, 13), np.arange(13)
+    pairs = 0
+    for element in range(2):
+        batch = element if mask.form().batch_size > 1 else 0
+        open_pairs = mask.allowed(rows - 13 + queries, cols, num_queries=queries, num_keys=13, batch=batch)
+        for head in range(6):
+            pairs += int((pattern.allowed(rows, cols, num_keys=13, head=head) & open_pairs).sum())
+    assert pattern_pairs(pattern, mask, 2, 6, queries, 13) * 6 == pytest.approx(pairs)
+
+
+def test_operations_of_a_neighborhood_are_those_of_its_own_pairs() -> None:
+    around = Neighborhood((4, 5), (3, 3), (1, 1), (1, 1), (False, False))
+    everyone = np.arange(20)
+    query = torch.randn(2, 3, 20, 8)
+    told = told_by(query, "neighborhood", asdict(around))
+    work = work_of(LayerCall.told(0, "x", told), backward=False)
+    assert work is not None
+    assert work.pairs == 2 * around.allowed(everyone, everyone).sum() == 2 * 20 * 9
+    assert work.flops == 2 * work.pairs * 3 * (8 + 8)
+    hidden = replace(told, unmapped="pixels are hidden from everyone")
+    assert work_of(LayerCall.told(0, "x", hidden), backward=False) is None
+
+
+def told_by(query: torch.Tensor, kind: str, detail: dict[str, Any]) -> AttentionCall:
+    rest = (query, query, query, query[..., 0], Full(), 1.0, "tiled", torch.add, torch.add, ())
+    return AttentionCall(kind, query, *rest, detail=detail)
 
 
 def test_without_a_mask_they_are_what_torch_counts() -> None:
@@ -161,11 +201,17 @@ def test_a_timed_run_stands_under_its_ceilings(sqlite_store: Any, monkeypatch: p
     )
     assert plain["environment"]["ceilings"] == KNOWN
     assert linear["roofline"]["counted"].endswith("linear attention")
-    assert sparse["roofline"] is None
-    assert "follow from no mask" in results.log_tail(sqlite_store, sparse["id"])
+    assert sparse["roofline"]["counted"].endswith("x the pattern's pairs")
+    assert sparse["roofline"]["pairs"] <= plain["roofline"]["pairs"]
     info = roofline_info(documents)
-    assert [point.share for point in info.points] == [found["share"], linear["roofline"]["share"]]
-    assert info.missing == [f"#{sparse['id']} sparse fused: no count of operations, or no time"]
+    assert [point.share for point in info.points] == [
+        found["share"],
+        linear["roofline"]["share"],
+        sparse["roofline"]["share"],
+    ]
+    assert info.missing == []
+    uncounted = roofline_info([sparse | {"roofline": None}])
+    assert uncounted.missing == [f"#{sparse['id']} sparse fused: no count of operations, or no time"]
     roof, *points = roofline_figure(info).to_plotly_json()["data"]
     assert roof["name"] == "made up · float32"
     assert roof["y"][1] == roof["y"][2] == 1e12

@@ -267,7 +267,9 @@ class Procedure:
         """Set the attention's time beside the device's ceilings."""
         work = self._middle_call(subject).work
         if work is None:
-            self._recorder.log("roofline: its pairs follow from no mask, so there is no count of operations")
+            self._recorder.log(
+                "roofline: pixels are hidden from everyone, so there is no count of operations"
+            )
             return
         dtype = TORCH_DTYPES[self._point.dtype]
         facts = {"flops": work.flops, "bytes": work.bytes, "pairs": work.pairs, "factor": work.factor}
