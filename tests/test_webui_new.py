@@ -15,6 +15,7 @@ from attnlab_storage.listing import count_runs, get_experiment, list_experiments
 from attnlab_webui import drafts, new_experiment
 from attnlab_webui.form import Form, form_of
 from attnlab_webui.form_fields import make_fields
+from attnlab_webui.form_sections import FRONTIER, PROCESS, RUN, SERVE, TRACE, TRACE_FILE
 from attnlab_webui.pages import new
 
 HOSTILE = "<script>alert(1)</script>{{x}}${y}"
@@ -49,6 +50,15 @@ def filled(form):
         name: {key: text for key, text in given.items() if text} for name, given in form.parameters.items()
     }
     return replace(form, parameters={name: given for name, given in parameters.items() if given})
+
+
+def named_folds(fields, opened):
+    """What is opened or closed, by name; columns of mechanisms as `offer:ID`."""
+    offers = [f"offer:{mechanism}" for mechanism in fields.offers]
+    kinds = [*fields.of_kind, *fields.sections.folds]
+    return dict(
+        zip(["module", *fields.rows, *fields.inputs, *offers, *kinds, "preview"], opened, strict=True)
+    )
 
 
 def test_fields_show_a_form_and_read_it_back(fields, starter):
@@ -129,7 +139,7 @@ def test_a_near_miss_gets_a_suggestion(sqlite_store, fields):
 
 def test_only_ticked_mechanisms_show_their_parameters(fields):
     opened = fields.folded(Form(mechanisms=("sliding_window",)))
-    by_name = dict(zip(["module", *fields.rows, *fields.inputs, "preview"], opened, strict=True))
+    by_name = named_folds(fields, opened)
     assert by_name["sliding_window"]["visible"] is True
     assert by_name["grouped_query"]["visible"] is False
     assert by_name["module"]["visible"] is False
@@ -146,7 +156,7 @@ def test_a_model_that_reads_pictures_gets_a_picture(sqlite_store, fields, starte
     assert "17 positions" in facts
     assert new.verdict_of(sqlite_store, new_text)[0] == "", "nothing is left to fix"
     folds = answers[len(answers) - len(fields.components()) - len(fields.folds()) :]
-    by_name = dict(zip(["module", *fields.rows, *fields.inputs, "preview"], folds, strict=False))
+    by_name = named_folds(fields, folds[: len(fields.folds())])
     assert [name for name in fields.inputs if by_name[name]["visible"]] == ["image"]
     assert "<img" in by_name["preview"]["value"]
     written = dict(zip(fields.plain, folds[len(fields.folds()) :], strict=False))
@@ -285,3 +295,96 @@ def test_bad_upload_leaves_the_text_and_says_why(tmp_path, data):
     assert skipped(source)
     assert "file: must" in notice
     assert "<b>" not in notice
+
+
+def chosen(fields, starter, kind):
+    """What the page answers once another kind of experiment is chosen: the YAML and what is shown."""
+    text, form = starter
+    new_text, shown, _, *rest = new.on_form(fields, text, form, *fields.values(replace(form, kind=kind)))
+    return new_text, shown, named_folds(fields, rest[: len(fields.folds())])
+
+
+def test_choosing_to_serve_writes_a_workload_that_can_be_queued(sqlite_store, fields, starter):
+    text, shown, folds = chosen(fields, starter, SERVE)
+    spec = drafts.read_draft(text).spec
+    assert spec is not None
+    assert spec.serving is not None
+    assert spec.serving.cache_bytes == 16 << 20
+    assert [point.parameters["cache"] for point in spec.points()] == ["contiguous", "paged"]
+    assert shown.mechanisms == ("multi_head",), "what the engine cannot serve is dropped"
+    opened = {name for name, fold in folds.items() if fold["visible"]}
+    assert {"serve", "serving.token_budget", "text", "offer:grouped_query"} <= opened
+    assert not opened & {"frontier", "lengths", "repeat", "record", "offer:linear", "serving.workload.trace"}
+    assert new.verdict_of(sqlite_store, text)[0] == ""
+
+
+def test_choosing_a_frontier_and_going_back_restores_the_experiment(sqlite_store, fields, starter):
+    text, shown, folds = chosen(fields, starter, FRONTIER)
+    spec = drafts.read_draft(text).spec
+    assert spec is not None
+    assert spec.frontier is not None
+    assert spec.record == ("memory",)
+    assert folds["frontier"]["visible"]
+    assert not folds["text"]["visible"]
+    back = replace(starter[1], kind=RUN, sections=shown.sections)
+    again, *_ = new.on_form(fields, text, shown, *fields.values(back))
+    assert drafts.read_draft(again).spec == drafts.read_draft(starter[0]).spec
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "words"),
+    [
+        ("token_budget: 0", "serving.token_budget", "must be greater than or equal to 1, got 0"),
+        ("num_blocks: 4", "serving.cache_bytes", "exactly one of cache_bytes and num_blocks"),
+        ("max_length: 7", "serving.max_length", "must be at most 7 tokens a request here"),
+    ],
+)
+def test_a_broken_rule_stands_beside_its_field_until_it_is_mended(
+    sqlite_store, fields, starter, section, field, words
+):
+    text, *_ = chosen(fields, starter, SERVE)
+    broken = text.replace("  cache_bytes:", f"  {section}\n  cache_bytes:")
+    told, *answers = new.on_change(sqlite_store, fields, broken, frozenset())
+    assert field in told
+    beside = dict(zip(fields.told(), answers[-len(fields.told()) :], strict=True))
+    assert words in beside[field]["info"]
+    assert all(skipped(update) for name, update in beside.items() if name not in told)
+    told, *answers = new.on_change(sqlite_store, fields, text, told)
+    beside = dict(zip(fields.told(), answers[-len(fields.told()) :], strict=True))
+    assert not told
+    assert beside[field]["info"] == ""
+
+
+def test_an_uploaded_trace_fills_its_field_and_is_whole_in_the_queue(sqlite_store, fields, starter, tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text("arrival_s,prompt_tokens,output_tokens\n3,7,2\n1.5,9,4\n")
+    name, process, notice = new.on_upload("trace", str(file))
+    assert (process, notice) == (TRACE, "")
+    text, form, _ = chosen(fields, starter, SERVE)
+    with_trace = replace(form, sections={**form.sections, PROCESS: process, TRACE_FILE: name})
+    text, *_ = new.on_form(fields, text, form, *fields.values(with_trace))
+    assert f"trace: {name}" in text
+    spec = drafts.read_draft(text).spec
+    assert spec is not None
+    assert spec.serving is not None
+    assert spec.serving.workload.trace == ((0.0, 9, 4), (1.5, 7, 2))
+    again = drafts.read_draft(drafts.clone(spec.to_dict()))
+    assert f"trace: {name}" in again.text
+    assert again.spec is not None
+    assert again.spec.hash() == spec.hash()
+
+
+def test_a_trace_that_cannot_be_read_names_its_line(tmp_path):
+    file = tmp_path / "trace.csv"
+    file.write_text("arrival_s,prompt_tokens,output_tokens\n1,0,4\n")
+    _, _, notice = new.on_upload("trace", str(file))
+    assert "line 2" in notice
+    assert "trace.csv" in notice
+
+
+def test_a_trace_is_asked_for_beside_its_field(sqlite_store, fields, starter):
+    text, form, _ = chosen(fields, starter, SERVE)
+    waiting = replace(form, sections={**form.sections, PROCESS: TRACE})
+    text, *_ = new.on_form(fields, text, form, *fields.values(waiting))
+    told, *_ = new.on_change(sqlite_store, fields, text, frozenset())
+    assert told == {TRACE_FILE}

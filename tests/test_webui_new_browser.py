@@ -1,5 +1,7 @@
 """The New experiment page in a browser: both sides follow each other, and the Queue button queues."""
 
+import re
+
 import pytest
 from playwright.sync_api import Route, expect
 
@@ -131,6 +133,50 @@ def test_a_picture_for_a_model_of_text_is_refused_with_the_model_that_reads_it(p
     )
     expect(page.locator("#new-problems")).to_be_empty()
     expect(page.locator("#new-preview img")).to_be_visible()
+    expect(page.locator("#new-queue")).to_be_enabled()
+
+
+FRONTIER = """name: how far
+module: {dim: 16, num_heads: 2}
+vary: {mechanism: [multi_head]}
+record: [memory]
+frontier: {memory_bytes: 67108864, up_to: 512}
+"""
+
+
+def test_a_server_is_written_with_the_form_and_with_the_yaml(page, tmp_path):
+    expect(page.locator("#new-serving-token_budget")).to_have_count(0)
+    page.locator("#new-kind").get_by_label("serve requests").check()
+    expect(yaml_text(page)).to_contain_text("cache: [contiguous, paged]")
+    expect(page.locator("#new-lengths")).to_have_count(0)
+    expect(page.locator("#new-mechanism-linear")).to_have_count(0)
+    page.locator("#new-serving-workload-arrivals-process").get_by_label("Poisson").check()
+    fill(page, "#new-serving-workload-arrivals-rate", "7")
+    fill(page, "#new-serving-cache_bytes", "32 MiB")
+    page.locator("#new-caches").get_by_label("contiguous").uncheck()
+    expect(page.locator("#new-cost")).to_contain_text("1runs")
+    fill(page, "#new-serving-token_budget", "0")
+    budget = page.locator("#new-serving-token_budget")
+    expect(budget).to_contain_text("must be greater than or equal to 1, got 0")
+    expect(page.locator("#new-queue")).to_be_disabled()
+    fill(page, "#new-serving-token_budget", "64")
+    expect(budget).not_to_contain_text("must be")
+    expect(page.locator("#new-queue")).to_be_enabled()
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,7,2\n1,9,4\n")
+    page.locator("#new-serving-workload-arrivals-process").get_by_label("from a trace").check()
+    expect(page.locator("#new-serving-workload-trace")).to_contain_text("must be a file of requests")
+    with page.expect_file_chooser() as chooser:
+        page.locator("#new-upload-trace").click()
+    chooser.value.set_files(trace)
+    expect(page.locator("#new-serving-workload-trace input")).to_have_value(re.compile("upload-.*csv"))
+    expect(page.locator("#new-queue")).to_be_enabled()
+    type_yaml(page, FRONTIER)
+    expect(page.locator("#new-frontier-memory_bytes input")).to_have_value("64 MiB")
+    expect(page.locator("#new-kind").get_by_label("find the longest")).to_be_checked()
+    expect(page.locator("#new-serving-token_budget")).to_have_count(0)
+    fill(page, "#new-frontier-up_to", "1024")
+    expect(yaml_text(page)).to_contain_text("up_to: 1024")
     expect(page.locator("#new-queue")).to_be_enabled()
 
 

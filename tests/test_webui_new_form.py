@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.documents import write_document
+from attnlab.serving.settings import CACHES
 from attnlab.spec import DTYPES, IMPLEMENTATIONS, MAX_TEXT_BYTES, RECORDS
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_webui import drafts
 from attnlab_webui.form import AUDIO, BARE_MODULE, FORM_PHASES, IMAGE, RANDOM, TEXT, Form, form_of, merge
+from attnlab_webui.form_sections import FIELDS, FRONTIER, KINDS, RUN, SERVE, in_use
 
 ALL = tuple(MECHANISMS)
 
@@ -32,10 +34,19 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"
 def forms(draw):
     mechanisms = draw(some(ALL))
     bare = draw(st.booleans())
-    source = RANDOM if bare else draw(st.sampled_from([TEXT, RANDOM, IMAGE, AUDIO]))
+    kind = draw(st.sampled_from(KINDS))
+    source = RANDOM if bare or kind == FRONTIER else draw(st.sampled_from([TEXT, RANDOM, IMAGE, AUDIO]))
+    sections = draw(st.dictionaries(st.sampled_from(list(FIELDS)), st.sampled_from(["1", "48", "0.5"])))
+    sections |= {
+        path: draw(st.sampled_from(field.choices)) for path, field in FIELDS.items() if field.choices
+    }
+    sections |= {path: "true" for path, field in FIELDS.items() if field.is_flag and path in sections}
     windows = {"sliding_window": {"window_size": draw(numbers)}} if "sliding_window" in mechanisms else {}
     return Form(
         name=draw(words),
+        kind=kind,
+        caches=draw(some(CACHES)) if kind == SERVE else (),
+        sections=in_use(sections, kind, is_bare=bare),
         model=BARE_MODULE if bare else draw(st.sampled_from(["smollm2-135m", "owner/name", "/a/folder"])),
         module_dim=str(draw(st.integers(1, 999))) if bare else "512",
         module_heads=str(draw(st.integers(1, 99))) if bare else "8",
@@ -44,19 +55,19 @@ def forms(draw):
         image=draw(st.sampled_from(["digit-3", "upload-0123456789abcdef.png"])) if source == IMAGE else "",
         size=draw(st.sampled_from(["", "64"])) if source == IMAGE else "",
         audio="dashwood" if source == AUDIO else "",
-        target="" if bare else draw(st.sampled_from(["", "And Mr."])),
-        max_tokens=draw(st.sampled_from(["", "100"])),
-        repeat=draw(st.booleans()),
+        target="" if bare or kind == FRONTIER else draw(st.sampled_from(["", "And Mr."])),
+        max_tokens="" if kind == FRONTIER else draw(st.sampled_from(["", "100"])),
+        repeat=kind == RUN and draw(st.booleans()),
         mechanisms=mechanisms,
         parameters=windows,
         implementations=draw(some(IMPLEMENTATIONS)),
-        sequence_lengths=draw(st.one_of(st.just(""), numbers)),
+        sequence_lengths=draw(st.one_of(st.just(""), numbers)) if kind == RUN else "",
         dtypes=draw(some(DTYPES)),
-        batch_sizes=draw(numbers),
-        phase=draw(st.sampled_from(FORM_PHASES)),
-        record=draw(some(RECORDS)),
+        batch_sizes="1" if kind == SERVE else draw(numbers),
+        phase="prefill" if kind == SERVE else draw(st.sampled_from(FORM_PHASES)),
+        record={SERVE: RECORDS, FRONTIER: ("memory",)}.get(kind) or draw(some(RECORDS)),
         layers=draw(st.sampled_from(["all", "0", "0, 3, 5"])),
-        repeats=str(draw(st.integers(1, 1000))),
+        repeats="20" if kind == SERVE else str(draw(st.integers(1, 1000))),
         seed=str(draw(st.integers(0, 99))),
         gpus=str(draw(st.integers(0, 8))),
     )

@@ -51,6 +51,9 @@ def with_trace_read(values: dict[str, Any], folder: Path | None) -> dict[str, An
     if not isinstance(workload.get("trace"), str):
         return values
     name = workload["trace"]
+    if not name.strip():
+        rule = "must be a file of requests, or rows of arrival_s, prompt_tokens and output_tokens"
+        raise SpecError([Problem("serving.workload.trace", rule, shown(name))])
     try:
         rows = read_trace(_read("serving.workload.trace", name, folder, MAX_TRACE_BYTES).decode())
     except (TraceError, UnicodeDecodeError) as error:

@@ -9,10 +9,15 @@ from attnlab.bundled import BUNDLED, ModelFacts, describe_model, is_fetched, loc
 from attnlab.documents import read_document, write_document
 from attnlab.inputs import count_tokens
 from attnlab.problems import Problem, SpecError
+from attnlab.serving.rules import IMPLEMENTATIONS as PAGED_READERS
+from attnlab.serving.settings import CACHES
+from attnlab.serving.settings import MECHANISMS as SERVED
 from attnlab.spec import MAX_TEXT_BYTES, ExperimentSpec, parse_spec
 from attnlab.starter import starter_spec
 from attnlab_kernels.catalog import MECHANISMS
-from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, TEXT, Document, Form, merge
+from attnlab_webui.form import AUDIO, BARE_MODULE, IMAGE, TEXT, Form, merge
+from attnlab_webui.form_sections import SERVE, starting_sections
+from attnlab_webui.form_values import Document
 from attnlab_webui.uploads import with_uploads, without_contents
 
 
@@ -143,6 +148,20 @@ def readable(form: Form) -> Form:
     if form.source == facts.reads:
         return form
     return with_sample(replace(form, source=facts.reads, text="", target=""), sample)
+
+
+def with_kind(form: Form) -> Form:
+    """The form once its kind is chosen: with what that needs to start, without mechanisms that it cannot take."""
+    sections = starting_sections(form.kind) | {path: text for path, text in form.sections.items() if text}
+    form = replace(form, sections=sections)
+    if form.kind != SERVE:
+        return form
+    return replace(
+        form,
+        caches=form.caches or CACHES,
+        mechanisms=tuple(name for name in form.mechanisms if name in SERVED) or SERVED[:1],
+        implementations=tuple(name for name in form.implementations if name in PAGED_READERS) or ("auto",),
+    )
 
 
 def with_sample(form: Form, sample: str = "") -> Form:

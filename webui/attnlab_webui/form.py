@@ -5,12 +5,25 @@ The form knows some of the document's keys. A key it does not know, or whose fie
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from attnlab.serving.settings import CACHES
 from attnlab.spec import DTYPES, IMPLEMENTATIONS, PHASES, RECORDS
 from attnlab_kernels.catalog import MECHANISMS
+from attnlab_webui import form_sections
+from attnlab_webui.form_sections import FRONTIER, RUN, SERVE, Sections
+from attnlab_webui.form_values import (
+    Document,
+    listed,
+    mapping,
+    picked,
+    text_of,
+    texts_of,
+    typed,
+    typed_list,
+)
 
 BARE_MODULE = "bare module"
 """What the model picker holds when the experiment runs on one module with random weights."""
@@ -20,9 +33,8 @@ TEXT, RANDOM, IMAGE, AUDIO = "text", "random tokens", "image", "audio"
 """What goes in: a text, random tokens of the model's vocabulary (`input.synthetic`), a picture, a sound."""
 
 FORM_PHASES = tuple(phase for phase in PHASES if phase != "serving")
-"""what the field offers: a workload to serve is written as YAML"""
+"""what the field offers: serving is a kind of experiment of its own"""
 
-Document = dict[str, Any]
 Parameters = Mapping[str, Mapping[str, str]]
 
 
@@ -31,6 +43,8 @@ class Form:
     """What the fields hold. Lists of numbers are text with commas, as typed; sets of choices are in catalog order."""
 
     name: str = ""
+    kind: str = RUN
+    """one of `form_sections.KINDS`"""
     model: str = "smollm2-135m"
     module_dim: str = "512"
     module_heads: str = "8"
@@ -60,6 +74,10 @@ class Form:
     repeats: str = "20"
     seed: str = "0"
     gpus: str = "0"
+    caches: tuple[str, ...] = ()
+    """of a kind that serves"""
+    sections: Sections = field(default_factory=dict)
+    """the fields of `form_sections` by path"""
 
     @property
     def is_bare(self) -> bool:
@@ -69,38 +87,48 @@ class Form:
 
 def form_of(document: Document) -> Form:
     """What the fields show for a document; where it says more than a field can hold, the field shows its default."""
-    vary = _mapping(document.get("vary"))
-    source = _mapping(document.get("input"))
-    module = _mapping(document.get("module"))
-    entries = _list(vary.get("mechanism"))
+    vary = mapping(document.get("vary"))
+    source = mapping(document.get("input"))
+    module = mapping(document.get("module"))
+    entries = listed(vary.get("mechanism"))
+    kind = _kind(document)
     return Form(
-        name=_text(document.get("name")),
-        model=BARE_MODULE if document.get("module") is not None else _text(document.get("model")),
-        module_dim=_text(module.get("dim", 512)),
-        module_heads=_text(module.get("num_heads", 8)),
+        name=text_of(document.get("name")),
+        kind=kind,
+        model=BARE_MODULE if document.get("module") is not None else text_of(document.get("model")),
+        module_dim=text_of(module.get("dim", 512)),
+        module_heads=text_of(module.get("num_heads", 8)),
         source=_source(source, module),
-        text=_text(source.get("text")),
-        image=_text(source.get("image")),
-        size=_text(source.get("size")),
-        audio=_text(source.get("audio")),
-        target=_text(source.get("target")),
-        max_tokens=_text(source.get("max_tokens")),
+        text=text_of(source.get("text")),
+        image=text_of(source.get("image")),
+        size=text_of(source.get("size")),
+        audio=text_of(source.get("audio")),
+        target=text_of(source.get("target")),
+        max_tokens=text_of(source.get("max_tokens")),
         repeat=source.get("repeat") is True,
         mechanisms=_mechanism_ids(entries),
         parameters=_parameter_texts(entries),
-        implementations=_known(vary.get("implementation", ["auto"]), IMPLEMENTATIONS),
-        sequence_lengths=_commas(vary.get("sequence_length")),
-        dtypes=_known(vary.get("dtype", ["float32"]), DTYPES),
-        batch_sizes=_commas(vary.get("batch_size", [1])),
-        phase="".join(_known(document.get("phase", "prefill"), FORM_PHASES)),
-        steps=_text(_mapping(document.get("decode")).get("steps")),
-        generate=_mapping(document.get("decode")).get("generate") is True,
-        record=_known(document.get("record", RECORDS), RECORDS),
-        layers=_commas(document.get("layers", "all")),
-        repeats=_text(document.get("repeats", 20)),
-        seed=_text(document.get("seed", 0)),
-        gpus=_text(_mapping(document.get("resources")).get("gpus", 0)),
+        implementations=picked(vary.get("implementation", ["auto"]), IMPLEMENTATIONS),
+        sequence_lengths=texts_of(vary.get("sequence_length")),
+        dtypes=picked(vary.get("dtype", ["float32"]), DTYPES),
+        batch_sizes=texts_of(vary.get("batch_size", [1])),
+        phase="prefill" if kind == SERVE else "".join(picked(document.get("phase", "prefill"), FORM_PHASES)),
+        steps="" if kind != RUN else text_of(mapping(document.get("decode")).get("steps")),
+        generate=kind == RUN and mapping(document.get("decode")).get("generate") is True,
+        record=RECORDS if kind == SERVE else picked(document.get("record", RECORDS), RECORDS),
+        layers=texts_of(document.get("layers", "all")),
+        repeats="20" if kind == SERVE else text_of(document.get("repeats", 20)),
+        seed=text_of(document.get("seed", 0)),
+        gpus=text_of(mapping(document.get("resources")).get("gpus", 0)),
+        caches=picked(vary.get("cache", ["paged"]), CACHES) if kind == SERVE else (),
+        sections=form_sections.read_sections(document, kind, is_bare=document.get("module") is not None),
     )
+
+
+def _kind(document: Document) -> str:
+    if document.get("phase") == "serving" or document.get("serving") is not None:
+        return SERVE
+    return FRONTIER if document.get("frontier") is not None else RUN
 
 
 def _source(given: Document, module: Document) -> str:
@@ -115,37 +143,57 @@ def merge(form: Form, document: Document, shown: Form | None = None) -> Document
     Args:
         shown: what the fields showed before they were edited; by default what the document says.
     """
-    shown = form_of(document) if shown is None else _effective(shown)
+    shown = _effective(form_of(document) if shown is None else shown)
     form = _effective(form)
     changed = {item.name for item in fields(Form) if getattr(form, item.name) != getattr(shown, item.name)}
     merged: Document = dict(document)
+    if "kind" in changed:
+        merged = _without_other_kinds(merged, form.kind)
+    if changed & {"kind", "sections"}:
+        merged = form_sections.write_sections(merged, form.kind, shown.sections, form.sections)
     if "name" in changed:
         merged["name"] = form.name
     if changed & {"model", "module_dim", "module_heads"}:
         merged = _with_model(merged, form)
     if changed & {"source", "text", "image", "size", "audio", "target", "max_tokens", "repeat"}:
-        merged["input"] = _input(form, _mapping(document.get("input")), changed)
+        merged["input"] = _input(form, mapping(document.get("input")), changed)
     if vary := _vary(form, changed):
-        both = {**_mapping(document.get("vary")), **vary}
+        both = {**mapping(merged.get("vary")), **vary}
         merged["vary"] = {key: value for key, value in both.items() if value is not None}
     plain = {
         "phase": form.phase,
         "record": list(form.record),
         "layers": _layers(form.layers),
-        "repeats": _value(form.repeats),
-        "seed": _value(form.seed),
+        "repeats": typed(form.repeats),
+        "seed": typed(form.seed),
     }
-    merged |= {key: value for key, value in plain.items() if key in changed}
+    merged |= {key: value for key, value in plain.items() if key in changed - _written_elsewhere(form.kind)}
     if changed & {"steps", "generate"}:
         merged["decode"] = _decode(form)
         merged = {key: value for key, value in merged.items() if value is not None}
     if "gpus" in changed:
-        merged["resources"] = {**_mapping(document.get("resources")), "gpus": _value(form.gpus)}
+        merged["resources"] = {**mapping(document.get("resources")), "gpus": typed(form.gpus)}
     return merged
+
+
+def _without_other_kinds(document: Document, kind: str) -> Document:
+    """The document without the sections of the kinds that it no longer is of, and what they had to record."""
+    gone = {"serving", "frontier"} - {"serving" if kind == SERVE else kind}
+    gone |= _written_elsewhere(kind)
+    kept = {key: value for key, value in document.items() if key not in gone}
+    if kind != SERVE and "vary" in kept:
+        kept["vary"] = {key: value for key, value in mapping(kept["vary"]).items() if key != "cache"}
+    return kept
+
+
+def _written_elsewhere(kind: str) -> set[str]:
+    """Plain fields that serving has no use for; what it repeats are its passes, a field of the section."""
+    return {"record", "repeats"} if kind == SERVE else set()
 
 
 def _effective(form: Form) -> Form:
     """The form without what does not count: a text beside a bare module, fields of mechanisms that are not chosen."""
+    form = _of_kind(form)
     if form.is_bare:
         form = replace(form, source=RANDOM, text="", target="")
     if form.source != IMAGE:
@@ -155,6 +203,22 @@ def _effective(form: Form) -> Form:
     if form.phase != "decode":
         form = replace(form, steps="", generate=False)
     return replace(form, parameters=_parameters_in_use(form))
+
+
+def _of_kind(form: Form) -> Form:
+    """The form without the fields that its kind of experiment has no use for."""
+    sections = form_sections.in_use(form.sections, form.kind, is_bare=form.is_bare)
+    form = replace(form, sections=sections)
+    if form.kind != RUN:
+        form = replace(form, steps="", generate=False)
+    if form.kind == SERVE:
+        nothing = {"sequence_lengths": "", "batch_sizes": "", "record": (), "repeats": ""}
+        return replace(form, phase="serving", repeat=False, **nothing)
+    form = replace(form, caches=())
+    if form.kind == FRONTIER:
+        nothing = {"sequence_lengths": "", "text": "", "target": "", "max_tokens": "", "repeat": False}
+        return replace(form, source=RANDOM, record=("memory",), **nothing)
+    return form
 
 
 def _parameters_in_use(form: Form) -> dict[str, dict[str, str]]:
@@ -173,8 +237,8 @@ def _parameters_in_use(form: Form) -> dict[str, dict[str, str]]:
 def _with_model(document: Document, form: Form) -> Document:
     """The document with the form's model or module, where the other stood before."""
     if form.is_bare:
-        shape = {"dim": _value(form.module_dim), "num_heads": _value(form.module_heads)}
-        chosen = {"module": {**_mapping(document.get("module")), **shape}}
+        shape = {"dim": typed(form.module_dim), "num_heads": typed(form.module_heads)}
+        chosen = {"module": {**mapping(document.get("module")), **shape}}
     else:
         chosen = {"model": form.model}
     place = next((key for key in document if key in {"model", "module"}), None)
@@ -196,7 +260,7 @@ def _layers(text: str) -> Any:
     layers: list[Any] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         ends = re.fullmatch(r"([0-9]{1,4}) *- *([0-9]{1,4})", part)
-        layers.extend(range(int(ends[1]), int(ends[2]) + 1) if ends else [_value(part)])
+        layers.extend(range(int(ends[1]), int(ends[2]) + 1) if ends else [typed(part)])
     return layers
 
 
@@ -212,18 +276,18 @@ def _input(form: Form, before: Document, changed: set[str]) -> Document:
         key, value = written.get(form.source, ("text", form.text))
         source[key] = value
     if form.size.strip():
-        source["size"] = _value(form.size)
+        source["size"] = typed(form.size)
     if form.target:
         source["target"] = form.target
     if form.max_tokens.strip():
-        source["max_tokens"] = _value(form.max_tokens)
+        source["max_tokens"] = typed(form.max_tokens)
     if form.repeat:
         source["repeat"] = True
     return source
 
 
 def _decode(form: Form) -> Document | None:
-    section: Document = {"steps": _value(form.steps)} if form.steps.strip() else {}
+    section: Document = {"steps": typed(form.steps)} if form.steps.strip() else {}
     return section | ({"generate": True} if form.generate else {}) or None
 
 
@@ -234,11 +298,13 @@ def _vary(form: Form, changed: set[str]) -> Document:
     if "implementations" in changed:
         vary["implementation"] = list(form.implementations)
     if "sequence_lengths" in changed:
-        vary["sequence_length"] = _values(form.sequence_lengths) or None
+        vary["sequence_length"] = typed_list(form.sequence_lengths) or None
     if "dtypes" in changed:
         vary["dtype"] = list(form.dtypes)
     if "batch_sizes" in changed:
-        vary["batch_size"] = _values(form.batch_sizes)
+        vary["batch_size"] = typed_list(form.batch_sizes) or None
+    if "caches" in changed:
+        vary["cache"] = list(form.caches) or None
     return vary
 
 
@@ -247,7 +313,7 @@ def mechanism_entries(mechanisms: Sequence[str], parameters: Parameters) -> list
     entries: list[Any] = []
     for mechanism in mechanisms:
         choices = {
-            name: _values(text) for name, text in parameters.get(mechanism, {}).items() if text.strip()
+            name: typed_list(text) for name, text in parameters.get(mechanism, {}).items() if text.strip()
         }
         for combination in itertools.product(*choices.values()):
             chosen = dict(zip(choices, combination, strict=True))
@@ -256,7 +322,7 @@ def mechanism_entries(mechanisms: Sequence[str], parameters: Parameters) -> list
 
 
 def _mechanism_ids(entries: list[Any]) -> tuple[str, ...]:
-    return _known(
+    return picked(
         [next(iter(entry), "") if isinstance(entry, dict) else entry for entry in entries], MECHANISMS
     )
 
@@ -268,49 +334,9 @@ def _parameter_texts(entries: list[Any]) -> dict[str, dict[str, str]]:
         if not isinstance(entry, dict):
             continue
         for mechanism, given in entry.items():
-            for name, value in _mapping(given).items():
-                seen.setdefault(_text(mechanism), {}).setdefault(_text(name), {})[_text(value)] = None
+            for name, value in mapping(given).items():
+                seen.setdefault(text_of(mechanism), {}).setdefault(text_of(name), {})[text_of(value)] = None
     return {
         mechanism: {name: ", ".join(values) for name, values in named.items()}
         for mechanism, named in seen.items()
     }
-
-
-def _value(text: str) -> Any:
-    """A typed number where the text is one; anything else stays text, for the spec to complain about."""
-    text = text.strip()
-    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
-        return int(text)
-    if re.fullmatch(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
-        return float(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def _values(text: str) -> list[Any]:
-    return [_value(part) for part in text.split(",") if part.strip()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None or isinstance(value, dict | list) else str(value)
-
-
-def _commas(value: Any) -> str:
-    return ", ".join(_text(item) for item in _list(value))
-
-
-def _known(values: Any, choices: Iterable[str]) -> tuple[str, ...]:
-    """The choices among the values, in the order of the choices; a field cannot show anything else."""
-    given = {_text(value) for value in _list(values)}
-    return tuple(choice for choice in choices if choice in given)
-
-
-def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

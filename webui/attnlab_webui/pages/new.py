@@ -47,6 +47,7 @@ def build(store: Store) -> None:
             result = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-result")
             recent = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-recent")
     shown, seen, timer = gr.State(form), gr.State(-1), gr.Timer(3.0)
+    told = gr.State(frozenset())
 
     components = fields.components()
     verdict = [problems, cost, queue_button, rewrite]
@@ -63,13 +64,18 @@ def build(store: Store) -> None:
         )
     yaml.input(functools.partial(on_yaml, fields), yaml, [*sides, *components], **LATEST)
     # nobody else writes the verdict while the page is open, so that it is always the one on the YAML that is seen
-    yaml.change(functools.partial(verdict_of, store), yaml, verdict, **LATEST)
+    yaml.change(
+        functools.partial(on_change, store, fields),
+        [yaml, told],
+        [told, *verdict, *fields.told().values()],
+        **LATEST,
+    )
     rewrite.click(functools.partial(on_rewrite, fields), components, [yaml, *sides], **pieces.INTERNAL)
     for name, button in fields.uploads.items():
         button.upload(
             functools.partial(on_upload, name),
             button,
-            [fields.plain[name], fields.plain["source"], notice],
+            [*fields.uploaded(name), notice],
             **pieces.ACTION,
         ).then(
             edit_form,
@@ -100,6 +106,8 @@ def on_form(fields: FormFields, text: str, shown: Form, *values: Any) -> list[An
     form = drafts.readable(typed) if typed.model != shown.model else typed
     if form.source != shown.source:
         form = drafts.with_sample(form)
+    if form.kind != shown.kind:
+        form = drafts.with_kind(form)
     draft = drafts.write_form(form, text, shown)
     kept = draft.document is None
     new_text = gr.skip() if draft.text == text else draft.text
@@ -144,7 +152,7 @@ def on_upload(kind: str, path: str | None) -> tuple[Any, Any, str]:
     """What an uploaded file gives its field, or why it cannot be used; what was there stays then.
 
     Args:
-        kind: "text", "image" or "audio".
+        kind: "text", "image", "audio" or "trace".
     """
     if path is None:
         return gr.skip(), gr.skip(), ""
@@ -177,6 +185,16 @@ def on_tick(store: Store, seen: int) -> tuple[Any, Any]:
     if now == seen:
         return gr.skip(), gr.skip()
     return new_experiment.recent_list(store), now
+
+
+def on_change(store: Store, fields: FormFields, text: str, told: frozenset[str]) -> list[Any]:
+    """After any change of the YAML: what it is worth, and what is wrong beside each field.
+
+    Args:
+        told: the fields beside which something stands.
+    """
+    now, beside = fields.tell(drafts.read_draft(text).problems, told)
+    return [now, *verdict_of(store, text), *beside]
 
 
 def verdict_of(store: Store, text: str) -> list[Any]:
