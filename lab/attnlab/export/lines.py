@@ -23,10 +23,10 @@ from attnlab_storage.results import RunRow, TraceRow
 MOST_TOKENS = 64
 AT_FIRST = 32
 MOST_LINES = 50_000
-# after Okabe and Ito 2008; the colours that heads have on the page
+# the colours that heads have on the page: far apart to the colour-blind too
 HEAD_COLOURS = {
-    "light": ["#0072b2", "#d98a00", "#009e73", "#b8478f", "#3f9bd8", "#d55e00", "#867700", "#6b7280"],
-    "dark": ["#4aa8e0", "#f0b429", "#2fc79a", "#e59ac7", "#9ad4f5", "#ff8a4c", "#e8e060", "#b4bcc8"],
+    "light": ["#007686", "#f7a100", "#03cbb2", "#873bb4", "#a1aeff", "#df0208", "#a19b61", "#3b3721"],
+    "dark": ["#0093ff", "#f3bd00", "#4f7d58", "#9065a6", "#baffec", "#ff8953", "#ffebaf", "#a4a7b6"],
 }
 SAMPLES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 _LEVELS = 12  # strengths that are told apart

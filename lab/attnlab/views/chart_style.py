@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 
 from attnlab.views.colormaps import colormap
 
-# Okabe and Ito 2008, the yellow last because it is faint on white
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#F0E442")
+# Okabe and Ito 2008, the grey darker than their pink; the yellow last because it is faint on white
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6E6E6E", "#F0E442")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
 FONT = "#7d8590"  # readable on white and on near-black alike
 _GRID = "rgba(128,128,128,0.22)"

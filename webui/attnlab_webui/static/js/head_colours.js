@@ -1,9 +1,9 @@
-// One colour a head, told apart by the colour-blind (after Okabe and Ito 2008), brighter on a dark page.
+// One colour a head, brighter on a dark page: far apart to the colour-blind too (tests/test_lab_colour_vision.py).
 
 import { isDark } from "./colour.js";
 
-const LIGHT = ["#0072b2", "#d98a00", "#009e73", "#b8478f", "#3f9bd8", "#d55e00", "#867700", "#6b7280"];
-const DARK = ["#4aa8e0", "#f0b429", "#2fc79a", "#e59ac7", "#9ad4f5", "#ff8a4c", "#e8e060", "#b4bcc8"];
+const LIGHT = ["#007686", "#f7a100", "#03cbb2", "#873bb4", "#a1aeff", "#df0208", "#a19b61", "#3b3721"];
+const DARK = ["#0093ff", "#f3bd00", "#4f7d58", "#9065a6", "#baffec", "#ff8953", "#ffebaf", "#a4a7b6"];
 
 export function headColour(head) {
   const colours = isDark() ? DARK : LIGHT;

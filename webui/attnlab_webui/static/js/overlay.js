@@ -2,7 +2,7 @@
 
 import { ApiError, getJson, query } from "./request.js";
 
-const COLOURS = ["#4e9bd4", "#e08a3c", "#5fae6b", "#c96a9b", "#9a86d6", "#b5a33f", "#4fb3ac", "#d0685a"];
+const COLOURS = ["#05dbff", "#8f5000", "#a4d6b6", "#8662aa", "#8572ff", "#ddc519", "#1d706a", "#ff705f"];
 const STRIP = 7;
 const MOST_NAMES = 12;
 
