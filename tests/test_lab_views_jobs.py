@@ -50,3 +50,49 @@ def test_only_the_newest_results_are_kept():
     for value in (1, 2, 3, 3, 1):
         assert jobs.ask(value, work(value), 30).result == value
     assert made == [1, 2, 3, 1]
+
+
+def test_a_cancelled_job_stops_where_it_next_says_how_far_it_is_and_can_be_asked_for_again():
+    jobs: Jobs[str] = Jobs()
+    go, begun, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def endless(progress):
+        begun.set()
+        assert go.wait(30)
+        try:
+            progress(0.5)
+        except BaseException:
+            stopped.set()
+            raise
+        return "not stopped"
+
+    assert jobs.ask("key", endless, 0.0).result is None
+    assert begun.wait(30)
+    assert jobs.ask("waiting", lambda progress: "never begun", 0.0).result is None
+    assert jobs.cancel("key")
+    assert jobs.cancel("waiting")
+    assert not jobs.cancel("key")
+    go.set()
+    assert stopped.wait(30)
+    assert jobs.ask("key", lambda progress: "again", 30) == ("again", 1.0)
+    assert not jobs.cancel("key")
+
+
+def test_who_waits_for_what_another_cancels_asks_again():
+    jobs: Jobs[str] = Jobs()
+    go, begun = threading.Event(), threading.Event()
+
+    def work(progress):
+        begun.set()
+        assert go.wait(30)
+        progress(0.5)
+        return "made"
+
+    heard = []
+    other = threading.Thread(target=lambda: heard.append(jobs.ask("key", work, 30)))
+    other.start()
+    assert begun.wait(30)
+    assert jobs.cancel("key")
+    go.set()
+    other.join(30)
+    assert heard == [(None, 0.0)]

@@ -47,7 +47,7 @@ def test_all_rows_pooled_are_the_means_of_the_product(traced: Any, height: int) 
     wanted = [product[start:stop].mean(0) for start, stop in found.rows]
     assert len(wanted) == min(height, 77)
     np.testing.assert_allclose(found.values, wanted, atol=1e-5)
-    assert told == [0.5, 1.0]
+    assert told == [1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1.0]  # after every head
 
 
 def test_with_nothing_but_residual_every_token_stays_where_it_is(traced: Any) -> None:

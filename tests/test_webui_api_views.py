@@ -1,9 +1,13 @@
 """Laws of the HTTP API of the views beside the map: the same numbers as in Python, errors that say the rule."""
 
+import io
+import threading
+
 import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from pyarrow import parquet
 
 from attnlab.views import through_layers
 from attnlab.views.distances import head_distances, run_distances
@@ -120,3 +124,68 @@ def test_distances_and_curves_are_answered_as_in_python(client, traced):
 def test_what_is_wrong_is_said_in_one_sentence(client, traced, path, status, words):
     answer = client.get("/api/v1/" + path.format(run=traced.run_ids[0]))
     assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
+
+
+def test_what_took_long_is_kept_in_the_store_for_the_next_process(client, traced, monkeypatch):
+    run_id = traced.run_ids[0]
+    paths = [
+        f"/api/v1/runs/{run_id}/rollout?residual=0.3",
+        f"/api/v1/runs/{run_id}/rollout?row=60&residual=0.3",
+        f"/api/v1/runs/{run_id}/flow?row=60&tokens=50:61&residual=0.3",
+    ]
+    monkeypatch.setattr(through_layers, "JOBS", Jobs())
+    few = [worked_out(client, path) for path in paths]
+    names = [info.name for info in tensors.tensor_info(traced.store, run_id)]
+    assert not any(name.startswith(("rollout_", "flow_")) for name in names)
+    monkeypatch.setattr(through_layers, "KEPT_CELLS", 1)
+    monkeypatch.setattr(through_layers, "JOBS", Jobs())
+    first = [worked_out(client, path) for path in paths]
+    monkeypatch.setattr(through_layers, "JOBS", None)  # nothing is worked out any more
+    assert [worked_out(client, path) for path in paths] == first == few
+
+
+def test_work_that_is_cancelled_ends_and_what_is_not_going_on_is_said(client, traced, monkeypatch):
+    run_id = traced.run_ids[0]
+    go, begun = threading.Event(), threading.Event()
+
+    def slow(*given, progress, **options):
+        begun.set()
+        assert go.wait(30)
+        progress(0.1)
+        raise AssertionError("not cancelled")
+
+    monkeypatch.setattr(through_layers, "JOBS", Jobs())
+    monkeypatch.setattr(through_layers, "pooled_rollout", slow)
+    assert client.get(f"/api/v1/runs/{run_id}/rollout?residual=0.4").status_code == 202
+    assert begun.wait(30)
+    for cancelled in (True, False):
+        answer = client.post(f"/api/v1/runs/{run_id}/rollout/cancel?residual=0.4")
+        assert answer.json() == {"cancelled": cancelled}
+    go.set()
+    flow = client.post(f"/api/v1/runs/{run_id}/flow/cancel?row=5&residual=0.4")
+    assert flow.json() == {"cancelled": False}
+
+
+@pytest.mark.parametrize("form", ["npz", "parquet", "png", "svg", "pdf", "csv", "safetensors"])
+def test_the_rollout_of_all_positions_is_exported(client, traced, form):
+    run_id = traced.run_ids[0]
+    wanted = pooled_rollout(traced.store, run_id, 10, residual=0.25)
+    path = f"/api/v1/runs/{run_id}/rollout/export/{form}?through=all&residual=0.25&height=10"
+    while (answer := client.get(path)).status_code == 409:
+        pass
+    assert answer.status_code == 200, answer.text
+    assert f"rollout-all.{form}" in answer.headers["content-disposition"]
+    if form == "npz":
+        kept = np.load(io.BytesIO(answer.content))
+        np.testing.assert_array_equal(kept["rollout"], wanted.values)
+        assert kept["rows"].tolist() == [list(span) for span in wanted.rows]
+        assert kept["tokens"].tolist() == traced.tokens
+    if form == "parquet":
+        table = parquet.read_table(io.BytesIO(answer.content)).to_pydict()
+        np.testing.assert_array_equal(np.reshape(table["share"], (10, 77)), wanted.values)
+        last = (table["first_position"][-1], table["last_position"][-1], table["token_position"][-1])
+        assert last == (wanted.rows[-1][0], 76, 76)
+        assert table["token"][:77] == traced.tokens
+    if form == "svg":
+        assert "rollout of all positions" in answer.text
+        assert "residual share 0.25" in answer.text

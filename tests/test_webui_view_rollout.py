@@ -174,6 +174,31 @@ def test_the_text_is_downloaded_as_a_figure(view, tmp_path, way, words):
     assert "residual share 0.25" in document
 
 
-def test_all_positions_have_no_text_to_download(view):
-    page = view("through=all")
-    assert page.locator('[data-part="files"]').is_hidden()
+def test_what_is_worked_out_says_how_far_it_is_and_can_be_given_up(served, browse):
+    page = browse("about:blank")
+    stopped = []
+    page.route("**/rollout?**", lambda route: route.fulfill(status=202, json={"building": 0.42}))
+    page.route(
+        "**/rollout/cancel?**",
+        lambda route: (stopped.append(route.request.method), route.fulfill(json={"cancelled": True})),
+    )
+    page.goto(f"{address(served)}&through=all")
+    page.get_by_text("Working through the layers: 42 %").wait_for()
+    with page.expect_response("**/rollout/cancel?**"):
+        page.get_by_role("button", name="Cancel", exact=True).click()
+    page.get_by_text("Given up.").wait_for()
+    page.wait_for_function(IDLE)
+    assert stopped == ["POST"]
+    page.unroute("**/rollout?**")
+    page.get_by_role("radio", name="rollout").click()
+    wait_for_position(page, 76)
+    assert page.locator(".at-complaint").is_hidden()
+
+
+def test_all_positions_are_downloaded_as_picture_and_numbers(view):
+    page = view("through=all&residual=0.25")
+    links = page.locator('[data-part="files"] a')
+    assert links.all_inner_texts() == ["PNG", "SVG", "PDF", "NPZ", "PARQUET"]
+    with page.expect_download() as download:
+        links.get_by_text("NPZ", exact=True).click()
+    assert download.value.suggested_filename.endswith("rollout-all.npz")

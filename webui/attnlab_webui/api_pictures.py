@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Response
 
-from attnlab.export import image
+from attnlab.export import image, rollout_map
 from attnlab.export.lines import draw_lines
 from attnlab.export.scene import Scene
 from attnlab.export.shares import WAYS, draw_shares
 from attnlab.export.statistic_grid import draw_statistic
 from attnlab.export.token_text import SCALES, draw_token
-from attnlab.views.through_layers import flow_document, rollout_document
+from attnlab.views.jobs import Answer
+from attnlab.views.through_layers import flow_document, rollout_document, rollout_of, rollout_way
 from attnlab_webui.answers import Refused, StoreDep, find_run, span
 from attnlab_webui.api_files import Text, check_choice, file_answer
-from attnlab_webui.api_views import Share
+from attnlab_webui.api_views import Rows, Share
 
 router = APIRouter()
+Found = TypeVar("Found")
 
 
 @router.get("/runs/{run_id}/grid/export/{form}")
@@ -98,11 +100,12 @@ def export_token(
 def export_rollout(
     run_id: int,
     form: str,
-    token: int,
     store: StoreDep,
+    token: int | None = None,
     through: str = "rollout",
     tokens: Text = None,
     residual: Share = 0.5,
+    height: Rows = 64,
     scale: str = "log",
     sink: str = "without",
     colormap: str = "viridis",
@@ -110,29 +113,35 @@ def export_rollout(
 ) -> Response:
     """Where position `token` takes its input from, `through` rollout or flow, over the text, as png, svg or pdf.
 
-    A flow reaches `tokens` START:STOP. 409 while it is being worked out, as `/rollout` and `/flow` do it: ask again.
+    A flow reaches `tokens` START:STOP. `through=all` are all positions in `height` rows, also as npz, safetensors,
+    parquet or csv. 409 while it is being worked out, as `/rollout` and `/flow` do it: ask again.
     """
-    check_choice("format", form, image.FORMATS)
+    check_choice("through", through, (*WAYS, "all"))
+    check_choice("format", form, rollout_map.FORMATS if through == "all" else image.FORMATS)
     check_choice("scale", scale, SCALES)
-    check_choice("through", through, WAYS)
     check_choice("sink", sink, ("without", "with"))
     find_run(store, run_id)
+    look: dict[str, Any] = {"scale": scale, "sink": sink == "with", "colormap": colormap, "theme": theme}
+    if through == "all":
+        way = rollout_way(store, run_id, None, residual, height)
+        found = rollout_of(way, _there(way.ask(), "rollout"), None, height)
+        body = rollout_map.write_rollout(store, run_id, found, residual, form, **look)
+        return file_answer(body, f"attnlab-run-{run_id}-rollout-all", form)
+    if token is None:
+        raise Refused(f"token must be given through {through}")
     if through == "flow":
         answer = flow_document(store, run_id, token, span("tokens", tokens), residual)
     else:
         answer = rollout_document(store, run_id, token, residual)
-    if answer.result is None:
-        raise Refused(f"the {through} is still being worked out ({answer.done:.0%}): ask again", 409)
-    scene = draw_shares(
-        store,
-        run_id,
-        answer.result,
-        scale="log" if scale == "log" else "linear",
-        sink=sink == "with",
-        colormap=colormap,
-        theme=theme,
-    )
+    scene = draw_shares(store, run_id, _there(answer, through), **look)
     return _picture(scene, f"run-{run_id}-{through}-{token}", form)
+
+
+def _there(answer: Answer[Found], what: str) -> Found:
+    """What was worked out; Refused while it still is."""
+    if answer.result is None:
+        raise Refused(f"the {what} is still being worked out ({answer.done:.0%}): ask again", 409)
+    return answer.result
 
 
 def _heads(text: str) -> list[int] | Literal["mean"]:

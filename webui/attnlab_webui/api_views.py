@@ -11,7 +11,7 @@ from attnlab.views.distances import head_distances, run_distances
 from attnlab.views.head_tiles import head_tiles
 from attnlab.views.jobs import Answer
 from attnlab.views.statistics import CURVES, curve
-from attnlab.views.through_layers import flow_document, rollout_document
+from attnlab.views.through_layers import flow_document, flow_way, rollout_document, rollout_way
 from attnlab.views.token import token_document
 from attnlab_webui import heatmap
 from attnlab_webui.answers import StoreDep, find_run, octets, span
@@ -87,6 +87,24 @@ def run_flow(
     """The maximum flow from position `row` to each of `tokens` START:STOP, at most 96; 202 as for a rollout."""
     find_run(store, run_id)
     return _later(flow_document(store, run_id, row, span("tokens", tokens), residual))
+
+
+@router.post("/runs/{run_id}/rollout/cancel")
+def cancel_rollout(
+    run_id: int, store: StoreDep, row: int | None = None, residual: Share = 0.5, height: Rows = 64
+) -> dict[str, bool]:
+    """Give up a rollout that is being worked out; `cancelled` is false where none was."""
+    find_run(store, run_id)
+    return {"cancelled": rollout_way(store, run_id, row, residual, height).cancel()}
+
+
+@router.post("/runs/{run_id}/flow/cancel")
+def cancel_flow(
+    run_id: int, row: int, store: StoreDep, tokens: Text = None, residual: Share = 0.5
+) -> dict[str, bool]:
+    """Give up a flow that is being worked out; `cancelled` is false where none was."""
+    find_run(store, run_id)
+    return {"cancelled": flow_way(store, run_id, row, span("tokens", tokens), residual).cancel()}
 
 
 @router.get("/runs/{run_id}/curve")

@@ -20,7 +20,7 @@ from attnlab_storage.database import Store
 
 FORMATS = ("npz", "safetensors")
 MAX_BYTES = 2**30
-NOT_OF_THE_MAP = ("value_norm", "overview_", "thumbnail_")
+NOT_OF_THE_MAP = ("value_norm", "overview_", "thumbnail_", "rollout_", "flow_")
 """beginnings of the names of tensors that follow from a map, or stand beside it"""
 
 

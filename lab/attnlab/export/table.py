@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,8 +114,6 @@ def write_map_table(
     Tokens are as they came from the tokenizer, null where none are known. Raises ViewError for an unknown layer,
     head, region or format, ExportTooLarge for a region over 2**25 weights.
     """
-    import pyarrow
-
     _check_format(format, MAP_FORMATS)
     found = map_arrays(store, run_id, layer, head, rows, cols, max_bytes=MOST_TABLE_BYTES)
     weights = found["map"]
@@ -124,14 +122,22 @@ def write_map_table(
     columns = {
         "query": np.arange(top, bottom)[queries],
         "key": np.arange(left, right)[keys],
-        "query_token": _named(found["query_tokens"], queries),
-        "key_token": _named(found["key_tokens"], keys),
+        "query_token": named(found["query_tokens"], queries),
+        "key_token": named(found["key_tokens"], keys),
         "weight": weights.ravel(),
     }
+    return table_bytes(columns, format)
+
+
+def table_bytes(columns: Mapping[str, Any], format: str) -> bytes:
+    """Columns of equal length as the bytes of a Parquet or CSV file."""
+    import pyarrow
+
     return _table_bytes(pyarrow.table(columns), format)
 
 
-def _named(tokens: np.ndarray, places: np.ndarray) -> pyarrow.Array:
+def named(tokens: np.ndarray, places: np.ndarray) -> pyarrow.Array:
+    """The token at each place, as a column; nulls where no tokens are known."""
     import pyarrow
 
     if not len(tokens):

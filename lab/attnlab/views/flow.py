@@ -64,13 +64,7 @@ def attention_flow(
     no self-attention, and maps with negative weights, which are no capacities.
     """
     run, traces = self_attention(store, run_id)
-    size = traces[0].num_queries
-    if not 0 <= row < size:
-        raise ViewError(f"row must be in 0..{size - 1}; got {row}")
-    start, stop = span or (max(0, row + 1 - MOST_TOKENS), row + 1)
-    if not 0 <= start <= row < stop <= size or stop - start > MOST_TOKENS:
-        rule = f"must be at most {MOST_TOKENS} tokens start:stop of {size} that hold row {row}"
-        raise ViewError(f"span {rule}; got {start}:{stop}")
+    start, stop = flow_span(traces[0].num_queries, row, span)
     if not 0 <= residual <= 1:
         raise ViewError(f"residual must be from 0 to 1; got {residual}")
     if any(is_signed(trace) for trace in traces):
@@ -85,8 +79,20 @@ def attention_flow(
             mixed += (weights / np.where(total > 0, total, 1))[:, start:stop] / trace.heads
         inside.append(mixed[: row - start + 1].sum(1).mean())
         layers.append((1 - residual) * mixed + residual * np.eye(stop - start))
-    values, edges = max_flows(np.stack(layers), row - start, progress)
+        progress(0.5 * len(layers) / len(traces))
+    values, edges = max_flows(np.stack(layers), row - start, lambda done: progress(0.5 + 0.5 * done))
     return Flow(values, row, start, stop, np.array(inside), 0.5 * edges / SCALE)
+
+
+def flow_span(size: int, row: int, span: tuple[int, int] | None) -> tuple[int, int]:
+    """The tokens of a flow from ``row``, those of ``span`` or the 96 up to the row; ViewError where they cannot be."""
+    if not 0 <= row < size:
+        raise ViewError(f"row must be in 0..{size - 1}; got {row}")
+    start, stop = span or (max(0, row + 1 - MOST_TOKENS), row + 1)
+    if not 0 <= start <= row < stop <= size or stop - start > MOST_TOKENS:
+        rule = f"must be at most {MOST_TOKENS} tokens start:stop of {size} that hold row {row}"
+        raise ViewError(f"span {rule}; got {start}:{stop}")
+    return start, stop
 
 
 def max_flows(

@@ -88,9 +88,13 @@ def pooled_rollout(
     """The rollout of all positions, each row the mean of its neighbours, in O(height x n) memory."""
     if not 1 <= height <= MOST_GROUPS:
         raise ViewError(f"height must be in 1..{MOST_GROUPS} rows; got {height}")
-    size = _size(store, run_id)
+    return _rollout(store, run_id, row_groups(_size(store, run_id), height), residual, progress)
+
+
+def row_groups(size: int, height: int) -> list[tuple[int, int]]:
+    """The half-open ranges that ``size`` rows are pooled to."""
     edges = np.arange(min(height, size) + 1) * size // min(height, size)
-    return _rollout(store, run_id, list(pairwise(edges.tolist())), residual, progress)
+    return list(pairwise(edges.tolist()))
 
 
 def self_attention(store: Store, run_id: int) -> tuple[RunRow, list[TraceRow]]:
@@ -130,8 +134,8 @@ def _rollout(
         mixed = np.zeros_like(shares)
         for head in range(trace.heads):
             mixed += _through(head_map(store, run, trace, head), flow[-1])
+            progress((done + (head + 1) / trace.heads) / len(traces))
         flow.append(residual * flow[-1] + (1 - residual) * mixed / trace.heads)
-        progress((done + 1) / len(traces))
     return Rollout(flow[-1], np.stack(flow), [trace.layer for trace in reversed(traces)], rows)
 
 

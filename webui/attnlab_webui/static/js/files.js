@@ -6,13 +6,14 @@ import { query } from "./request.js";
 
 const FORMATS = ["png", "svg", "pdf"];
 
-// fields: what the address of the export holds besides its look; of: what is exported, where it is not the map
-export function showFiles(place, run, fields, of = "") {
+// fields: what the address of the export holds besides its look; of: what is exported, where it is not the map;
+// more: formats beside the pictures
+export function showFiles(place, run, fields, of = "", more = []) {
   const { state } = run;
   const look = { scale: state.get("scale"), colormap: run.table(false).name, theme: isDark() ? "dark" : "light" };
   place.className = "at-exports";
   place.replaceChildren(element("span", "at-label", "this view"));
-  for (const format of FORMATS) {
+  for (const format of [...FORMATS, ...more]) {
     const link = element("a", "", format.toUpperCase());
     link.href = `/api/v1/runs/${run.run}/${of}export/${format}?${query({ ...fields, ...look })}`;
     link.setAttribute("download", "");

@@ -32,6 +32,10 @@ export async function getJson(path, signal) {
   return (await ask(path, { signal })).json();
 }
 
+export async function post(path) {
+  return (await ask(path, { method: "POST" })).json();
+}
+
 // What the server may still have to work out: it says how far it is, and told hears of it.
 async function askUntilThere(path, signal, told) {
   let response = await ask(path, { signal });

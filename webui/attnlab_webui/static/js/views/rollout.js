@@ -5,7 +5,7 @@ import { onTheme } from "../dark.js";
 import { showFiles } from "../files.js";
 import { readInk } from "../ink.js";
 import { button, element } from "../make.js";
-import { ApiError, getWorkedOut } from "../request.js";
+import { ApiError, getWorkedOut, post } from "../request.js";
 import { TokenText, topList } from "../token_text.js";
 
 const DECADES = 4;
@@ -36,7 +36,7 @@ export class Rollout {
       '<option value="with">up to the largest</option></select></label></div>' +
       '<p class="at-complaint" role="alert" hidden></p><p class="at-hint" data-part="words"></p>' +
       '<div class="at-token-body"><div><div class="at-layers-place"><canvas class="at-layers" role="img"></canvas>' +
-      '<div class="at-veil" role="status" hidden></div></div>' +
+      '<div class="at-veil" hidden><span role="status"></span> <button type="button">Cancel</button></div></div>' +
       '<div data-part="text" aria-label="tokens; arrow keys choose another position"></div></div>' +
       '<aside class="at-side"><section class="at-readout" aria-live="polite"></section><section data-part="top"></section><section data-part="files" hidden></section></aside></div>';
     this.find = (name) => root.querySelector(name);
@@ -64,6 +64,7 @@ export class Rollout {
     box("residual", (value) => this.state.set({ residual: Number(value) }));
     box("sink", (value) => this.state.set({ sink: value }));
     box("scale", (value) => this.state.set({ scale: value }));
+    this.find(".at-veil button").addEventListener("click", () => this.giveUp());
     this.canvas.addEventListener("pointermove", (event) => this.onPoint(event));
     this.canvas.addEventListener("pointerleave", () => this.say(null));
     this.canvas.addEventListener("click", (event) => this.onPick(event));
@@ -134,11 +135,12 @@ export class Rollout {
     }
   }
 
-  path() {
+  // What is asked for, and the address that stops the server's work on it.
+  path(of = "") {
     const residual = this.state.get("residual");
-    if (this.way === "all") return this.run.path("rollout", { residual });
-    if (this.way === "rollout") return this.run.path("rollout", { row: this.row, residual });
-    return this.run.path("flow", { row: this.row, tokens: this.flowSpan.join(":"), residual });
+    if (this.way === "all") return this.run.path(`rollout${of}`, { residual });
+    if (this.way === "rollout") return this.run.path(`rollout${of}`, { row: this.row, residual });
+    return this.run.path(`flow${of}`, { row: this.row, tokens: this.flowSpan.join(":"), residual });
   }
 
   async load() {
@@ -161,19 +163,42 @@ export class Rollout {
     }
   }
 
+  // Stops the work that is waited for: somebody wants something else now, or nothing.
+  async stopWork() {
+    if (!this.working) return;
+    this.wanted?.abort();
+    this.wanted = null;
+    const path = this.working;
+    this.working = null;
+    await post(path).catch(() => {}); // it may be finished, or the server gone: either way nothing is waited for
+  }
+
+  async giveUp() {
+    const waiting = this.stopWork();
+    this.wait(null);
+    this.document = null;
+    this.showNothing();
+    this.complain("Given up. Choose a position, a way or another residual share to begin again.");
+    await waiting;
+  }
+
   async request() {
     this.asked = true;
+    this.stopWork();
     this.wanted?.abort();
     const controller = new AbortController();
     this.wanted = controller;
     const { way } = this;
     this.mark();
-    const path = this.path();
+    const [path, stop] = [this.path(), this.path("/cancel")];
     let found = this.run.cache.get(path);
-    found ??= await getWorkedOut(path, controller.signal, (done) => this.wait(done));
+    found ??= await getWorkedOut(path, controller.signal, (done) => {
+      if (this.wanted === controller) this.working = stop;
+      this.wait(done);
+    });
     if (this.wanted !== controller) throw new DOMException("something else is wanted", "AbortError");
     this.run.cache.put(path, found);
-    this.wanted = null;
+    this.wanted = this.working = null;
     this.document = found;
     this.shownWay = way;
     this.wait(null);
@@ -183,7 +208,7 @@ export class Rollout {
   wait(done) {
     const veil = this.find(".at-veil");
     veil.hidden = done === null;
-    if (done !== null) veil.textContent = `Working through the layers: ${Math.round(done * 100)} %`;
+    if (done !== null) veil.firstElementChild.textContent = `Working through the layers: ${Math.round(done * 100)} %`;
   }
 
   // ---- drawing
@@ -270,12 +295,13 @@ export class Rollout {
 
   showFiles() {
     const place = this.find('[data-part="files"]');
-    place.hidden = !this.document.shares;
-    if (place.hidden) return;
+    place.hidden = false;
     const tokens = this.shownWay === "flow" ? this.flowSpan.join(":") : null;
     const { residual, sink } = this.state.values;
-    showFiles(place, this.run, { token: this.row, through: this.shownWay, tokens, residual, sink }, "rollout/");
-    place.querySelector(".at-label").textContent = "this text";
+    const all = this.shownWay === "all";
+    const fields = { token: all ? null : this.row, through: this.shownWay, tokens, residual, sink };
+    showFiles(place, this.run, fields, "rollout/", all ? ["npz", "parquet"] : []);
+    place.querySelector(".at-label").textContent = all ? "all positions" : "this text";
   }
 
   // The picture: layers over tokens from the position itself down to the input, or positions over tokens.
@@ -390,6 +416,7 @@ export class Rollout {
     return this.asked === true && !this.wanted;
   }
 
+  // The server's work goes on, for whoever comes back.
   stop() {
     this.stopped = true;
     this.wanted?.abort();
