@@ -12,8 +12,9 @@ from attnlab.environment import kernel_sources
 from attnlab.intervals import median_interval
 from attnlab.lab import open_lab
 from attnlab.reproduce import judge, reproduction_spec
+from attnlab.spec import parse_spec
 from attnlab.views.errors import ViewError
-from attnlab_storage import results
+from attnlab_storage import queue, results
 from attnlab_webui.cli import app
 
 SPEC = """
@@ -84,6 +85,65 @@ def test_a_run_without_an_interval_cannot_be_reproduced(sqlite_store, sqlite_url
         (run, *_) = lab.run(SPEC.replace("repeats: 5", "repeats: 2")).runs
     with pytest.raises(ViewError, match="at least 3 repeats"):
         reproduction_spec(sqlite_store, run.id)
+
+
+def test_a_served_run_is_held_against_its_rates_and_waits(sqlite_store, sqlite_url, monkeypatch):
+    monkeypatch.setenv("ATTNLAB_DATABASE_URL", sqlite_url)
+    workload = {"requests": 4, "prompt_tokens": 5, "output_tokens": 3}
+    spec = {
+        "name": "served",
+        "module": {"dim": 16, "num_heads": 4},
+        "vary": {
+            "mechanism": ["multi_head", {"grouped_query": {"num_kv_heads": 1}}],
+            "cache": ["contiguous", "paged"],
+        },
+        "phase": "serving",
+        "serving": {"workload": workload, "cache_bytes": 4096, "max_length": 12, "block_size": 4},
+        "repeats": 3,
+        "seed": 5,
+    }
+    with open_lab(sqlite_url) as lab:
+        run = lab.run(spec).runs[2]
+    again = reproduction_spec(sqlite_store, run.id)
+    (point,) = again.points()
+    assert (point.mechanism, point.parameters) == (
+        "grouped_query",
+        results.get_run(sqlite_store, run.id).parameters,
+    )
+    assert (again.serving, again.seed) == (parse_spec(spec).serving, 5)
+    same = judge(sqlite_store, run.id, run.id)
+    assert same.holds
+    assert {one.name: one.unit for one in same.times} == {
+        "output_tokens_per_second": "tokens/s", "time_to_first_token": "ms", "inter_token_latency": "ms",
+    }  # fmt: skip
+    result = CliRunner().invoke(app, ["reproduce", str(run.id), "--here"])
+    assert result.exit_code in (0, 1)
+    assert "tokens written a second" in result.stdout
+
+
+def test_a_search_is_held_against_its_own_resolution(sqlite_store):
+    spec = parse_spec(
+        {
+            "name": "longest",
+            "module": {"dim": 32, "num_heads": 2},
+            "vary": {"mechanism": ["multi_head", "linear"]},
+            "frontier": {"up_to": 1024, "memory_bytes": 50_000_000, "resolution": 64},
+            "record": ["memory"],
+        }
+    )
+    points = [point.to_dict() for point in spec.points()]
+    queue.submit(sqlite_store, name="longest", spec=spec.to_dict(), spec_hash=spec.hash(), points=points)
+    claim = queue.claim(sqlite_store, "tests")
+    assert claim is not None
+    detail = {"fits": 640, "fails": None, "resolution": 64, "memory_bytes": 1, "trials": []}
+    with results.recording(sqlite_store, claim) as session:
+        row = results.MeasurementRow("frontier", 640.0, "tokens", detail=detail)
+        results.record_measurements(session, claim, [row])
+    queue.finish(sqlite_store, claim, "succeeded", summary={})
+    (one,) = judge(sqlite_store, claim.run_id, claim.run_id).times
+    assert (one.name, one.old, one.interval, one.unit) == ("longest_fit", 640, (576, 704), "tokens")
+    again = reproduction_spec(sqlite_store, claim.run_id)
+    assert (again.frontier, len(again.points())) == (spec.frontier, 1)
 
 
 def test_the_command_refuses_what_is_no_run(sqlite_store, sqlite_url, monkeypatch):

@@ -98,13 +98,18 @@ def _rates(passes: Sequence[Timeline]) -> list[MeasurementRow]:
     return rows
 
 
-def _waits(timeline: Timeline) -> list[MeasurementRow]:
-    found = {
+def waits_of(timeline: Timeline) -> dict[str, list[float]]:
+    """Seconds that every request waited, and between the tokens of every answer."""
+    return {
         "time_to_first_token": [served.tokens_at[0] - served.request.arrival for served in timeline.requests],
         "inter_token_latency": [gap for served in timeline.requests for gap in gaps_of(served)],
         "queueing_time": [served.started - served.request.arrival for served in timeline.requests],
         "end_to_end_latency": [served.finished - served.request.arrival for served in timeline.requests],
     }
+
+
+def _waits(timeline: Timeline) -> list[MeasurementRow]:
+    found = waits_of(timeline)
     return [_distribution(name, 1e3 * np.array(values), "ms") for name, values in found.items() if values]
 
 

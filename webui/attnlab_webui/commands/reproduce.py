@@ -1,4 +1,4 @@
-"""`reproduce`: run something again, and say whether its times are what they were."""
+"""`reproduce`: run something again, and say whether its figures are what they were."""
 
 import sys
 from contextlib import redirect_stdout
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attnlab.reproduce import TIMES, Reproduction, judge, reproduction_spec
+from attnlab.reproduce import WORDS, Reproduction, judge, reproduction_spec
 from attnlab_storage.database import Store
 from attnlab_storage.listing import runs_of
 from attnlab_webui.commands.console import (
@@ -26,7 +26,9 @@ HereOption = Annotated[bool, typer.Option("--here", help="Run it in this process
 
 
 def reproduce(run: RunArgument, here: HereOption = False, json: JsonOption = False) -> None:
-    """Queue a run again; when it has ended say whether the new medians lie in the old 95 % intervals.
+    """Queue a run again; when it has ended say whether the new figures lie in the old 95 % intervals.
+
+    Times; of a server its tokens a second and waits; of a search for the longest that fits that length.
 
     Ends with 1 where one does not.
     """
@@ -69,17 +71,17 @@ def print_reproduction(found: Reproduction) -> None:
     say(f"run {found.old} again as run {found.new}: {found.outcome}")
     rows = [
         (
-            TIMES[one.name],
-            f"{one.old:.4g} ms",
-            f"{one.interval[0]:.4g} - {one.interval[1]:.4g} ms",
-            f"{one.new:.4g} ms",
+            WORDS[one.name],
+            f"{one.old:.5g} {one.unit}",
+            f"{one.interval[0]:.5g} - {one.interval[1]:.5g} {one.unit}",
+            f"{one.new:.5g} {one.unit}",
             f"{one.ratio:.3f}",
             "inside" if one.inside else "outside",
         )
         for one in found.times
     ]
     print_table(
-        ("time", "old", "95 % interval", "new", "ratio", "new median"), rows, empty="no times to compare"
+        ("figure", "old", "95 % interval", "new", "ratio", "new one"), rows, empty="no figures to compare"
     )
     for name, (then, now) in found.changed.items():
         say(f"differs: {name}: {then} then, {now} now")
