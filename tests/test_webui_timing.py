@@ -11,7 +11,7 @@ from attnlab.spec import parse_spec
 from attnlab_kernels.operations.softmax import flashinfer
 from attnlab_kernels.operations.softmax.registry import IMPLEMENTATIONS
 from attnlab_storage import results
-from attnlab_webui.experiment_view import run_facts, sample_strip
+from attnlab_webui.experiment_view import provenance_facts, run_facts, sample_strip
 from attnlab_webui.timing_view import layout_words, reference_words, timing_spread, timing_trouble
 
 DETAIL = {
@@ -88,6 +88,16 @@ def test_the_copies_into_a_kernels_layout_are_a_figure_of_their_own_where_it_has
     assert len(document["layout_latency_ms"]["samples"]) == 3
     assert layout_words(document["layout_latency_ms"]) in page
     assert "copied" in page
+
+
+def test_the_page_shows_what_was_launched_and_which_build_it_is():
+    launch = {"kernel": "softmax_forward_kernel", "block_m": 128, "has_bias": False, "num_warps": 8}
+    package = {"version": "flash-attn 2.8 <b>", "revision": "abc", "files": {"cuda.so": "0123456789abcdef99"}}
+    rows = dict(provenance_facts({"launches": [launch], "package": package}))
+    assert "block_m 128, has_bias False, num_warps 8" in rows["launched"].html
+    assert "flash-attn 2.8 &lt;b&gt; revision abc" in rows["kernel's package"].html
+    assert "cuda.so 0123456789abcdef<" in rows["kernel's package"].html
+    assert provenance_facts({}) == provenance_facts({"launches": [], "package": None}) == []
 
 
 def test_a_layout_of_views_costs_nothing_and_says_so():

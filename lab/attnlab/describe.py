@@ -66,6 +66,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "cancel_requested": run.cancel_requested_at is not None,
         "layers": summary.get("layers") or len(traces) or None,
         "heads": summary.get("heads") or max((trace.heads for trace in traces), default=None),
+        "provenance": summary.get("provenance"),
         "progress": _progress(run),
         "attempts": {"used": run.attempt, "most": run.max_attempts},
         "times": _times(run),

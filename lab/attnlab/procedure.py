@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.softmax.provenance import source_of
+from attnlab_kernels.operations.triton_platform import noting_launches
 from attnlab_storage.queue import Claim
 from attnlab_storage.results import MeasurementRow
 
@@ -258,8 +260,14 @@ class Procedure:
 
     def _name_kernels(self, subject: Subject) -> list[str]:
         """Profile the attention once, whatever else is recorded: a fallback must not hide."""
-        kernels = kernels_that_ran(self._middle_call(subject).run, self._device)
+        middle = self._middle_call(subject)
+        with noting_launches() as launched:
+            kernels = kernels_that_ran(middle.run, self._device)
         self._found.values["kernels"] = kernels
+        self._found.values["provenance"] = {
+            "launches": launched,
+            "package": source_of(middle.implementation),
+        }
         self._recorder.log(f"kernels that ran: {', '.join(kernels)}")
         return kernels
 

@@ -301,6 +301,7 @@ def _ran(document: Mapping[str, Any], run: RunRow) -> str:
                 Raw(f'<span class="at-mono">{escape(", ".join(document["kernels"]))}</span>'),
             )
         )
+    rows += provenance_facts(document["provenance"] or {})
     if document["layers"]:
         rows.append(("layers x heads", f"{document['layers']} x {document['heads']}"))
     seconds = document["times"]["seconds"]
@@ -309,6 +310,23 @@ def _ran(document: Mapping[str, Any], run: RunRow) -> str:
     if run.attempt > 1 or run.state in ("queued", "running"):
         rows.append(("attempt", f"{run.attempt} of {run.max_attempts}"))
     return _section("Run", pieces.facts(rows)) if rows else ""
+
+
+def provenance_facts(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """The configuration of every Triton kernel that was launched; version and hashes of another package's kernel."""
+    rows: list[tuple[str, object]] = []
+    for launch in provenance.get("launches") or []:
+        numbers = ", ".join(f"{name} {_text(value)}" for name, value in launch.items() if name != "kernel")
+        name = f'<span class="at-mono">{escape(launch["kernel"])}</span>'
+        rows.append(("launched", Raw(f'{name} <span class="at-muted">{escape(numbers)}</span>')))
+    if package := provenance.get("package"):
+        revision = f" revision {package['revision']}" if package.get("revision") else ""
+        hashes = "".join(
+            f'<div class="at-mono" title="SHA-256 {escape(digest)}">{escape(name)} {escape(digest[:16])}</div>'
+            for name, digest in package["files"].items()
+        )
+        rows.append(("kernel's package", Raw(f"{escape(package['version'] + revision)}{hashes}")))
+    return rows
 
 
 def _section(title: str, body: str) -> str:

@@ -7,8 +7,12 @@ about its speed. The interpreter multiplies bfloat16 bit patterns as whole numbe
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +40,48 @@ def triton_support(
     return Support(True, "" if tensor.device.type == "cuda" else SIMULATED)
 
 
-def load_kernels(module: str) -> ModuleType:
+Launch = dict[str, Any]
+_launches: ContextVar[list[Launch] | None] = ContextVar("attnlab_launches", default=None)
+
+
+@contextmanager
+def noting_launches() -> Iterator[list[Launch]]:
+    """Keep the configuration of every Triton kernel that is launched in the block, each once.
+
+    A launch is ``kernel``, ``num_warps``, ``num_stages`` and the kernel's own constants (tile sizes, features) by
+    their names in lower case.
+    """
+    found: list[Launch] = []
+    token = _launches.set(found)
+    try:
+        yield found
+    finally:
+        _launches.reset(token)
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """A module of kernels, or one of them, whose launches are kept."""
+
+    loaded: Any
+    found: list[Launch]
+    name: str = ""
+
+    def __getattr__(self, name: str) -> Any:
+        part = getattr(self.loaded, name)
+        return _Noted(part, self.found, name) if hasattr(part, "__getitem__") and callable(part) else part
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*given: Any, **constants: Any) -> Any:
+            numbers = {name.lower(): value for name, value in constants.items() if isinstance(value, int)}
+            if (one := {"kernel": self.name, **numbers}) not in self.found:
+                self.found.append(one)
+            return self.loaded[grid](*given, **constants)
+
+        return launch
+
+
+def load_kernels(module: str) -> Any:
     """Import a module of Triton kernels that has INTERPRETED; triton decides at import which way a kernel runs.
 
     Raises:
@@ -47,7 +92,8 @@ def load_kernels(module: str) -> ModuleType:
         raise RuntimeError(
             "TRITON_INTERPRET was changed after the kernel was loaded; set it before the process starts"
         )
-    return loaded
+    found = _launches.get()
+    return loaded if found is None else _Noted(loaded, found)
 
 
 def padded(size: int, least: int = 16) -> int:

@@ -32,6 +32,7 @@ COLUMNS = {
     "parameters": "string",
     "implementation": "string",
     "kernels": "string",
+    "provenance": "string",
     "model": "string",
     "sequence_length": "int64",
     "dtype": "string",
@@ -64,6 +65,7 @@ def measurement_rows(store: Store, run_ids: Sequence[int]) -> list[dict[str, Any
             "experiment_name": run.experiment_name,
             "parameters": json.dumps(run.parameters, sort_keys=True),
             "kernels": "+".join(brief["kernels"]),
+            "provenance": json.dumps((run.summary or {}).get("provenance"), sort_keys=True),
             "outcome": run.state,
             "reason": run.reason,
         }

@@ -26,12 +26,15 @@ def chart_figure(info: ChartInfo) -> go.Figure:
     labels = list(dict.fromkeys(line.label for line in info.lines))
     ended = [line.label for line in info.lines if any(end.x is not None for end in line.ends)]
     shown: set[str] = set()
+    marked: set[str] = set()
     for line in info.lines:
         if line.facet in facets:
             place = {"row": 1, "col": facets.index(line.facet) + 1}
             row = ended.index(line.label) if line.label in ended else 0
             height = end_height(info, row)
-            _draw(figure, info, line, labels.index(line.label), height, line.label not in shown, place)
+            _draw(
+                figure, info, line, labels.index(line.label), height, line.label not in shown, marked, place
+            )
             shown.add(line.label)
     styled(figure, title=info.title, x=info.x_words, y="", height=440)
     figure.update_yaxes(title_text=plain(info.y_words), row=1, col=1)
@@ -58,6 +61,7 @@ def _draw(
     index: int,
     top: float,
     legend: bool,
+    marked: set[str],
     place: dict[str, Any],
 ) -> None:
     look = {"color": color(index), "symbol": symbol(index), "size": 8}
@@ -83,7 +87,7 @@ def _draw(
     else:
         mode = "lines+markers" if info.axes.x in FIELDS else "markers"
         figure.add_trace(go.Scatter(mode=mode, marker=look, line_color=color(index), **common), **place)
-    _mark_conditions(figure, line, place)
+    _mark_conditions(figure, line, marked, place)
     ends = [end for end in line.ends if end.x is not None]
     if ends:
         figure.add_trace(
@@ -113,13 +117,12 @@ def _draw(
 CONDITIONS = {True: ("throttled", "diamond-tall-open"), False: ("disturbed", "circle-open")}
 
 
-def _mark_conditions(figure: go.Figure, line: Line, place: dict[str, Any]) -> None:
+def _mark_conditions(figure: go.Figure, line: Line, marked: set[str], place: dict[str, Any]) -> None:
     """A ring around every time that is not the kernel's alone; what was throttled is named where it stands."""
     for throttled, (word, mark) in CONDITIONS.items():
         points = [point for point in line.points if point.conditions and point.throttled == throttled]
         if not points:
             continue
-        first = all(trace.name != word for trace in figure.data)
         figure.add_trace(
             go.Scatter(
                 x=[point.x for point in points],
@@ -132,11 +135,12 @@ def _mark_conditions(figure: go.Figure, line: Line, place: dict[str, Any]) -> No
                 hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
                 name=word,
                 legendgroup=word,
-                showlegend=first,
+                showlegend=word not in marked,
                 cliponaxis=False,
             ),
             **place,
         )
+        marked.add(word)
 
 
 def _hover(info: ChartInfo, point: Point) -> str:

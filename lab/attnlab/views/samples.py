@@ -55,6 +55,7 @@ def ecdf(samples: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 def samples_figure(info: SamplesInfo) -> go.Figure:
     """A row a time: a histogram on the left in bins that all runs share, the ECDF on the right."""
+    named: set[str] = set()
     labels = list(dict.fromkeys(one.label for row in info.rows for one in row.series))
     titles = [title for row in info.rows for title in (row.title, "share of samples up to a time")]
     figure = make_subplots(
@@ -81,20 +82,20 @@ def samples_figure(info: SamplesInfo) -> go.Figure:
             )
             times, shares = ecdf(one.samples)
             line = {"shape": "hv", "color": color(index), "dash": DASHES[index // 8 % len(DASHES)]}
-            first = all(trace.legendgroup != one.label or not trace.showlegend for trace in figure.data)
             figure.add_trace(
                 go.Scatter(
                     x=[times[0], *times],
                     y=[0, *shares],
                     mode="lines",
                     line=line,
-                    showlegend=first,
+                    showlegend=one.label not in named,
                     hovertemplate="%{y:.0%} within %{x:.4g} ms<extra>" + plain(one.label) + "</extra>",
                     **look,
                 ),
                 row=place,
                 col=2,
             )
+            named.add(one.label)
     styled(figure, title="Every sample", x="", y="", height=80 + ROW_HEIGHT * len(info.rows))
     figure.update_layout(barmode="overlay", margin={"t": 72}, showlegend=True)
     figure.update_xaxes(title_text="milliseconds")
