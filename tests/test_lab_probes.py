@@ -13,7 +13,7 @@ from attnlab.outcomes import CheckFailed, ending_of
 from attnlab.probes.accuracy import attention_errors, compare_hidden, compare_logits, over_budget, perplexity
 from attnlab.probes.kernel import KernelCall
 from attnlab.probes.maps import capture_call, element_mask, output_defect, refine
-from attnlab.probes.memory import peak_memory, resident
+from attnlab.probes.memory import HeapBound, peak_memory, resident
 from attnlab.probes.timing import kernels_that_ran, latency
 from attnlab_kernels.masks import Causal, Documents, Full, Mask, Padding, Window
 from attnlab_kernels.operations.softmax.api import Unsupported, attend
@@ -69,7 +69,11 @@ def test_the_kept_log_sum_exp_is_exact(mask: Mask, cells: int, monkeypatch: pyte
     assert (row.detail or {})["lse_defect"] < 1e-4
 
 
-def test_a_wrong_kernel_is_seen_by_its_output_and_its_log_sum_exp() -> None:
+@pytest.mark.parametrize("keys", [4096, 5])
+def test_a_wrong_kernel_is_seen_by_its_output_and_its_log_sum_exp(
+    keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnlab.probes.maps.CHECKED_KEYS", keys)
     call = made_call(Causal())
     broken = replace(call, output=call.output * 1.01)
     assert output_defect(call) < 1e-5 < output_defect(broken)
@@ -77,6 +81,23 @@ def test_a_wrong_kernel_is_seen_by_its_output_and_its_log_sum_exp() -> None:
     row, _ = refine(capture_call(shifted), call.query[0].numpy(), call.key[0].numpy(), CPU)
     assert (row.detail or {})["lse_defect"] == pytest.approx(0.01, rel=1e-3)
     assert row.output_defect > 1e-4
+
+
+def test_freed_memory_is_given_back_only_where_much_of_it_has_stayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = {"VmRSS": 100}
+    trims: list[int] = []
+
+    def trim() -> None:
+        trims.append(grown["VmRSS"])
+        grown["VmRSS"] = 130
+
+    monkeypatch.setattr("attnlab.probes.memory.resident", grown.__getitem__)
+    monkeypatch.setattr("attnlab.probes.memory.trim_heap", trim)
+    heap = HeapBound(50)
+    for now in (120, 150, 151, 180, 181):
+        grown["VmRSS"] = now
+        heap.hold()
+    assert trims == [151, 181]
 
 
 def test_one_batch_element_is_kept_with_its_own_padding() -> None:

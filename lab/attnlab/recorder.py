@@ -30,12 +30,15 @@ from attnlab_storage.results import (
 from attnlab_storage.tensors import read_tensor, write_tensor
 
 from .probes.maps import LayerCapture, Named
+from .probes.memory import HeapBound
 from .spec import RunPoint
 
 WAITING_LAYERS = 2
 """layers that may wait for the database; with more the computation waits, so memory stays bounded"""
 PROGRESS_SECONDS = 0.2
 MEASUREMENTS_AT_ONCE = 2000
+FREED_BYTES = 192 << 20
+"""of the heap that may stay with the process while maps are kept"""
 
 
 class Recorder:
@@ -141,9 +144,11 @@ class DirectWriter:
         self._write = write
         self._layers = layers
         self._done = 0
+        self._heap = HeapBound(FREED_BYTES)
 
     def put(self, capture: LayerCapture) -> None:
         self._write(capture)
+        self._heap.hold()
         self._done += 1
         self._recorder.phase("capturing", self._done, self._layers)
 
@@ -163,12 +168,14 @@ class CaptureWriter:
         self._layers = layers
         self._queue: queue.Queue[LayerCapture | None] = queue.Queue(maxsize=WAITING_LAYERS)
         self._error: BaseException | None = None
+        self._heap = HeapBound(FREED_BYTES)
         self._thread = threading.Thread(target=self._run, name="attnlab-writer", daemon=True)
 
     def put(self, capture: LayerCapture) -> None:
         """Hand over a capture; waits while too many are unwritten, and raises what the writing raised."""
         if self._error is not None:
             raise self._error
+        self._heap.hold()
         self._queue.put(capture)
 
     def __enter__(self) -> "CaptureWriter":

@@ -263,18 +263,13 @@ def _insert(
     )
     session.add(tensor)
     session.flush()
-    array = np.ascontiguousarray(array)
-    rows = [
-        {
-            "tensor_id": tensor.id,
-            "head": head,
-            "block": block,
-            "data": _bytes(array[head, start : start + chunk_tokens]),
-        }
-        for head in range(heads)
-        for block, start in enumerate(range(0, tokens, chunk_tokens))
-    ]
-    session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
+    for head in range(heads):  # one at a time: pieces of a view are copied here, and the whole may be large
+        pieces = (array[head, start : start + chunk_tokens] for start in range(0, tokens, chunk_tokens))
+        rows = [
+            {"tensor_id": tensor.id, "head": head, "block": block, "data": _bytes(piece)}
+            for block, piece in enumerate(pieces)
+        ]
+        session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
     return array.nbytes
 
 
@@ -296,7 +291,7 @@ def _check(array: np.ndarray, dtype: str, chunk_tokens: int) -> None:
 
 
 def _bytes(array: np.ndarray) -> Any:
-    return array.data.cast("B") if array.size else b""
+    return np.ascontiguousarray(array).data.cast("B") if array.size else b""
 
 
 def _decoded(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -32,6 +32,8 @@ from .score_rules import ScoreRules, rules_of, rules_of_trace
 
 CHECKED_ROWS = 4
 """of each head, against the kernel's output while the model waits"""
+CHECKED_KEYS = 4096
+"""keys that are widened to float64 at once"""
 SUMMED_ROWS = 8
 BLOCK_CELLS = 1 << 21
 """scores held at once, all heads together"""
@@ -75,7 +77,7 @@ def capture_call(call: LayerCall) -> LayerCapture:
     row = replace(row, output_defect=_output_defect(one, row))
     extra = {} if one.attention is None else one.attention.extra
     stored = {name: extra[name][0] for name in map_facts(row).get("tensors", ())} | score_rules(one).stored()
-    norms = torch.linalg.vector_norm(one.value[0].double(), dim=-1).float()
+    norms = torch.cat([_norms(part) for part in one.value[0].split(CHECKED_KEYS, dim=1)], dim=1)
     arrays = tuple(
         (name, *_array(tensor))
         for name, tensor in (
@@ -269,24 +271,23 @@ def output_defect(call: LayerCall) -> float:
 
     P is rebuilt in float64 from Q, K and the kernel's own log-sum-exp.
     """
-    chosen, weights = _rebuilt_rows(call)
-    value = call.value[0].double()
-    group = weights.shape[0] // value.shape[0]
-    mixed = weights.unflatten(0, (value.shape[0], group)).flatten(1, 2) @ value
-    mixed = mixed.unflatten(1, (group, len(chosen))).flatten(0, 1)
-    return float((mixed - call.output[0][:, chosen].double()).abs().max())
-
-
-def _rebuilt_rows(call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Return sampled query rows and their probabilities, float64 [Hq, rows, Sk]."""
     num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     places = _sampled(num_queries, CHECKED_ROWS)
-    chosen = torch.as_tensor(places, device=call.query.device)
-    allowed = call.mask.allowed(places, np.arange(num_keys), num_queries=num_queries, num_keys=num_keys)
-    scores = grouped_scores(call.query[0][:, chosen].double(), call.key[0].double()) * call.scale
-    scores = score_rules(call).apply(scores, chosen, torch.arange(num_keys, device=chosen.device))
-    weights = torch.exp(scores - call.lse[0][:, chosen].double()[..., None])
-    return chosen, weights.masked_fill(~torch.as_tensor(allowed, device=weights.device), 0.0)
+    rows = torch.as_tensor(places, device=call.query.device)
+    query, lse = call.query[0][:, rows].double(), call.lse[0][:, rows].double()[..., None]
+    rules = score_rules(call)
+    mixed = call.output[0][:, rows].double().neg_()
+    for start in range(0, num_keys, CHECKED_KEYS):
+        keys = np.arange(start, min(start + CHECKED_KEYS, num_keys))
+        allowed = call.mask.allowed(places, keys, num_queries=num_queries, num_keys=num_keys)
+        if not allowed.any():
+            continue
+        span, cols = slice(start, start + len(keys)), torch.from_numpy(keys).to(rows.device)
+        scores = grouped_scores(query, call.key[0][:, span].double()).mul_(call.scale)
+        weights = rules.apply(scores, rows, cols).sub_(lse).exp_()
+        weights.masked_fill_(torch.from_numpy(~allowed).to(rows.device), 0.0)
+        mixed += _grouped_mix(weights, call.value[0][:, span].double())
+    return float(mixed.abs().max())
 
 
 def _sampled(rows: int, count: int) -> np.ndarray:
@@ -301,9 +302,21 @@ def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
     return scores.unflatten(1, (group, query.shape[1])).flatten(0, 1)
 
 
+def _grouped_mix(weights: Tensor, value: Tensor) -> Tensor:
+    """Return P V as [Hq, rows, Dv] for weights [Hq, rows, Sk] and values [Hkv, Sk, Dv]; no value is copied."""
+    group = weights.shape[0] // value.shape[0]
+    mixed = weights.unflatten(0, (value.shape[0], group)).flatten(1, 2) @ value
+    return mixed.unflatten(1, (group, weights.shape[1])).flatten(0, 1)
+
+
+def _norms(value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(value.double(), dim=-1).float()
+
+
 def _array(tensor: Tensor) -> tuple[np.ndarray, str]:
+    """Return the tensor as numpy, on a CPU without a copy: the store takes it piece by piece."""
     name = STORED[tensor.dtype]
-    tensor = tensor.detach().contiguous().cpu()
+    tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         # numpy has no bfloat16: its bits are kept
         tensor = tensor.view(torch.uint16)
