@@ -7,6 +7,7 @@ import pytest
 
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
+from attnlab.views.viewport import viewport
 from attnlab_storage import results
 
 pytestmark = pytest.mark.browser
@@ -213,6 +214,10 @@ def test_a_pooled_map_asks_the_server_for_the_exact_weight(serve, browse, sqlite
     page = browse(f"{serve(made.store)}/experiment?id={made.experiment_id}")
     wait(page)
     assert panel(page, "tile.exact") is False
+    assert panel(page, "tile.rounded") is True  # as many bits as fit into one step
+    pooled = tile(page)
+    wanted = viewport(made.store, made.run_ids[0], 0, 0, None, None, *pooled.shape).values
+    np.testing.assert_allclose(np.nan_to_num(pooled), wanted, rtol=2**-5, atol=1e-30)
     page.locator("canvas.at-map").scroll_into_view_if_needed()
     page.mouse.move(*place(page, 500, 200))
     number = page.locator("[data-part=readout] .at-weight b")

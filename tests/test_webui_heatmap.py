@@ -1,5 +1,6 @@
 """Laws of the map's bytes: what is masked travels as NaN, everything else as the exact number."""
 
+import gzip
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -49,6 +50,31 @@ def test_the_bytes_are_the_viewport_with_nan_for_masked(traced):
     assert headers["X-Attnlab-Shape"] == "77,77"
     assert headers["X-Attnlab-Exact"] == "1"
     assert float(headers["X-Attnlab-Max"]) == view.maximum
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal()], ids=str)
+@pytest.mark.parametrize("signed", [False, True], ids=["weights", "signed"])
+def test_a_compact_picture_is_short_and_no_colour_off(mask, signed):
+    rng = np.random.default_rng(3)
+    values = np.exp(rng.normal(-8, 2, (512, 512))).astype(np.float32)
+    values[::7] = 0
+    if signed:
+        values *= rng.choice([-1, 1], values.shape)
+    view = Viewport.of(values, (0, 512), (0, 512), (512, 512), "max")
+    maps = [blank_map(mask, view.shape)]
+    whole = np.frombuffer(heatmap.encode(view, maps)[0], "<f4")
+    body, headers = heatmap.encode(view, maps, compact=True)
+    assert len(body) <= heatmap.STEP_BYTES < whole.nbytes
+    assert (headers["X-Attnlab-Dtype"], headers["Content-Encoding"]) == ("bfloat16", "gzip")
+    high, low = np.frombuffer(gzip.decompress(body), np.uint8).reshape(2, -1).astype(np.uint32)
+    found = (high << 24 | low << 16).view(np.float32)
+    np.testing.assert_allclose(found, whole, rtol=2**-5 if signed else 2**-6)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(whole))
+
+
+def test_a_picture_that_is_short_anyway_stays_exact(traced):
+    view = viewport(traced.store, traced.run_ids[0], 0, 0)
+    assert heatmap.encode(view, [], compact=True) == heatmap.encode(view, [])
 
 
 @pytest.mark.parametrize("mask", [Causal(), Window(3), Window(2, 4)], ids=str)

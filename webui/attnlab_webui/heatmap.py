@@ -1,12 +1,14 @@
 """The map component: a place that `static/js/heatmap.js` fills, and the bytes that it asks for.
 
 A viewport travels as float32 in row order, NaN where the mask allows no pair, so that "masked" is never mistaken
-for a weight of zero; headers carry shape, region and maximum.
+for a weight of zero; headers carry shape, region and maximum. A compact one is at most STEP_BYTES long: what is longer
+in float32 is rounded to the eight significant bits of bfloat16, which no colour shows, or to fewer, and deflated.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from attnlab.views.trace_map import AttentionMap
 from attnlab.views.viewport import Viewport, allowed_in, allowed_pixels
 from attnlab_webui import theme
 
+STEP_BYTES = 300_000
+"""of one picture on its way to a page"""
 _TEMPLATE = '<div class="at-view-place"></div>'
 _ON_LOAD = """
 import("{url}/js/heatmap.js").then((module) => module.mount(element, () => props.value, watch));
@@ -64,7 +68,9 @@ def message(text: str) -> str:
     return json.dumps({"message": text})
 
 
-def encode(view: Viewport, maps: Sequence[AttentionMap]) -> tuple[bytes, dict[str, str]]:
+def encode(
+    view: Viewport, maps: Sequence[AttentionMap], *, compact: bool = False
+) -> tuple[bytes, dict[str, str]]:
     """A viewport as bytes and headers; a pixel is NaN where none of `maps` allows a pair."""
     values = np.ascontiguousarray(view.values, "<f4")
     if maps:
@@ -72,7 +78,23 @@ def encode(view: Viewport, maps: Sequence[AttentionMap]) -> tuple[bytes, dict[st
         for one in maps:
             allowed |= allowed_in(view, one)
         values = np.where(allowed, values, np.float32(np.nan))
-    return values.tobytes(), headers_of(values, view.rows, view.cols, view.maximum, exact=view.exact)
+    headers = headers_of(values, view.rows, view.cols, view.maximum, exact=view.exact)
+    if compact and values.nbytes > STEP_BYTES:
+        return deflated(values), headers | {"X-Attnlab-Dtype": "bfloat16", "Content-Encoding": "gzip"}
+    return values.tobytes(), headers
+
+
+def deflated(values: np.ndarray, most: int = STEP_BYTES) -> bytes:
+    """Values as gzip of bfloat16, first all high bytes and then all low ones, rounded until `most` bytes hold them."""
+    packed = b""
+    for dropped in range(16, 23):
+        raw = values.view("<u4") + np.uint32(1 << (dropped - 1)) >> dropped << (dropped - 16)
+        raw[np.isnan(values)] = 0x7FC0
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
+        packed = packer.compress(np.stack([raw >> 8, raw & 255]).astype(np.uint8)) + packer.flush()
+        if len(packed) <= most:
+            break
+    return packed
 
 
 def headers_of(
@@ -85,6 +107,7 @@ def headers_of(
         "X-Attnlab-Cols": f"{cols[0]}:{cols[1]}",
         "X-Attnlab-Max": repr(float(maximum)),
         "X-Attnlab-Exact": "1" if exact else "0",
+        "X-Attnlab-Dtype": "float32",
     }
 
 

@@ -102,6 +102,7 @@ export class Panel {
       height: size(this.plot.h),
       width: size(this.plot.w),
       reduce,
+      compact: 1,
     };
   }
 
@@ -116,7 +117,7 @@ export class Panel {
         this.base = await this.load([0, extent.rows], [0, extent.cols]);
         this.shared.onTile(this);
       }
-      this.tile = this.base.exact ? this.base : await this.load(region.rows, region.cols);
+      this.tile = this.base.exact && !this.base.rounded ? this.base : await this.load(region.rows, region.cols);
       this.error = null;
       this.shared.onTile(this);
     } catch (error) {
@@ -343,7 +344,7 @@ export class Panel {
   // The exact weight when a tile in hand holds it, NaN when masked, null when it must be asked for.
   valueAt(row, col) {
     for (const tile of [this.tile, this.base]) {
-      if (!tile?.exact) continue;
+      if (!tile?.exact || tile.rounded) continue;
       const [r, c] = [row - tile.rows[0], col - tile.cols[0]];
       if (r >= 0 && c >= 0 && r < tile.height && c < tile.width) return tile.values[r * tile.width + c];
     }

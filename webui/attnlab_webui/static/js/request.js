@@ -55,6 +55,8 @@ export async function getWorkedOut(path, signal, told) {
 export async function getTile(path, signal, told = () => {}) {
   const response = await askUntilThere(path, signal, told);
   const pair = (name) => response.headers.get(name).split(/[,:]/).map(Number);
+  const rounded = response.headers.get("x-attnlab-dtype") === "bfloat16";
+  const body = await response.arrayBuffer();
   const [height, width] = pair("x-attnlab-shape");
   return {
     height,
@@ -63,8 +65,18 @@ export async function getTile(path, signal, told = () => {}) {
     cols: pair("x-attnlab-cols"),
     maximum: Number(response.headers.get("x-attnlab-max")),
     exact: response.headers.get("x-attnlab-exact") === "1",
-    values: new Float32Array(await response.arrayBuffer()),
+    rounded,
+    values: rounded ? widened(body) : new Float32Array(body),
   };
+}
+
+// bfloat16, all high bytes before all low ones, as float32.
+function widened(body) {
+  const bytes = new Uint8Array(body);
+  const count = bytes.length / 2;
+  const bits = new Uint32Array(count);
+  for (let i = 0; i < count; i++) bits[i] = (bytes[i] << 24) | (bytes[count + i] << 16);
+  return new Float32Array(bits.buffer);
 }
 
 function pause(milliseconds, signal) {
