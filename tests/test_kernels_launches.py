@@ -159,7 +159,9 @@ def launch_linear(dtype: torch.dtype, width: int) -> None:
 
 
 def launch_differential(dtype: torch.dtype, dim: int) -> None:
-    for value_dim in {dim, 128} if dim == 64 else {dim}:
+    for value_dim in {64: (64, 128), 128: (128, 256)}.get(dim, (dim,)):
+        if (dim, value_dim) == (128, 256) and dtype in HALF:
+            continue
         q = Pair(*(empty(1, 1, 128, dim, dtype=dtype).requires_grad_() for _ in range(2)))
         v, weight = empty(1, 1, 128, value_dim, dtype=dtype), empty(1, 1, 128)
         if not differential.supports(q, q, v, weight, bias=None, need_grad=True):
@@ -237,3 +239,20 @@ def test_the_panel_has_the_tiles_that_are_launched_and_no_others(operation, capa
     assert started == set(forms)
     # a kernel without a product has nothing to stage and names no number
     assert all(stages in (None, forms[key]) for key, stages in launches if key in forms)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "runs"),
+    [(torch.bfloat16, 256, True), (torch.float32, 128, True), (torch.float32, 200, False)],
+)
+def test_float32_queries_whose_sums_would_spill_are_refused_by_the_differential_kernel(
+    dtype, dim, runs, monkeypatch
+):
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    with OnCard():
+        q, v = empty(1, 1, 8, dim, dtype=dtype), empty(1, 1, 8, 256, dtype=dtype)
+        pair = Pair(q, q)
+        support = differential.supports(pair, pair, v, empty(1, 1, 8), bias=None, need_grad=True)
+    assert support.ok == runs
+    assert runs or "float32 queries to 128 dimensions in registers; got 200" in support.reason

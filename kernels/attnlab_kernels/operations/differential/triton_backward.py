@@ -23,7 +23,7 @@ def choose_query_config(block_d: int, block_dv: int, element_size: int) -> Confi
     """Tile of the kernel of dQ1 and dQ2; a test compiles every one for every target."""
     widest = max(block_d, block_dv)
     if element_size == 4:
-        return Config(16, 16, 4 if widest <= 128 else 8, 1)
+        return Config(16, 16, 4 if widest <= 64 else 8, 1)
     return Config(32, 32, 4 if widest <= 128 else 8, 1)
 
 
@@ -32,6 +32,8 @@ def choose_key_config(block_d: int, block_dv: int, element_size: int) -> Config:
     widest = max(block_d, block_dv)
     if element_size == 4:
         return Config(16, 16, 4 if widest <= 64 else 8, 1)
+    if min(block_d, block_dv) > 128:
+        return Config(16, 32, 8, 1)
     return Config(32, 32, 4 if widest <= 64 else 8, 1)
 
 

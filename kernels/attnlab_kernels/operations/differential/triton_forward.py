@@ -16,6 +16,7 @@ from attnlab_kernels.operations.triton_platform import load_kernels, padded, tri
 
 KERNELS = "attnlab_kernels.operations.differential.triton_kernel"
 MAX_HEAD_DIM = 256
+MAX_FLOAT32_QUERY = 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def choose_config(block_d: int, block_dv: int, element_size: int, capability: in
     """Tile for padded dimensions, the bytes of a number and the card; a test compiles some for every target."""
     widest = max(block_d, block_dv)
     if element_size == 4:
-        return Config(16, 16, 4 if widest <= 128 else 8, 1)
+        return Config(16, 16, 4 if widest <= 64 else 8, 1)
     if widest <= 128:
         return Config(64, 64, 4, 2) if widest <= 64 else Config(64, 32, 8, 2)
     # Ampere keeps both sums of 64 rows in no registers that are left
@@ -114,7 +115,7 @@ def ranges_of_keys(mask: Mask, batch: int, num_keys: int, device: torch.device) 
 def supports(
     query: Pair, key: Pair, value: Tensor, weight: Tensor, *, bias: Tensor | None, need_grad: bool
 ) -> Support:
-    """Every mask of one band, any head dimension to 256, no bias; with gradients."""
+    """Every mask of one band, any head dimension to 256 (float32 queries to 128), no bias; with gradients."""
     support = triton_support(value)
     if not support:
         return support
@@ -123,6 +124,12 @@ def supports(
     if max(query.first.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         return Support(
             False, f"the Triton kernel holds head dimensions to {MAX_HEAD_DIM}; got {value.shape[-1]}"
+        )
+    if value.dtype == torch.float32 and query.first.shape[-1] > MAX_FLOAT32_QUERY:
+        return Support(
+            False,
+            f"the Triton kernel holds float32 queries to {MAX_FLOAT32_QUERY} dimensions in registers; "
+            f"got {query.first.shape[-1]}",
         )
     if bias is not None:
         return Support(False, "the Triton kernel takes no bias")

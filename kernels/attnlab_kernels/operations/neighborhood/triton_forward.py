@@ -36,7 +36,9 @@ def choose_config(axes: int, block_d: int, element_size: int) -> Config:
         tile = (1, 16) if axes == 1 else (4, 4)
         return Config(*tile, 16, 4, 1)
     tile = (1, 64) if axes == 1 else (8, 8)
-    return Config(*tile, 64 if block_d < 128 else 32, 4 if block_d <= 128 else 8, 2)
+    if block_d > 128:
+        return Config(*tile, 16, 8, 2)
+    return Config(*tile, 64 if block_d < 128 else 32, 4, 2)
 
 
 def choose_gradient_config(axes: int, block_d: int, element_size: int) -> Config:

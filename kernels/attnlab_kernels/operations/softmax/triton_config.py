@@ -59,8 +59,12 @@ HALF_MODIFIED: dict[int, dict[int, Config]] = {
 }
 HALF_MODIFIED_FEW_ROWS = {dim: Config(16, 32, 4, 2) for dim in (*_SMALL, 128, 256)}
 FEW_ROWS, MEDIUM_ROWS = 16, 64
-# a table of blocks takes registers for the addresses of its rows: with these dimensions the widest tiles spill
-NARROW_PAGED = {80: (64, 128), 90: (128,), 100: (128,)}
+# where those tiles would spill, because a table of blocks takes registers for addresses: for many rows, up to 64
+HALF_PAGED: dict[tuple[int, int], tuple[Config, Config]] = {
+    (80, 64): (Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    (80, 128): (Config(128, 32, 8, 3), Config(64, 64, 8, 2)),
+    (90, 128): (Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+}
 
 
 def choose_config(
@@ -91,10 +95,10 @@ def choose_config(
         if modified and block_d <= 32 and (limited or generation > 80):
             return Config(32, 32, 4, 2)
         return HALF_MODIFIED[generation][block_d]
-    wide, medium, few = HALF[generation]
-    if paged and block_d in NARROW_PAGED[generation]:
-        wide = medium
-    return (few if num_rows <= FEW_ROWS else medium if num_rows <= MEDIUM_ROWS else wide)[block_d]
+    tiles = tuple(table[block_d] for table in HALF[generation])
+    if paged and (generation, block_d) in HALF_PAGED:
+        tiles = (*HALF_PAGED[generation, block_d], tiles[2])
+    return tiles[2 if num_rows <= FEW_ROWS else 1 if num_rows <= MEDIUM_ROWS else 0]
 
 
 QUERY_FLOAT32 = {
