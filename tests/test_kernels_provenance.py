@@ -60,7 +60,9 @@ def test_a_package_is_known_by_its_version_and_the_hash_of_what_was_loaded(tmp_p
         "files": {"cuda.so": hashlib.sha256(b"machine code").hexdigest()},
     }
     monkeypatch.delitem(sys.modules, "flash_attn_2_cuda")
-    assert source_of("flash_attn_2")["files"] == {"interface.py": hashlib.sha256(b"python").hexdigest()}
+    without = source_of("flash_attn_2")
+    assert without is not None
+    assert without["files"] == {"interface.py": hashlib.sha256(b"python").hexdigest()}
     assert source_of("sdpa_flash") is source_of("triton") is None
 
 
@@ -70,5 +72,6 @@ def test_a_kernel_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch):
     (folder / "flash.so").write_bytes(b"code")
     monkeypatch.setattr(hub, "load", lambda: SimpleNamespace(__file__=str(folder / "__init__.py")))
     found = source_of("flash_attn_hub")
+    assert found is not None
     assert found["revision"] == "ab" * 20
     assert found["files"] == {"flash.so": hashlib.sha256(b"code").hexdigest()}

@@ -53,6 +53,7 @@ def test_a_served_experiment_is_stored_with_all_that_happened(sqlite_store: Stor
         document = run.document()
         served = document["serving"]
         assert "aten::bmm" in document["kernels"]
+        assert document["provenance"] == {"launches": [], "package": None}
         log = results.log_tail(sqlite_store, run.id)
         assert "kernels that ran, prompt: " in log
         assert "kernels that ran, decode: " in log

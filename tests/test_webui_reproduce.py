@@ -106,10 +106,9 @@ def test_a_served_run_is_held_against_its_rates_and_waits(sqlite_store, sqlite_u
         run = lab.run(spec).runs[2]
     again = reproduction_spec(sqlite_store, run.id)
     (point,) = again.points()
-    assert (point.mechanism, point.parameters) == (
-        "grouped_query",
-        results.get_run(sqlite_store, run.id).parameters,
-    )
+    old = results.get_run(sqlite_store, run.id)
+    assert old is not None
+    assert (point.mechanism, point.parameters) == ("grouped_query", old.parameters)
     assert (again.serving, again.seed) == (parse_spec(spec).serving, 5)
     same = judge(sqlite_store, run.id, run.id)
     assert same.holds

@@ -85,7 +85,8 @@ def _sparse_pairs(call: LayerCall) -> float | None:
         hidden = bool(told.unmapped)
         return None if hidden else float(call.query.shape[0] * Neighborhood(**_tuples(told.detail)).count())
     pattern = pattern_from_json(dict(told.detail["pattern"]))
-    return pattern_pairs(pattern, call.mask, *call.query.shape[:3], call.key.shape[2])
+    batch, heads, queries, _ = call.query.shape
+    return pattern_pairs(pattern, call.mask, batch, heads, queries, call.key.shape[2])
 
 
 def _tuples(detail: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from attnlab_kernels.operations.softmax.provenance import source_of
+from attnlab_kernels.operations.triton_platform import Launch, noting_launches
 from attnlab_storage.results import InputRow, MeasurementRow
 
 from ..environment import describe_environment
@@ -44,6 +46,7 @@ class ServingProcedure:
         self._serving: ServingSpec = spec.serving
         self._requests = draw_requests(self._serving.workload, spec.seed)
         self._kernels: list[str] = []
+        self._launches: list[Launch] = []
 
     def perform(self) -> dict[str, Any]:
         """Do all steps; returns the summary that is kept with the run."""
@@ -156,8 +159,9 @@ class ServingProcedure:
         """Profile the last attention of each kind of step, in a middle layer."""
         found: dict[str, None] = {}
         for kind, attention in runner.latest_attention().items():
-            with torch.inference_mode():
+            with torch.inference_mode(), noting_launches() as launched:
                 names = kernels_that_ran(attention, self._device)
+            self._launches += [one for one in launched if one not in self._launches]
             found |= dict.fromkeys(names)
             self._recorder.log(f"kernels that ran, {kind}: {', '.join(names)}")
         self._kernels = list(found)
@@ -189,12 +193,18 @@ class ServingProcedure:
         return {name: values[name] for name in kept if name in values} | {
             "implementation": runner.implementation,
             "kernels": self._kernels,
+            "provenance": {"launches": self._launches, "package": self._package(runner)},
             "layers": runner.layers,
             "heads": runner.heads,
             "swap": "none" if isinstance(runner, BareRunner) else self._swap_kind(runner),
             "device": str(self._device),
             "tokens": sum(request.tokens for request in self._requests),
         }
+
+    def _package(self, runner: BareRunner | ModelRunner) -> dict[str, Any] | None:
+        """The first build of another package among the implementations that served."""
+        sources = map(source_of, runner.implementation.split(", "))
+        return next((source for source in sources if source is not None), None)
 
     def _swap_kind(self, runner: ModelRunner) -> str:
         return runner.kind(self._longest())
