@@ -242,6 +242,34 @@ def test_a_served_ratio_is_that_of_tokens_a_second_with_the_interval_of_the_pass
     assert judge(claim, [base, made(2, "grouped_query")]).kind == "not_measurable"
 
 
+def test_a_fall_with_the_length_is_that_of_tokens_a_second():
+    which, before = Which("linear", length=-1), Which("linear", length=0)
+    claim = replace(FASTER, low=0.5, high=0.5, which=which, against=before)
+    documents = [
+        made(1, "linear", (10, 10, 10), sequence_length=100),
+        made(2, "linear", (80, 80, 80), sequence_length=400),
+    ]
+    verdict = judge(claim, documents)
+    assert (verdict.kind, verdict.measured, verdict.runs) == ("holds", 0.5, (1, 2))
+    assert "0.50 times the tokens a second of the shorter" in verdict.reason
+
+
+def test_where_the_standard_ran_out_the_quoted_fall_from_4k_is_compared():
+    claims = {claim.id: claim for claim in PRESETS["tokens-per-second"].claims}
+    flash = claims["flash-2-16K-tokens"]
+    assert flash.low == flash.high == 1100 / 1800
+    assert flash.quoted == "1,100 against 1,800 at 4K tokens, as the standard ran out of memory"
+    assert claims["gqa-batch-8"].low == 11000 / 8500
+    assert not [claim.id for claim in claims.values() if claim.open]
+
+
+def test_quoted_training_speeds_are_all_of_the_standard():
+    claims = {claim.id: claim for claim in PRESETS["training-speed"].claims}
+    found = {name: round(claim.low, 4) for name, claim in claims.items()}
+    assert found == {"flash-2": 1.6, "flash-3": 1.25, "linear": 1.4375, "gqa": 1.25, "mla": 1.25}
+    assert claims["linear"].quoted == "2.3 times the standard, of which FlashAttention-2 has 1.6"
+
+
 def test_an_unknown_preset_or_scale_names_the_choices():
     with pytest.raises(PresetError, match=r"memory-relative.*got 'x'"):
         find_preset("x")

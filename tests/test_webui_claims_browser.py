@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from attnlab.presets import find_preset
+from attnlab.presets import PRESETS, find_preset
 from attnlab.presets.outcome import submit_preset
 from attnlab_storage import queue, results
 from attnlab_storage.listing import count_runs
@@ -45,6 +45,29 @@ def measured(sqlite_store):
     return sqlite_store
 
 
+@pytest.fixture
+def every_preset(sqlite_store):
+    """All runs of all presets with claims, made up, on a CPU."""
+    presets = [preset for preset in PRESETS.values() if preset.claims]
+    for preset in presets:
+        runs = [run for made in submit_preset(sqlite_store, preset, "cpu", "tests") for run in made.run_ids]
+        for run in runs:
+            claim = queue.claim(sqlite_store, "tests", run_id=run)
+            assert claim is not None
+            interval = {"p10": 9.0, "p90": 11.0}
+            rows = [
+                results.MeasurementRow("latency", 10.0, "ms", samples=[9.9, 10.0, 10.1]),
+                results.MeasurementRow("cache_bytes", 5e5, "bytes"),
+                results.MeasurementRow("attention_peak_memory", 5e5, "bytes"),
+                results.MeasurementRow("output_tokens_per_second", 10.0, "tokens/s", detail=interval),
+            ]
+            with results.recording(sqlite_store, claim) as session:
+                results.record_environment(session, claim, {"device": "cpu", "cpu": {"model": "a CPU"}})
+                results.record_measurements(session, claim, rows)
+            queue.finish(sqlite_store, claim, "succeeded")
+    return presets
+
+
 def row(page, claim):
     return page.locator("#claims-table tr", has_text=claim)
 
@@ -61,6 +84,26 @@ def test_claim_measurement_and_verdict_stand_side_by_side(serve, browse, measure
     expect(page.locator("#claims-chart-0 .legend")).to_contain_text("measured: holds")
     expect(page.locator("#claims-chart-1 .legend")).to_contain_text("measured: does not hold here")
     assert page.evaluate("document.querySelector('.at-claims').getBoundingClientRect().right <= innerWidth")
+
+
+def test_every_claim_of_every_preset_has_its_verdict_and_the_reason(
+    serve, browse, sqlite_store, every_preset
+):
+    page = browse(serve(sqlite_store) + "/claims")
+    verdicts = {"holds", "does not hold here", "not measurable on this device"}
+    seen = set()
+    for preset in every_preset:
+        page.locator("#claims-preset").get_by_label(preset.title).check()
+        expect(page.locator("#claims-head h1")).to_have_text(preset.title)
+        expect(page.locator("#claims-table .at-chip")).to_have_count(len(preset.claims))
+        for claim in preset.claims:
+            cells = row(page, claim.says).first.locator("td").all_inner_texts()
+            assert cells[2] in verdicts, (claim.id, cells)
+            assert len(cells[3]) > 20, (claim.id, cells)
+            seen.add(cells[2])
+        expect(page.locator("#claims-chart-0")).to_be_visible()
+    assert seen == verdicts
+    assert "batch-serving" in {preset.name for preset in every_preset}
 
 
 def test_the_button_queues_the_preset_and_the_page_follows_it(serve, browse, sqlite_store):

@@ -64,7 +64,8 @@ def claims_table(preset: Preset, state: PresetState) -> str:
 
 def _row(claim: Claim, verdict: Verdict, homes: dict[int, int]) -> tuple[object, ...]:
     chip = Raw(f'<span class="at-chip {TONES[verdict.kind]}">{escape(KIND_WORDS[verdict.kind])}</span>')
-    said = Raw(f'<span title="{escape(claim.source)}">{escape(claim.says)}</span>')
+    quoted = f'<br><span class="at-muted">{escape(claim.quoted)}</span>' if claim.quoted else ""
+    said = Raw(f'<span title="{escape(claim.source)}">{escape(claim.says)}</span>{quoted}')
     why = Raw(f'<span title="{escape(claim.how)}">{escape(verdict.reason)}</span>')
     runs = " ".join(
         f'<a href="/experiment?{escape(urlencode({"id": homes[run], "run": run}))}">{run}</a>'

@@ -36,9 +36,9 @@ class Claim:
 
     Attributes:
         says: the claim in words.
-        quantity: what is measured. Of bytes the ratio to the baseline's, of time the baseline's over the run's (so
-            that more is faster), of tokens that a server writes a second the run's over the baseline's; of ``reaches``
-            and ``runs_out`` the tokens at which a run succeeds or runs out.
+        quantity: what is measured. Of bytes the ratio to the baseline's, of time a token the baseline's over the run's
+            (so that more is faster), of tokens that a server writes a second the run's over the baseline's; of
+            ``reaches`` and ``runs_out`` the tokens at which a run succeeds or runs out.
         low, high: what is claimed; equal where it is one number.
         device: the GPU that it was said of; None: of none in particular.
         how: how it is measured here.
@@ -60,6 +60,11 @@ class Claim:
     quoted: str = ""
     note: str = ""
     open: str = ""
+
+    @property
+    def across_lengths(self) -> bool:
+        """Whether run and baseline are of different lengths on purpose."""
+        return self.against is not None and self.which.length != self.against.length
 
     @property
     def is_ratio(self) -> bool:

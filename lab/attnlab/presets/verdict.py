@@ -100,6 +100,8 @@ def _ratio_words(claim: Claim, ratio: Measured) -> str:
         return f"{ratio.value:.2f} times the tokens a second ({ratio.low:.2f} to {ratio.high:.2f})"
     if claim.quantity != "latency_ms":
         return f"{ratio.value:.1%} of the baseline's bytes"
+    if claim.across_lengths:
+        return f"{ratio.value:.2f} times the tokens a second of the shorter ({ratio.low:.2f} to {ratio.high:.2f})"
     return f"{ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
@@ -108,8 +110,9 @@ def _ratio(claim: Claim, run: Document, base: Document) -> Measured | None:
         mine, theirs = run.get("latency_ms"), base.get("latency_ms")
         if not mine or not theirs:
             return None
-        value = theirs["median"] / mine["median"]
-        return Measured(value, theirs["p10"] / mine["p90"], theirs["p90"] / mine["p10"])
+        more = _tokens(run) / _tokens(base)
+        low, high = theirs["p10"] / mine["p90"], theirs["p90"] / mine["p10"]
+        return Measured(more * theirs["median"] / mine["median"], more * low, more * high)
     if claim.quantity == "tokens_per_second":
         mine, theirs = _written(run), _written(base)
         if not mine or not theirs:
@@ -122,6 +125,10 @@ def _ratio(claim: Claim, run: Document, base: Document) -> Measured | None:
     return Measured(*[mine / theirs] * 3)
 
 
+def _tokens(document: Document) -> int:
+    return document["sequence_length"] * document["batch_size"]
+
+
 def _written(document: Document) -> Mapping[str, float] | None:
     """Tokens a second of a served run, with the interval of its passes."""
     return (document.get("serving") or {}).get("output_tokens_per_second")
@@ -131,12 +138,13 @@ def _find_pair(claim: Claim, documents: Sequence[Document]) -> tuple[Document, D
     """The run and its baseline from the newest experiment that has both, finished."""
     if claim.against is None:
         return None
+    shared = ("batch_size",) if claim.across_lengths else ("sequence_length", "batch_size")
     for experiment in sorted({document["experiment"] for document in documents}, reverse=True):
         inside = [document for document in documents if document["experiment"] == experiment]
         runs, bases = matching(claim.which, inside), matching(claim.against, inside)
         for run in runs:
             for base in bases:
-                same = all(run[key] == base[key] for key in ("sequence_length", "batch_size"))
+                same = all(run[key] == base[key] for key in shared)
                 if same and _ended(run) and _ended(base):
                     return run, base
     return None
