@@ -44,7 +44,7 @@ def test_between_two_sequences_a_query_has_no_key_of_its_own(traced, monkeypatch
 
 
 def test_only_the_shown_positions_travel(traced):
-    found = token_document(traced.store, traced.run_ids[0], 0, 70, 1, (60, 500), count=3)
+    found = token_document(traced.store, traced.run_ids[0], 0, 70, 1, (60, 77), count=3)
     whole = token_weights(traced.store, traced.run_ids[0], 0, 70, 1)
     assert (found["sent"]["start"], len(found["sent"]["weights"]), len(found["sent"]["top"])) == (60, 17, 3)
     assert found["sent"]["weights"][3] == float(whole.sent[63])
@@ -67,6 +67,12 @@ def test_all_heads_of_a_region_are_the_regions_of_the_heads(traced):
         (lambda store, run: token_document(store, run, 0, 77), "row must be in 0..76"),
         (lambda store, run: token_document(store, run, 0, 1, 4), "head must be in 0..3"),
         (lambda store, run: token_document(store, run, 0, 1, 0, None, 0), "count must be in 1..100"),
+        (
+            lambda store, run: token_document(store, run, 0, 1, 0, (60, 78)),
+            "shown must be a range of 1..4096 positions within 0:77; got 60:78",
+        ),
+        (lambda store, run: token_document(store, run, 0, 1, 0, (77, 80)), "within 0:77; got 77:80"),
+        (lambda store, run: token_document(store, run, 0, 1, 0, (5, 5)), "within 0:77; got 5:5"),
         (lambda store, run: head_tiles(store, run, 0, (5, 99)), "rows must be a range"),
     ],
 )

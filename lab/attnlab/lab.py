@@ -22,6 +22,7 @@ from attnlab.estimate import Estimate, estimate
 from attnlab.export.arrays import statistics_arrays
 from attnlab.export.bundle import read_bundle, write_bundle
 from attnlab.export.notebooks import bertviz_arguments, circuitsvis_arguments
+from attnlab.export.pictures import render_picture
 from attnlab.heads import HeadPage, find_heads
 from attnlab.spec import ExperimentSpec, parse_spec
 from attnlab.views.distances import DistanceGrid, run_distances
@@ -281,6 +282,15 @@ class Run:
         labels = self.tokens
         title = map_label(run_brief(self.row), layer, head)
         return map_figure(view, title, labels.query, labels.key, colormap)
+
+    def picture(self, view: str, format: str = "png", **choices: Any) -> bytes:
+        """A view as PNG, SVG or PDF with title and colour bar: map, cross, generation, grid, heads, token, lines,
+        rollout, flow or image.
+
+        ``run.picture("token", "svg", layer=5, head=2, row=40)``; `attnlab.export.pictures.choices_of` names what can be
+        chosen. Raises ViewError for an unknown view, format or choice, and what cannot be shown.
+        """
+        return render_picture(self.lab.store, self.id, view, format, **choices)
 
     def token(self, row: int, layer: int, head: int | None = None) -> TokenWeights:
         """What the token of query ``row`` attends to and who attends to it, in one head or the mean of a layer's."""

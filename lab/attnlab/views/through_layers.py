@@ -54,6 +54,11 @@ class Way:
             return Answer(kept, 1.0)
         return JOBS.ask(self.key, self._worked_out)
 
+    def get(self) -> np.ndarray:
+        """The same, waited for."""
+        kept = self._kept()
+        return self._worked_out(lambda done: None) if kept is None else kept
+
     def cancel(self) -> bool:
         """Stop the work; False where none is going on."""
         return JOBS.cancel(self.key)
@@ -139,12 +144,18 @@ def rollout_document(
     values, done = way.ask()
     if values is None:
         return Answer(None, done)
-    found, document = rollout_of(way, values, row, height), _pooled(values, way.size) | {"residual": residual}
-    if row is None:
-        return Answer(document | {"rows": found.rows}, 1.0)
+    if row is not None:
+        return Answer(rollout_facts(way, values, row, residual), 1.0)
+    rows = row_groups(way.size, height)
+    return Answer(_pooled(values, way.size) | {"residual": residual, "rows": rows}, 1.0)
+
+
+def rollout_facts(way: Way, values: np.ndarray, row: int, residual: float) -> Document:
+    """The result of a `rollout_way` of one position as `rollout_document` has it."""
+    found = rollout_of(way, values, row)
     shares = found.values[0]
     facts = {"layers": found.layers, "shares": shares.tolist(), "top": _top(shares), "row": row}
-    return Answer(document | facts, 1.0)
+    return _pooled(values, way.size) | {"residual": residual} | facts
 
 
 def flow_document(
@@ -155,8 +166,15 @@ def flow_document(
     values, done = way.ask()
     if values is None:
         return Answer(None, done)
+    return Answer(flow_facts(way, values, row, span, residual), 1.0)
+
+
+def flow_facts(
+    way: Way, values: np.ndarray, row: int, span: tuple[int, int] | None, residual: float
+) -> Document:
+    """The result of a `flow_way` as `flow_document` has it."""
     found = flow_of(way, values, row, span)
-    document = {
+    return {
         "row": row,
         "residual": residual,
         "start": found.start,
@@ -165,7 +183,6 @@ def flow_document(
         "inside": found.inside.tolist(),
         "error": found.error,
     }
-    return Answer(document, 1.0)
 
 
 def _sized(store: Store, run_id: int, row: int | None) -> tuple[RunRow, int, int, int]:

@@ -76,7 +76,8 @@ def token_document(
 
     Of ``sent`` and ``received`` each (the latter None where the token has no key): ``start`` and ``weights`` of the
     shown positions, None where no pair is allowed; ``strip``, the maximum of at most 512 blocks of all positions;
-    ``top``, the ``count`` largest as [position, weight].
+    ``top``, the ``count`` largest as [position, weight]. A side that has fewer positions than the other has
+    what there is of the shown ones.
 
     Raises ViewError for a layer, head, row or range that is not there, or more than 4,096 positions.
     """
@@ -92,12 +93,23 @@ def token_document(
         "keys": keys,
         "received": None,
     }
+    check_shown(shown, max(queries, keys))
     line = (row, row + 1)
     document["sent"] = _side(found.sent, shown, count, lambda span: _allowed(maps, line, span))
     if found.col is not None:
         line = (found.col, found.col + 1)
         document["received"] = _side(found.received, shown, count, lambda span: _allowed(maps, span, line))
     return document | {"columns": column_word(trace)}
+
+
+def check_shown(shown: tuple[int, int] | None, size: int) -> None:
+    """ViewError unless the range is inside ``size`` positions and no longer than a page may ask for."""
+    if shown is None:
+        return
+    start, stop = shown
+    if not 0 <= start < stop <= size or stop - start > MOST_SHOWN:
+        rule = f"must be a range of 1..{MOST_SHOWN} positions within 0:{size}"
+        raise ViewError(f"shown {rule}; got {start}:{stop}")
 
 
 def _maps(
@@ -120,13 +132,12 @@ def _own_key(run: RunRow, trace: TraceRow, row: int) -> int | None:
 
 def _side(weights: np.ndarray, shown: tuple[int, int] | None, count: int, allowed: Any) -> dict[str, Any]:
     size = len(weights)
-    if shown is None:
-        start, stop = 0, size
-    else:
-        start, stop = max(0, min(shown[0], size - 1)), min(shown[1], size)
-    if not 0 < stop - start <= MOST_SHOWN:
-        raise ViewError(f"shown must be a range of 1..{MOST_SHOWN} of {size} positions; got {start}:{stop}")
-    known = allowed((start, stop))
+    start, stop = (0, size) if shown is None else (min(shown[0], size), min(shown[1], size))
+    if stop - start > MOST_SHOWN:
+        raise ViewError(
+            f"shown must be given where there are more than {MOST_SHOWN} positions; there are {size}"
+        )
+    known = allowed((start, stop)) if stop > start else []
     part = [float(w) if ok else None for w, ok in zip(weights[start:stop], known, strict=True)]
     edges = np.arange(min(STRIP, size)) * size // min(STRIP, size)
     strip = np.maximum.reduceat(np.abs(weights), edges)

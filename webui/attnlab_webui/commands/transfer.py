@@ -1,12 +1,14 @@
 """`export` and `import`: what leaves the lab as a file, and an experiment's zip coming back."""
 
 import os
+import re
+from json import loads as json_of
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from attnlab.export import arrays, image, table
+from attnlab.export import arrays, image, pictures, table
 from attnlab.export.bundle import read_bundle, write_bundle
 from attnlab.export.report import write_report
 from attnlab_storage.database import Store
@@ -39,18 +41,34 @@ def export(
     ] = None,
     rows: Annotated[str | None, typer.Option(metavar="A:B", help="Only these queries of the map.")] = None,
     cols: Annotated[str | None, typer.Option(metavar="A:B", help="Only these keys of the map.")] = None,
+    view: Annotated[
+        str | None,
+        typer.Option("--view", metavar="VIEW", help=f"A view as a picture: {', '.join(pictures.VIEWS)}."),
+    ] = None,
+    choose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="What the view shows: layer=5, head=2, row=40, rows=0:64."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write measurements, statistics of heads (npz, safetensors), a report, a whole experiment, or with --map a map.
+    """Write measurements, statistics of heads (npz, safetensors), a report, a whole experiment, a map or a view.
+
+    With --view token --set layer=5 --set row=40 the file is a picture of that view (.png, .svg, .pdf).
 
     With --map 5:2 the file holds the exact weights of one head (.npz, .safetensors, .parquet, .csv) or a picture of
     them (.png, .svg, .pdf); with --map 5 the layer's Q, K and LSE, or a picture of all its heads.
     """
-    if (map is None) == (format is None):
-        refuse(f"exactly one of --format and --map must be given; choices of --format: {', '.join(FORMATS)}")
+    if [map, format, view].count(None) != 2:
+        given = f"exactly one of --format, --map and --view must be given; choices of --format: {', '.join(FORMATS)}"
+        refuse(given)
     check_out(out)
     store = reading_store()
-    if map is not None:
+    if view is not None:
+        wanted = parse_target(target)
+        write_whole(out, view_file(store, wanted, view, choose or [], out.suffix))
+    elif map is not None:
         wanted = parse_target(target)
         write_whole(out, map_file(store, wanted, map, rows, cols, out.suffix))
     else:
@@ -120,6 +138,31 @@ def map_file(
         return image.render_view(store, target.id, layer, head, *region, form)
     write = arrays.write_map if form in arrays.FORMATS else table.write_map_table
     return write(store, target.id, layer, head, *region, form)
+
+
+def view_file(store: Store, target: Target, view: str, choices: list[str], suffix: str) -> bytes:
+    """One view of a run, as the bytes of a picture."""
+    if target.kind != "run":
+        refuse(f"--view needs one run, got {target}")
+    find_runs(store, target)
+    chosen = dict(parse_choice(text) for text in choices)
+    return pictures.render_picture(store, target.id, view, suffix.removeprefix("."), **chosen)
+
+
+def parse_choice(text: str) -> tuple[str, Any]:
+    """``layer=5``, ``rows=0:64``, ``heads=1,3``, ``residual=0.25``, ``sink=true`` or ``theme=dark``."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or not value:
+        refuse(f"--set must be NAME=VALUE, got {text!r}")
+    if re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", value):
+        start, _, stop = value.partition(":")
+        return name, (int(start), int(stop))
+    if name == "heads" and value != "mean":
+        value = f"[{value}]"
+    try:
+        return name, json_of(value)
+    except ValueError:
+        return name, value
 
 
 def check_out(out: Path) -> None:

@@ -8,16 +8,15 @@ import { readInk } from "../ink.js";
 import { drawLines } from "../line_picture.js";
 import { button, element } from "../make.js";
 import { ApiError, getTile } from "../request.js";
+import { Waiting } from "./waiting.js";
 
 const MOST = 64; // tokens a side
 const AT_FIRST = 32;
 const PITCH = 20;
 
-export class Lines {
+export class Lines extends Waiting {
   constructor(root, run) {
-    this.root = root;
-    this.run = run;
-    this.state = run.state;
+    super(root, run);
     this.held = null; // {side: "query" | "key", at}: the token that alone is shown
     this.hovered = null;
     root.className = "at-view at-lines-view";
@@ -377,19 +376,7 @@ export class Lines {
     return sum;
   }
 
-  complain(message) {
-    const place = this.find(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
-  }
-
-  get idle() {
-    return Boolean(this.tile) && !this.wanted;
-  }
-
-  stop() {
-    this.stopped = true;
-    this.wanted?.abort();
-    for (const detach of this.detach) detach();
+  get loaded() {
+    return this.tile;
   }
 }

@@ -7,6 +7,7 @@ import { readInk } from "../ink.js";
 import { button, element } from "../make.js";
 import { ApiError, getWorkedOut, post } from "../request.js";
 import { TokenText, topList } from "../token_text.js";
+import { Waiting } from "./waiting.js";
 
 const DECADES = 4;
 const AROUND = 1024; // tokens of the text that stand in the page, up to the chosen one
@@ -20,11 +21,10 @@ const WORDS = {
 };
 const SOURCE = " Abnar and Zuidema 2020, arXiv 2005.00928.";
 
-export class Rollout {
+// Leaving it lets the server's work go on, for whoever comes back.
+export class Rollout extends Waiting {
   constructor(root, run) {
-    this.root = root;
-    this.run = run;
-    this.state = run.state;
+    super(root, run);
     root.className = "at-view at-rollout-view";
     root.innerHTML =
       '<div class="at-view-bar"><span role="radiogroup" aria-label="way" class="at-switch"></span>' +
@@ -406,20 +406,7 @@ export class Rollout {
     this.find(".at-readout").replaceChildren(...made);
   }
 
-  complain(message) {
-    const place = this.find(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
-  }
-
-  get idle() {
-    return this.asked === true && !this.wanted;
-  }
-
-  // The server's work goes on, for whoever comes back.
-  stop() {
-    this.stopped = true;
-    this.wanted?.abort();
-    for (const detach of this.detach) detach();
+  get loaded() {
+    return this.asked === true;
   }
 }

@@ -8,17 +8,16 @@ import { readInk } from "../ink.js";
 import { button, element } from "../make.js";
 import { ApiError, getJson } from "../request.js";
 import { TokenText, topList } from "../token_text.js";
+import { Waiting } from "./waiting.js";
 
 const PAGE = 1024; // tokens of the text that stand in the page at once
 const DECADES = 3;
 const STRIP_HEIGHT = 26;
 const WORDS = { sent: "attends to", received: "attended by" };
 
-export class Token {
+export class Token extends Waiting {
   constructor(root, run) {
-    this.root = root;
-    this.run = run;
-    this.state = run.state;
+    super(root, run);
     root.className = "at-view at-token-view";
     root.innerHTML =
       '<div class="at-top"><div data-part="picker"></div></div>' +
@@ -330,20 +329,12 @@ export class Token {
     else this.find(`#at-token-${at}`)?.scrollIntoView({ block: "nearest" });
   }
 
-  complain(message) {
-    const place = this.find(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
-  }
-
-  get idle() {
-    return Boolean(this.document) && !this.wanted;
+  get loaded() {
+    return this.document;
   }
 
   stop() {
-    this.stopped = true;
-    this.wanted?.abort();
+    super.stop();
     this.heads.stop();
-    for (const detach of this.detach) detach();
   }
 }
