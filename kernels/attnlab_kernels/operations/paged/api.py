@@ -6,17 +6,19 @@ https://arxiv.org/abs/2309.06180. Slots that hold no token of a sequence are nev
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Mask
 from attnlab_kernels.operations.paged.reference import gather
-from attnlab_kernels.operations.softmax import eager, triton_forward
+from attnlab_kernels.operations.softmax import eager, sdpa, triton_forward
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Modifiers, Support
 from attnlab_kernels.output import AttentionOutput
 
-IMPLEMENTATIONS = ("eager", "triton")
+IMPLEMENTATIONS = ("eager", "fused", "triton")
 
 
 def attend_paged(
@@ -43,7 +45,8 @@ def attend_paged(
         lengths: int32 ``[S]``, tokens of each sequence, the new ones included.
         query_starts: int32 ``[S + 1]``, where each sequence's queries begin; default one query each (decoding).
         mask: of every sequence, aligned to its newest token; default causal.
-        implementation: "eager" (gathers the blocks), "triton", or "auto" (Triton on CUDA).
+        implementation: "eager" (gathers the blocks), "fused" (gathers them for SDPA's flash kernel, on a CPU),
+            "triton", or "auto" (Triton on CUDA, fused on a CPU, eager for what these cannot run).
 
     Returns:
         output ``[T, Hq, Dv]``; lse ``[Hq, T]`` natural log; aux as ``attend``'s.
@@ -59,28 +62,47 @@ def attend_paged(
         query_starts = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
     counts, held = query_starts.diff().tolist(), lengths.tolist()
     _check(q, key_pool, value_pool, tables, counts, held, int(query_starts[0]), mask)
-    support = triton_supports(q, key_pool, value_pool, modifiers, factor)
+    able = {
+        "eager": Support(True),
+        "fused": fused_supports(q, value_pool, mask, modifiers),
+        "triton": triton_supports(q, key_pool, value_pool, modifiers, factor),
+    }
+    own = "triton" if q.device.type == "cuda" else "fused"
     name = implementation
     if name == "auto":
-        name = "triton" if support and q.device.type == "cuda" else "eager"
+        name = own if able[own] else "eager"
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
         )
-    if name == "triton" and not support:
-        raise Unsupported(f"implementation 'triton' cannot run this call: {support.reason}")
+    if not able[name]:
+        raise Unsupported(f"implementation {name!r} cannot run this call: {able[name].reason}")
     pools = (key_pool, value_pool)
     with torch.no_grad():
-        if name == "eager":
-            output, lse = _run_each(q, *pools, tables, counts, held, mask, factor, modifiers)
+        if name != "triton":
+            run = eager.run if name == "eager" else sdpa.run_flash
+            output, lse = _run_each(run, q, *pools, tables, counts, held, mask, factor, modifiers)
         else:
             starts = (query_starts.to(torch.int32).contiguous(), lengths.to(torch.int32).contiguous())
             size = triton_forward.Size(sequences, max(counts), max(held), key_pool.shape[2])
             output, lse = _run_triton(q, *pools, tables, starts, size, mask, factor, modifiers)
+    why = able[own].reason or "gathers the blocks for the fused kernel"
     reason = (
-        "asked for" if implementation != "auto" else f"auto: Triton on CUDA, else eager ({support.reason})"
+        "asked for" if implementation != "auto" else f"auto: {own} on {q.device.type}, else eager ({why})"
     )
     return AttentionOutput(output, lse=lse, aux={"implementation": name, "reason": reason})
+
+
+def fused_supports(q: Tensor, value_pool: Tensor, mask: Mask, modifiers: Modifiers) -> Support:
+    """Whether SDPA's flash kernel runs over gathered blocks of these pools."""
+    if q.device.type != "cpu":
+        return Support(False, f"fused gathers the blocks for the CPU kernel; on {q.device.type} use triton")
+    if value_pool.dtype != q.dtype:
+        return Support(False, f"queries and pools must share a dtype; got {q.dtype} and {value_pool.dtype}")
+    query, value = (part.transpose(0, 1)[None] for part in (q[:1], value_pool[0]))
+    return sdpa.supports_flash(
+        query, value, value, mask=mask, bias=None, modifiers=modifiers, need_grad=False
+    )
 
 
 def triton_supports(
@@ -102,6 +124,7 @@ def triton_supports(
 
 
 def _run_each(
+    run: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor,
     key_pool: Tensor,
     value_pool: Tensor,
@@ -118,7 +141,7 @@ def _run_each(
         blocks = tables[row, : -(-length // size)].tolist()
         key, value = (_in_order(pool, blocks, length)[None] for pool in (key_pool, value_pool))
         query = q[first : first + count].transpose(0, 1)[None]
-        output, lse = eager.run(query, key, value, mask=mask, scale=scale, modifiers=modifiers)
+        output, lse = run(query, key, value, mask=mask, scale=scale, modifiers=modifiers)
         outputs.append(output[0].transpose(0, 1))
         sums.append(lse[0])
         first += count

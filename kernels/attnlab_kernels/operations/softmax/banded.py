@@ -14,6 +14,8 @@ from attnlab_kernels.operations.softmax import lower
 from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support, fused_refusal
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# rows of a block at an edge, a call of its own: more of them compute more pairs, fewer make more calls
+EDGE_ROWS = 128
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
                 out[place], lse[place] = _inner_blocks(
                     q[place], k[index, :, keys], v[index, :, keys], step, tile, scale
                 )
-        for rows in (*_spans(lo, inner, step), *_spans(tail, hi, step)):
+        for rows in (*_spans(lo, inner, max(step, EDGE_ROWS)), *_spans(tail, hi, max(step, EDGE_ROWS))):
             place = (batch, slice(None), rows)
             out[place], lse[place] = _edge_block(q, k, v, batch, rows, mask, scale, modifiers.alibi)
     return lower.add_sinks(out, lse, modifiers.sinks)

@@ -207,12 +207,11 @@ def add_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint keys: outputs ``[..., S, Dv]`` weighted by log-sum-exp ``[..., S]``."""
-    if len(parts) == 1:
-        return parts[0]
-    lse = torch.logsumexp(torch.stack([part for _, part in parts]), dim=0)
-    safe = torch.where(torch.isneginf(lse), 0, lse)
-    out = sum(
-        (torch.exp(part - safe)[..., None] * value for value, part in parts),
-        torch.zeros((), device=lse.device),
-    )
-    return out.to(parts[0][0].dtype), lse
+    output, lse = parts[0]
+    for other, more in parts[1:]:
+        wide = torch.promote_types(output.dtype, lse.dtype)
+        # neither has a key: NaN, and any share of nothing will do
+        share = torch.sigmoid(more - lse).nan_to_num_(0)[..., None].to(wide)
+        output = torch.lerp(output.to(wide), other.to(wide), share)
+        lse = torch.logaddexp(lse, more)
+    return output.to(parts[0][0].dtype), lse
