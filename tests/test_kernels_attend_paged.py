@@ -12,17 +12,18 @@ from attnlab_kernels.operations.paged.api import attend_paged
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.lower import merge
 
-LENGTHS, NEW = [60, 9, 35, 20], [37, 9, 1, 0]
+LENGTHS, NEW = [60, 9, 35, 20, 35], [37, 9, 1, 0, 1]
 
 
 def call(dtype: torch.dtype = torch.float32, value_dim: int = 6) -> dict[str, Any]:
-    """Four sequences in a pool of blocks of 8 in any order; what holds no token is NaN."""
+    """Five sequences, two of them alike, in a pool of blocks of 8 in any order; what holds no token is NaN."""
     generator = torch.Generator().manual_seed(0)
     pools = [torch.full((24, 8, 2, dim), torch.nan) for dim in (6, value_dim)]
-    tables = torch.randperm(24, generator=generator)[: 4 * 5].reshape(4, 5)
-    tables = torch.cat((tables, tables[:, :3] * 0 - 1), dim=1).int()
-    tables[0, 5:] = torch.tensor([b for b in range(24) if b not in tables])[:3].int()
+    free = iter(torch.randperm(24, generator=generator).tolist())
+    tables = torch.full((5, 8), -1, dtype=torch.int32)
     for row, length in enumerate(LENGTHS):
+        for block in range(-(-length // 8)):
+            tables[row, block] = next(free)
         for place in range(length):
             for pool in pools:
                 slot = torch.randn(pool.shape[2:], generator=generator)

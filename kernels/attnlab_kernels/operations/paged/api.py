@@ -6,13 +6,13 @@ https://arxiv.org/abs/2309.06180. Slots that hold no token of a sequence are nev
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Mask
-from attnlab_kernels.operations.paged.reference import gather
 from attnlab_kernels.operations.softmax import eager, sdpa, triton_forward
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Modifiers, Support
@@ -81,7 +81,7 @@ def attend_paged(
     with torch.no_grad():
         if name != "triton":
             run = eager.run if name == "eager" else sdpa.run_flash
-            output, lse = _run_each(run, q, *pools, tables, counts, held, mask, factor, modifiers)
+            output, lse = _run_alike(run, q, *pools, tables, counts, held, mask, factor, modifiers)
         else:
             starts = (query_starts.to(torch.int32).contiguous(), lengths.to(torch.int32).contiguous())
             size = triton_forward.Size(sequences, max(counts), max(held), key_pool.shape[2])
@@ -123,7 +123,7 @@ def triton_supports(
     )
 
 
-def _run_each(
+def _run_alike(
     run: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor,
     key_pool: Tensor,
@@ -135,25 +135,31 @@ def _run_each(
     scale: float,
     modifiers: Modifiers,
 ) -> tuple[Tensor, Tensor]:
-    outputs, sums, first = [], [], 0
-    size = key_pool.shape[1]
-    for row, (count, length) in enumerate(zip(counts, held, strict=True)):
-        blocks = tables[row, : -(-length // size)].tolist()
-        key, value = (_in_order(pool, blocks, length)[None] for pool in (key_pool, value_pool))
-        query = q[first : first + count].transpose(0, 1)[None]
-        output, lse = run(query, key, value, mask=mask, scale=scale, modifiers=modifiers)
-        outputs.append(output[0].transpose(0, 1))
-        sums.append(lse[0])
-        first += count
-    return torch.cat(outputs), torch.cat(sums, dim=-1)
+    output = q.new_empty(*q.shape[:2], value_pool.shape[-1])
+    sums = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    size, stops = key_pool.shape[1], list(itertools.accumulate(counts))
+    alike: dict[tuple[int, int], list[int]] = {}
+    for row, shape in enumerate(zip(counts, held, strict=True)):
+        if shape[0]:
+            alike.setdefault(shape, []).append(row)
+    for (count, length), rows in alike.items():
+        blocks = tables[rows, : -(-length // size)]
+        key, value = (_in_order(pool, blocks, length) for pool in (key_pool, value_pool))
+        tokens = torch.tensor([range(stops[row] - count, stops[row]) for row in rows], device=q.device)
+        tokens = tokens.long().reshape(len(rows), count)
+        out, lse = run(q[tokens].transpose(1, 2), key, value, mask=mask, scale=scale, modifiers=modifiers)
+        output[tokens], sums[tokens] = out.transpose(1, 2), lse.transpose(1, 2).to(sums.dtype)
+    return output, sums.T
 
 
-def _in_order(pool: Tensor, blocks: list[int], length: int) -> Tensor:
-    """The first tokens of a sequence ``[Hkv, m, D]``: where its blocks follow each other in the pool, as they lie."""
-    first = blocks[0] if blocks else 0
-    if blocks != list(range(first, first + len(blocks))):
-        return gather(pool, blocks, length)
-    return pool[first : first + len(blocks)].flatten(0, 1)[:length].transpose(0, 1)
+def _in_order(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """The first tokens of sequences ``[S, Hkv, m, D]``: of one whose blocks follow each other, as they lie."""
+    if len(blocks) == 1 and blocks.shape[1] and bool((blocks.diff() == 1).all()):
+        first = int(blocks[0, 0])
+        found = pool[first : first + blocks.shape[1]][None]
+    else:
+        found = pool[blocks.long()]
+    return found.flatten(1, 2)[:, :length].transpose(1, 2)
 
 
 def _run_triton(
