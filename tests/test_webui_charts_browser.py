@@ -7,6 +7,9 @@ import pytest
 
 from attnlab_storage import queue, results
 
+# Gradio's own statistics of its events use what pandas has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 PLOT = ".at-plot-of-runs .js-plotly-plot"
 
 
@@ -80,6 +83,25 @@ def test_a_chart_follows_the_runs(serve, browse, sqlite_store, make_traced):
         "(plot) => document.querySelector(plot).data.some((t) => t.marker.symbol === 'x')", arg=PLOT
     )
     assert crosses(page) == [f"#{made.run_ids[2]} out of memory: needs 4.8 GB"]
+
+
+def test_what_was_chosen_stays_while_the_runs_end(serve, browse, sqlite_store, make_traced):
+    made = make_traced(sqlite_store, tokens=30, layers=1, outcomes=["failed"])
+    queue.retry(sqlite_store, made.run_ids)
+    page = browse(f"{serve(sqlite_store)}/experiment?id={made.experiment_id}&tab=charts")
+    titled(page, "Time of the forward pass")
+    page.get_by_label("Error bars", exact=True).click()
+    page.get_by_role("option", name="10th to 90th percentile").click()
+    page.wait_for_url(re.compile("bars=percentiles"))
+    claim = queue.claim(sqlite_store, "tests", run_id=made.run_ids[2])
+    assert claim is not None
+    queue.finish(sqlite_store, claim, "out_of_memory", reason="needs 4.8 GB")
+    page.wait_for_function(
+        "(plot) => document.querySelector(plot).data.some((t) => t.marker.symbol === 'x')", arg=PLOT
+    )
+    assert crosses(page) == [f"#{made.run_ids[2]} out of memory: needs 4.8 GB"]
+    assert page.get_by_label("Error bars", exact=True).input_value() == "10th to 90th percentile"
+    assert "bars=percentiles" in page.url
 
 
 def test_compared_runs_have_the_same_charts(serve, browse, outcomes):
