@@ -8,12 +8,11 @@ A page is one module in `attnlab_webui.pages`, named in `site_map.PAGES`, with
 
     def build(store: Store) -> None
 
-which is called once, inside `with demo.route(title, path)`: everything it creates lands on that page.
+which is called once, while its path is the current page of the Blocks: everything it creates lands on that page.
 Layout first, then handlers, then wiring. A page
 
 - begins with `pieces.navigation("<key>")`, the bar that every page shares (key as in `PAGES`);
-- reads its state from the address: `pieces.page().load(fn, None, outputs, **pieces.INTERNAL)`, where `fn`
-  takes a `gr.Request` and reads `request.query_params`;
+- is drawn from its address by `drawing.draw`, the one owner of its outputs: there is no late answer then;
 - passes `**pieces.INTERNAL` (or `**pieces.ACTION` when the wait should show) to every event listener, so that
   no internal handler becomes a public endpoint;
 - escapes every string that a person can write with `pieces.escape` before it enters `gr.HTML`;
@@ -52,8 +51,10 @@ def build_pages(store: Store) -> gr.Blocks:
     demo = gr.Blocks(title="attnlab", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400))
     with demo:
         _module(front).build(store)
-    for page in others:
-        with demo.route(page.title, page.path, show_in_navbar=False):
+        # what demo.route does, but inside: at the end of every `with` Gradio makes its whole application again
+        for page in others:
+            demo.pages.append((page.path, page.title, False))
+            demo.current_page = page.path
             _module(page).build(store)
     demo.queue(default_concurrency_limit=16, max_size=512, api_open=False)
     return demo
