@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -96,9 +96,7 @@ def postgres_server() -> Iterator[str]:
 @pytest.fixture
 def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
     """The URL of a fresh, migrated SQLite store."""
-    path = tmp_path / "attnlab.db"
-    shutil.copyfile(sqlite_template, path)
-    return f"sqlite:///{path}"
+    return _copied(sqlite_template, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -160,11 +158,11 @@ def chromium(chromium_path: str) -> Iterator[Any]:
     """One headless browser for all tests of the session; each test opens a context of its own."""
     from playwright.sync_api import sync_playwright
 
-    quiet = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+    quiet = (
+        "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
+    )
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium_path, args=[*quiet, "--disable-sync", "--no-first-run"]
-        )
+        browser = playwright.chromium.launch(executable_path=chromium_path, args=quiet.split())
         yield browser
         browser.close()
 
@@ -192,11 +190,39 @@ def serving(store: Store) -> Iterator[str]:
     thread.join(10)
 
 
+class StoreOfTheTest:
+    """Stands for the store of the test that runs: to build the pages takes longer than most tests."""
+
+    def __init__(self, empty: Store) -> None:
+        self.empty = self.now = empty
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.now, name)
+
+
+Shared = tuple[str, StoreOfTheTest]
+
+
+@pytest.fixture(scope="session")
+def shared_pages(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    """The address of a server for all tests that change what they look at, and the store behind it."""
+    with open_store(_copied(sqlite_template, tmp_path_factory.mktemp("shared"))) as empty:
+        store = StoreOfTheTest(empty)
+        with serving(cast(Store, store)) as address:
+            yield address, store
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[[Store], str]]:
+def serve(shared_pages: Shared) -> Iterator[Callable[[Store], str]]:
     """Serves a store's web pages until the test ends; gives the address."""
-    with contextlib.ExitStack() as stack:
-        yield lambda store: stack.enter_context(serving(store))
+    address, shared = shared_pages
+
+    def show(store: Store) -> str:
+        shared.now = store
+        return address
+
+    yield show
+    shared.now = shared.empty
 
 
 @dataclass
@@ -212,9 +238,7 @@ def served(
     sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, make_traced: "Callable[..., Traced]"
 ) -> Iterator[Served]:
     """Two succeeded runs of 77 tokens and a failed one, served for all tests that only look."""
-    path = tmp_path_factory.mktemp("served") / "attnlab.db"
-    shutil.copyfile(sqlite_template, path)
-    with open_store(f"sqlite:///{path}") as store:
+    with open_store(_copied(sqlite_template, tmp_path_factory.mktemp("served"))) as store:
         traced = make_traced(store, outcomes=["failed"])
         with serving(store) as address:
             yield Served(address, traced)
@@ -252,9 +276,7 @@ def serve_runs(
     with contextlib.ExitStack() as stack:
 
         def make(**specs: dict[str, Any]) -> ServedRuns:
-            path = tmp_path_factory.mktemp("runs") / "attnlab.db"
-            shutil.copyfile(sqlite_template, path)
-            store = stack.enter_context(open_store(f"sqlite:///{path}"))
+            store = stack.enter_context(open_store(_copied(sqlite_template, tmp_path_factory.mktemp("runs"))))
             runs = {}
             for name, spec in specs.items():
                 whole = {"name": name, "record": ["maps"], "repeats": 1} | spec
@@ -266,13 +288,22 @@ def serve_runs(
         yield make
 
 
+@pytest.fixture(scope="session")
+def window(chromium: Any) -> Iterator[Any]:
+    """One browser context for the session, whose cache keeps Gradio's files; what a test stores in it is cleared."""
+    context = chromium.new_context()
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
+def browse(window: Any) -> Iterator[Callable[..., Any]]:
     """Opens pages that may neither complain (console, uncaught errors) nor ask for anything off loopback."""
-    contexts: list[Any] = []
     problems: list[str] = []
+    opened: list[Any] = []
 
     def watch(page: Any) -> None:
+        opened.append(page)
         page.on("pageerror", lambda error: problems.append(f"uncaught: {error}"))
         page.on(
             "console", lambda line: problems.append(f"console: {line.text}") if line.type == "error" else None
@@ -289,22 +320,30 @@ def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
     ) -> Any:
         """A new page at the address; problems that contain one of ``expect`` are part of the test."""
         expected.extend(expect)
-        context = chromium.new_context(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
-        contexts.append(context)
-        context.on("request", check)
-        context.on("page", watch)
-        page = context.new_page()
+        page = window.new_page()
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme="dark" if dark else "light")
         page.goto(url)
         return page
 
     expected: list[str] = list(LEAVING)
+    window.on("request", check)
+    window.on("page", watch)
     yield open_page
-    for context in contexts:
-        context.close()
+    window.remove_listener("page", watch)
+    for page in opened:
+        if not page.is_closed():
+            page.evaluate("() => { if (location.protocol === 'http:') localStorage.clear(); }")
+            page.close()
+    window.clear_cookies()
+    window.remove_listener("request", check)
     left = [problem for problem in problems if not any(part in problem for part in expected)]
     assert not left, "\n".join(left)
+
+
+def _copied(template: Path, folder: Path) -> str:
+    shutil.copyfile(template, folder / "attnlab.db")
+    return f"sqlite:///{folder / 'attnlab.db'}"
 
 
 def _administer(url: str, statement: str) -> None:

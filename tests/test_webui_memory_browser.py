@@ -50,8 +50,9 @@ def test_a_link_opens_the_timeline_and_the_tab_goes_into_the_address(serve, brow
 
 
 def test_a_timeline_is_a_file_to_take_away(serve, browse, sqlite_store, runs):
-    address = f"{serve(sqlite_store)}/api/v1/runs/{runs[0].id}/memory"
-    page = browse(f"{serve(sqlite_store)}/queue")
+    served = serve(sqlite_store)
+    address = f"{served}/api/v1/runs/{runs[0].id}/memory"
+    page = browse(f"{served}/queue")
     timeline = page.request.get(f"{address}/memory_timeline")
     assert timeline.headers["content-disposition"].endswith('memory-timeline.json"')
     assert timeline.json()["held"]["kv_cache"] == 2 * 32 * 4 * 64
