@@ -158,9 +158,7 @@ def chromium(chromium_path: str) -> Iterator[Any]:
     """One headless browser for all tests of the session; each test opens a context of its own."""
     from playwright.sync_api import sync_playwright
 
-    quiet = (
-        "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync"
-    )
+    quiet = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path, args=quiet.split())
         yield browser

@@ -47,8 +47,8 @@ def test_a_run_that_failed_stands_in_its_verdict_with_a_link(sqlite_store):
 
 
 def test_nothing_changes_while_nothing_happens(sqlite_store):
-    *_, seen = page.on_tick(sqlite_store, "cache-sizes", -1)
-    assert page.on_tick(sqlite_store, "cache-sizes", seen)[-1] == page.gr.skip()
+    *_, seen = page.on_draw(sqlite_store, "cache-sizes", (-1, ""))
+    assert page.on_draw(sqlite_store, "cache-sizes", seen)[-1] == page.gr.skip()
 
 
 def test_an_unknown_preset_is_refused_in_words(sqlite_store):

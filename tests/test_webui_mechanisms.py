@@ -84,7 +84,7 @@ def test_a_shape_no_model_has_names_the_field(fields, words):
 
 
 def test_a_bundled_model_fills_the_shape():
-    assert page.take_model("smollm2-135m") == (30, 9, 3, 64, 8192)
+    assert page.shapes()["smollm2-135m"] == [30, 9, 3, 64, 8192]
 
 
 def test_text_of_a_record_is_escaped():

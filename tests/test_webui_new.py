@@ -3,6 +3,7 @@
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from urllib.parse import urlencode
 
 import gradio as gr
 import pytest
@@ -184,26 +185,25 @@ def test_cost_waits_for_a_valid_draft(sqlite_store):
 
 def test_queue_button_queues_the_grid_once_and_links_to_it(sqlite_store, starter):
     text, _ = starter
-    result, problems, _ = new.on_queue(sqlite_store, text)
+    result = new.on_queue(sqlite_store, text)
     assert "2 runs are queued" in result
     assert 'href="/experiment?id=1"' in result
     assert "No dispatcher is running" in result
-    assert problems == ""
     assert count_runs(sqlite_store) == 2
 
 
 def test_queue_notice_is_quiet_when_a_dispatcher_is_alive(sqlite_store, starter):
     dispatcher_beat(sqlite_store, "here:1:a", {})
-    assert "No dispatcher" not in new.on_queue(sqlite_store, starter[0])[0]
+    assert "No dispatcher" not in new.on_queue(sqlite_store, starter[0])
 
 
 @pytest.mark.parametrize(
     "text", ["", "name: [x", "name: n\nmodel: minilm-l6\nvary: {mechanism: [telepathy]}"]
 )
 def test_nothing_is_queued_while_something_is_left_to_fix(sqlite_store, text):
-    result, problems, _ = new.on_queue(sqlite_store, text)
+    result = new.on_queue(sqlite_store, text)
     assert "Not queued" in result
-    assert problems
+    assert new.verdict_of(sqlite_store, text)[0]
     assert count_runs(sqlite_store) == 0
 
 
@@ -214,7 +214,8 @@ def test_a_disk_that_is_too_small_is_told_before_queueing(sqlite_store, starter,
         )
 
     monkeypatch.setattr(new_experiment, "estimate", tiny)
-    result, _, cost = new.on_queue(sqlite_store, starter[0])
+    result = new.on_queue(sqlite_store, starter[0])
+    cost = new.verdict_of(sqlite_store, starter[0])[1]
     assert "Not queued" in result
     assert "free disk" in cost
     assert count_runs(sqlite_store) == 0
@@ -222,7 +223,8 @@ def test_a_disk_that_is_too_small_is_told_before_queueing(sqlite_store, starter,
 
 def test_clone_fills_the_page_from_a_stored_experiment(sqlite_store, fields, starter):
     new.on_queue(sqlite_store, starter[0])
-    notice, text, *_ = new.on_load(sqlite_store, fields, {"clone": "1"})
+    text, *_ = new.on_first(sqlite_store, fields, {"clone": "1"})
+    notice = new.on_load(sqlite_store, "?clone=1")[0]
     assert "A copy of experiment 1" in notice
     stored = get_experiment(sqlite_store, 1)
     assert stored is not None
@@ -233,25 +235,69 @@ def test_clone_fills_the_page_from_a_stored_experiment(sqlite_store, fields, sta
 
 @pytest.mark.parametrize("wanted", ["99", "x", "-1", HOSTILE, "9" * 40])
 def test_a_clone_of_nothing_says_so(sqlite_store, fields, wanted):
-    notice, text, *_ = new.on_load(sqlite_store, fields, {"clone": wanted})
+    text, *_ = new.on_first(sqlite_store, fields, {"clone": wanted})
+    notice = new.on_load(sqlite_store, f"?{urlencode({'clone': wanted})}")[0]
     assert "There is no experiment" in notice
     assert "<script>" not in notice
     assert text == drafts.starter()
 
 
-def test_load_fills_every_output(sqlite_store, fields):
-    answers = new.on_load(sqlite_store, fields, {})
-    assert len(answers) == 10 + len(fields.folds()) + len(fields.components())
+def changed(store, fields, text, agreed, *values, clicks=None, query=""):
+    """The YAML that is answered (None where it stays), what both sides agree on, and the components."""
+    answer, now, *rest = new.on_edit(store, fields, query, clicks, None, text, agreed, *values)
+    assert answer["on"] == text
+    return answer["text"], now, rest[1 + len(fields.folds()) :]
 
 
-def test_implementations_no_machine_has_are_marked_with_the_reason(sqlite_store, fields):
+def test_the_first_answer_shows_the_address_and_every_later_one_the_side_that_was_edited(
+    sqlite_store, fields, starter
+):
+    text, form = starter
+    values = fields.values(form)
+    first, agreed, written = changed(
+        sqlite_store, fields, text, None, *values, query="?mechanism=sliding_window"
+    )
+    assert "sliding_window" in first
+    assert not all(skipped(value) for value in written)
+
+    agreed = new.Agreed(text, form)
+    new_text, now, written = changed(sqlite_store, fields, text, agreed, *values)
+    assert (new_text, now.text) == (None, text)
+    assert all(skipped(value) for value in written)
+
+    edited = text.replace("repeats: 5", "repeats: 11")
+    new_text, now, written = changed(sqlite_store, fields, edited, agreed, *values)
+    assert (new_text, now.text, now.form.repeats) == (None, edited, "11")
+    assert [value for value in written if not skipped(value)] == ["11"]
+
+    typed = fields.values(replace(form, seed="7"))
+    new_text, now, written = changed(sqlite_store, fields, edited, agreed, *typed)
+    assert "repeats: 11" in new_text
+    assert "seed: 7" in new_text
+    assert (now.form.repeats, now.form.seed) == ("11", "7")
+    assert [value for value in written if not skipped(value)] == ["11"]
+
+
+def test_what_the_form_was_given_while_the_yaml_was_broken_is_not_lost(sqlite_store, fields, starter):
+    text, form = starter
+    agreed = new.Agreed(text, form)
+    values = fields.values(replace(form, seed="7"))
+    new_text, agreed, _ = changed(sqlite_store, fields, "name: [x", agreed, *fields.values(form))
+    assert new_text is None
+    new_text, agreed, _ = changed(sqlite_store, fields, "name: [x", agreed, *values)
+    assert new_text is None
+    mended, _, _ = changed(sqlite_store, fields, text, agreed, *values)
+    assert "seed: 7" in mended
+    rewritten, _, _ = changed(sqlite_store, fields, "name: [x", agreed, *values, clicks=["rewrite"])
+    assert "seed: 7" in rewritten
+
+
+def test_implementations_no_machine_has_are_marked_with_the_reason(sqlite_store):
     survey = [{"name": "triton", "label": "", "available": False, "reason": f"needs a GPU {HOSTILE}"}]
     node = {"host": "here", "environment": {"implementations": survey}}
     dispatcher_beat(sqlite_store, "here:1:a", {"nodes": [node]})
-    answers = new.on_load(sqlite_store, fields, {})
-    choices = answers[-len(fields.components()) :][list(fields.plain).index("implementations")]["choices"]
-    assert ("triton (not here)", "triton") in choices
-    missing = answers[9 + len(fields.folds())]
+    _, missing, implementations = new.on_load(sqlite_store, "")
+    assert ("triton (not here)", "triton") in implementations["choices"]
     assert "needs a GPU" in missing
     assert "<script>" not in missing
 
@@ -268,9 +314,9 @@ def test_recent_experiments_are_escaped_and_link_on(sqlite_store):
 
 def test_recent_list_is_drawn_only_when_something_changed(sqlite_store, starter):
     seen = revision(sqlite_store)
-    assert all(skipped(answer) for answer in new.on_tick(sqlite_store, seen))
+    assert all(skipped(answer) for answer in new.on_tick(sqlite_store, "", seen))
     new.on_queue(sqlite_store, starter[0])
-    strip, now = new.on_tick(sqlite_store, seen)
+    strip, now = new.on_tick(sqlite_store, "", seen)
     assert "Alice" in strip
     assert now != seen
     assert len(list_experiments(sqlite_store).rows) == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from attnlab.views.chart import Axes
+from attnlab_webui import drawing
 from attnlab_webui.chart_view import (
     BAR_CHOICES,
     CHART_CHOICES,
@@ -16,9 +16,7 @@ from attnlab_webui.chart_view import (
     NONE,
     OWN,
     PARTS,
-    Chosen,
     Panel,
-    picked,
 )
 
 
@@ -78,8 +76,11 @@ def updates(shown: Panel) -> list[Any]:
     return [gr.update(**value) if isinstance(value, dict) else value for value in values(shown).values()]
 
 
-def choice_of(changed: str, chart: str, x: str, y: str, colour: str, facet: str, bars: str) -> Chosen:
-    """What the pickers say after one of them was changed: an axis makes the chart one's own."""
-    if changed == "chart" and chart != OWN:
-        return picked(chart)
-    return Chosen(OWN, Axes(x, y, colour or "", facet or "", bars))
+def follow_choices(chart: ChartPanel) -> None:
+    """Write what is picked into the address: a chart by its name, or axes, which make it a chart of one's own."""
+    pickers = list(chart.pickers.values())
+    for name, picker in chart.pickers.items():
+        kind = "values[0]" if name == "chart" else f'"{OWN}"'
+        own = f'{kind} === "{OWN}"'
+        axes = ", ".join(f"{part}: {own} ? values[{i}] : null" for i, part in enumerate(PARTS[1:], 1))
+        picker.input(None, pickers, None, js=drawing.choose(f"{{ chart: {kind}, {axes} }}"))

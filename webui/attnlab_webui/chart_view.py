@@ -41,17 +41,6 @@ FORMATS = {"csv": "CSV", "parquet": "Parquet", "json": "JSON"}
 PARTS = ("chart", "x", "y", "colour", "facet", "bars")
 BAR_CHOICES = [(words, name) for name, words in BARS.items()]
 
-# writes the chart's state into the address, so that a link shows the same chart
-STATE_JS = """(chart, x, y, colour, facet, bars) => {
-  const params = new URLSearchParams(window.location.search);
-  params.set("chart", chart);
-  for (const [name, value] of Object.entries({ x, y, colour, facet, bars })) {
-    if (chart === "own" && value) params.set(name, value); else params.delete(name);
-  }
-  const words = params.toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
-  history.replaceState(history.state, "", `${window.location.pathname}?${words}`);
-}"""
-
 
 class Chosen(NamedTuple):
     """What a person asks for: a preset, the roofline, or axes of their own; "" is what suits the runs best."""

@@ -34,15 +34,11 @@ def page(
     rows: Sequence[Row],
     pager: str,
     now: float,
-    address: str,
     narrowed: bool,
 ) -> str:
     """The whole page below its filter fields."""
     body = run_table(rows, now) if rows else nothing(narrowed, pager)
-    return (
-        f'<div class="at-queue" data-address="{escape(address)}">{notice}'
-        f"{count_strip(counts, states)}{toolbar}{body}{pager}</div>"
-    )
+    return f'<div class="at-queue">{notice}{count_strip(counts, states)}{toolbar}{body}{pager}</div>'
 
 
 def nothing(narrowed: bool, pager: str) -> str:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlencode
 
 from attnlab_storage import keeping, queue
 from attnlab_storage.control import dispatchers, move_to_front, pause, paused, resume
@@ -49,17 +48,6 @@ class View:
     def filters(self) -> dict[str, Any]:
         return {"state": list(self.states), "mechanism": self.mechanism or None, "model": self.model or None}
 
-    def address(self) -> str:
-        """The part of the page's address that makes a link show the same runs."""
-        named = {
-            "state": ",".join(self.states),
-            "mechanism": self.mechanism,
-            "model": self.model,
-            "q": self.search,
-        }
-        given = {name: value for name, value in named.items() if value}
-        return f"?{urlencode(given)}" if given else ""
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -81,11 +69,13 @@ def view_of(query: Mapping[str, str]) -> View:
     )
 
 
-def filtered(view: View, *, mechanism: str, model: str, search: str) -> View:
-    """The view with other filters, on its first page; the view itself when they are the same."""
-    if (mechanism, model, search) == (view.mechanism, view.model, view.search):
+def looking_at(view: View, query: Mapping[str, str]) -> View:
+    """The view with the filters of an address, on its first page; the view itself when they are the same."""
+    asked = view_of(query)
+    filters = {name: getattr(asked, name) for name in ("states", "mechanism", "model", "search")}
+    if all(getattr(view, name) == value for name, value in filters.items()):
         return view
-    return replace(view, mechanism=mechanism, model=model, search=search, cursors=(), said="")
+    return replace(view, **filters, cursors=(), said="")
 
 
 def look(store: Store, view: View, now: float | None = None) -> Shown:
@@ -113,17 +103,16 @@ def look(store: Store, view: View, now: float | None = None) -> Shown:
             len(view.cursors) * PAGE_RUNS, len(rows), matching, bool(view.cursors), bool(page.next)
         ),
         now=now,
-        address=view.address(),
-        narrowed=bool(view.address()),
+        narrowed=bool(view.states or view.mechanism or view.model or view.search),
     )
     moving = any(not run.ended for run in page.rows)
     return Shown(html, tuple(run.id for run in page.rows), moving)
 
 
-def act(store: Store, view: View, action: str, value: str, run: int, shift: bool) -> View:
+def act(store: Store, view: View, action: str, run: int, shift: bool) -> View:
     """The view after a click; unknown actions change nothing."""
     view = replace(view, said="")
-    changed = _look_elsewhere(store, view, action, value) or _select(store, view, action, run, shift)
+    changed = _look_elsewhere(store, view, action) or _select(store, view, action, run, shift)
     return changed or _do(store, view, action)
 
 
@@ -162,11 +151,7 @@ def waiting_words(heard: Sequence[Any]) -> dict[int, str]:
     return found
 
 
-def _look_elsewhere(store: Store, view: View, action: str, value: str) -> View | None:
-    if action == "state":
-        states = set(view.states) ^ {value} if value else set()
-        chosen = tuple(state for state in STATES if state in states)
-        return replace(view, states=chosen, cursors=())
+def _look_elsewhere(store: Store, view: View, action: str) -> View | None:
     if action == "before":
         return replace(view, cursors=view.cursors[:-1])
     if action == "after":

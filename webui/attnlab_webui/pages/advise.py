@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import gradio as gr
@@ -11,11 +12,10 @@ from attnlab.advice.model_shapes import BYTES_PER_ELEMENT
 from attnlab.advise import KNOWN_SHAPES, SCALES, TREE, AdviceError, Question
 from attnlab.documents import write_document
 from attnlab_storage.database import Store
-from attnlab_webui import advise_view, drafts, new_experiment, pieces
+from attnlab_webui import advise_view, drafts, drawing, new_experiment, pieces
 from attnlab_webui.advise_query import WORDS, Asked, asked_of, default_asked
 from attnlab_webui.system_facts import alive_dispatchers
 
-LATEST = {**pieces.INTERNAL, "trigger_mode": "always_last"}
 FOLLOW_UPS = {
     choice.value: choice.then
     for choice in TREE.choices
@@ -23,14 +23,7 @@ FOLLOW_UPS = {
 }
 NAMES = (*WORDS, "context", "layers", "heads", "kv_heads", "head_dim", "dtype", "batch", "scale")
 
-# the address holds the answers, so that a link shows the same
-ADDRESS_JS = f"""(...values) => {{
-  const names = {list(NAMES)!r};
-  const params = new URLSearchParams();
-  names.forEach((name, i) => {{ if (values[i] !== null && values[i] !== "") params.set(name, values[i]); }});
-  history.replaceState(history.state, "", `${{window.location.pathname}}?${{params}}`);
-  return values;
-}}"""
+CHOSEN_JS = drawing.choose(f"Object.fromEntries({list(NAMES)!r}.map((name, i) => [name, values[i]]))")
 
 
 def build(store: Store) -> None:
@@ -38,7 +31,7 @@ def build(store: Store) -> None:
     pieces.navigation("advise")
     start = default_asked(store)
     with gr.Row(elem_classes="at-new", equal_height=False):
-        with gr.Column(scale=4, min_width=330, elem_classes="at-new-form at-advise-form"):
+        with gr.Column(scale=4, min_width=330, elem_classes="at-new-form at-advise-form at-held"):
             questions = _question_fields(start)
             known = gr.Dropdown(
                 [(item.title, name) for name, item in KNOWN_SHAPES.items()],
@@ -59,21 +52,26 @@ def build(store: Store) -> None:
             )
             rest = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="advise-rest")
 
+    asked, filled = drawing.address(), gr.State(False)
     shown = [notice, main, cache, trial, queue_button, yaml, rest, *fields[1:4]]
-    answer = functools.partial(on_answer, store)
-    for field in fields:
-        # a text that is pasted tells nobody before the field is left
-        events = [field.input, field.blur] if isinstance(field, gr.Textbox) else [field.input]
-        gr.on(events, answer, fields, shown, js=ADDRESS_JS, **LATEST)
-    known.input(take_shape, known, fields[4:10], **pieces.INTERNAL).then(
-        answer, fields, shown, js=ADDRESS_JS, **pieces.INTERNAL
+
+    def show(query: str, filled: bool) -> list[Any]:
+        given = drawing.read(query)
+        if not filled:
+            return [True, *on_load(store, given)]
+        values = [given.get(name) for name in NAMES]
+        return [True, *[gr.skip()] * len(fields), *on_answer(store, *values)]
+
+    drawing.draw(show, asked, [filled], [filled, *fields, *shown]).then(
+        None, None, None, js=drawing.RELEASE_JS
+    )
+    # a text that is pasted tells nobody before the field is left
+    left = [field.blur for field in fields if isinstance(field, gr.Textbox)]
+    gr.on([*(field.input for field in fields), *left], None, fields, None, js=CHOSEN_JS)
+    known.input(None, known, fields[4:10], js=f"(name) => ({json.dumps(shapes())})[name]").then(
+        None, fields, None, js=CHOSEN_JS
     )
     queue_button.click(functools.partial(on_queue, store), fields, result, **pieces.ACTION)
-
-    def load(request: gr.Request) -> list[Any]:
-        return on_load(store, dict(request.query_params))
-
-    pieces.page().load(load, None, [*fields, *shown], **pieces.INTERNAL)
 
 
 def _question_fields(start: Asked) -> list[Any]:
@@ -191,11 +189,13 @@ def field_values(asked: Asked) -> list[Any]:
     return [*words, str(shape.context), *numbers, shape.dtype, shape.batch, asked.scale]
 
 
-def take_shape(name: str) -> list[Any]:
-    """Context, layers, heads, KV heads, head size and dtype of a known model."""
-    shape = KNOWN_SHAPES[name].shape
-    numbers = [shape.layers, shape.heads, shape.kv_heads, shape.head_dim]
-    return [str(shape.context), *numbers, shape.dtype]
+def shapes() -> dict[str, list[Any]]:
+    """Known model -> its context, layers, heads, KV heads, head size and dtype."""
+    known = {name: item.shape for name, item in KNOWN_SHAPES.items()}
+    return {
+        name: [str(shape.context), shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype]
+        for name, shape in known.items()
+    }
 
 
 def on_queue(store: Store, *values: Any) -> str:

@@ -12,15 +12,11 @@ from attnlab.presets import PRESETS, PresetError, find_preset
 from attnlab.presets.outcome import preset_state, submit_preset
 from attnlab.views.claims import claim_figure, claim_infos
 from attnlab_storage.database import Store, revision
-from attnlab_webui import claims_view, pieces
+from attnlab_webui import claims_view, drawing, pieces
 from attnlab_webui.advise_query import lab_scale
 from attnlab_webui.system_facts import alive_dispatchers
 
 CHARTS = 2
-ADDRESS_JS = """(name, ...rest) => {
-  history.replaceState(history.state, "", `${window.location.pathname}?preset=${name}`);
-  return [name, ...rest];
-}"""
 
 
 def build(store: Store) -> None:
@@ -42,17 +38,17 @@ def build(store: Store) -> None:
                 gr.Plot(show_label=False, visible=False, elem_id=f"claims-chart-{number}")
                 for number in range(CHARTS)
             ]
-    seen, timer = gr.State(-1), gr.Timer(3.0)
-    shown = [head, table, *charts]
-    show = functools.partial(on_choice, store)
-    preset.input(show, preset, shown, js=ADDRESS_JS, **pieces.INTERNAL)
-    run.click(functools.partial(on_run, store), [preset, scale], result, **pieces.ACTION).then(
-        show, preset, shown, **pieces.INTERNAL
-    )
-    timer.tick(functools.partial(on_tick, store), [preset, seen], [*shown, seen], **pieces.INTERNAL)
+    asked, seen, timer = drawing.address(), gr.State((-1, "")), gr.Timer(3.0)
 
-    # the browser reads its own address, where a click is written at once: an answer on its way never undoes it
-    pieces.page().load(None, None, preset, js=_address_js(first)).then(show, preset, shown, **pieces.INTERNAL)
+    def show(query: str, seen: tuple[int, str]) -> list[Any]:
+        return on_draw(store, drawing.read(query).get("preset", first), seen)
+
+    drawing.draw(show, asked, [seen], [head, table, *charts, seen], timer.tick)
+    pieces.page().load(None, None, preset, js=_address_js(first))
+    preset.input(None, preset, None, js=drawing.choose("{ preset: values[0] }"))
+    run.click(functools.partial(on_run, store), [preset, scale], result, **pieces.ACTION).then(
+        None, None, None, js=drawing.DRAW_JS
+    )
 
 
 def _address_js(first: str) -> str:
@@ -89,9 +85,9 @@ def on_run(store: Store, name: str, scale: str) -> str:
     return pieces.notice(f"{runs} runs queued at {size} scale.{waits}")
 
 
-def on_tick(store: Store, name: str, seen: int) -> list[Any]:
-    """The same again when anything changed."""
-    now = revision(store)
+def on_draw(store: Store, name: str, seen: tuple[int, str]) -> list[Any]:
+    """What a preset shows, when it or anything in the store is another than was seen."""
+    now = revision(store), name
     if now == seen:
         return [gr.skip()] * (CHARTS + 3)
     return [*on_choice(store, name), now]

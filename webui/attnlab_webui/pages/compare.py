@@ -20,24 +20,23 @@ from attnlab.views.figures import latency_figure, latency_info, memory_figure, m
 from attnlab_storage import results
 from attnlab_storage.database import Store
 from attnlab_storage.results import RunRow
-from attnlab_webui import chart_panel, compare_view, heatmap, pieces, serving_view
-from attnlab_webui.chart_view import STATE_JS, Chosen, panel, read_choice
+from attnlab_webui import chart_panel, compare_view, drawing, heatmap, pieces, serving_view
+from attnlab_webui.chart_view import panel, read_choice
 
 CHOICES = 200
 MOST_MAPS = 6  # panels beside the difference; more are compared in charts and table only
-LATEST: dict[str, Any] = {**pieces.INTERNAL, "trigger_mode": "always_last"}
-"""a pick that comes while the last one is answered is answered too"""
-
-# writes what was chosen into the address, so that the link shows the same
-CHOSEN_JS = """(runs, first, second) => {
-  const params = new URLSearchParams(window.location.search);
-  if (runs.length) params.set("runs", runs.join(",")); else params.delete("runs");
-  if (runs.length !== 1) params.delete("against");
-  if (first && second && runs.length > 2) params.set("pair", `${first},${second}`); else params.delete("pair");
-  const words = params.toString().replaceAll("%2C", ",").replaceAll("%3A", ":");
-  history.replaceState(history.state, "", `${window.location.pathname}?${words}`);
-  return [runs, first, second];
+# an address names what is compared: the runs, and of more than two the pair whose difference is shown
+ADDRESS = """{
+  runs: runs.join(","),
+  pair: first && second && runs.length > 2 ? `${first},${second}` : null,
+  ...(runs.length !== 1 && { against: null }),
 }"""
+CHOSEN_JS = f"(runs, first, second) => {{ {drawing.MODULE}.then((address) => address.choose({ADDRESS})); }}"
+SWAP_JS = f"""(chosen, second, first) => {{
+  const runs = chosen.length === 2 ? [...chosen].reverse() : chosen;
+  {drawing.MODULE}.then((address) => address.choose({ADDRESS}));
+  return [runs, first, second];
+}}"""
 
 
 @dataclass(frozen=True)
@@ -86,55 +85,39 @@ def build(store: Store) -> None:
     table = gr.HTML("", elem_id="compare-table", js_on_load=None)
     exports = gr.HTML("", elem_id="compare-exports", js_on_load=None)
 
-    pickers = [runs, first, second, swap]
+    asked = drawing.address()
+    pair = [first, second, swap]
     shown = [notice, view, charts, latency, attention, memory, table, exports]
 
-    def load(request: gr.Request) -> list[Any]:
-        asked = read_address(store, dict(request.query_params))
-        return [*picker_values(store, asked), *page_values(store, asked)]
+    def show(query: str) -> list[Any]:
+        wanted = read_address(store, drawing.read(query))
+        return [*picker_values(store, wanted)[1:], *page_values(store, wanted)]
 
-    def choose(chosen: Sequence[int], a: int | None, b: int | None) -> list[Any]:
-        asked = chosen_runs(chosen, a, b)
-        # the runs stay as they are picked: an answer to the last pick must not take back the next
-        return [gr.skip(), *picker_values(store, asked)[1:], *page_values(store, asked)]
+    def fill(query: str) -> Any:
+        return picker_values(store, read_address(store, drawing.read(query)))[0]
 
-    def exchange(chosen: Sequence[int], a: int | None, b: int | None) -> list[Any]:
-        asked = chosen_runs(list(reversed(chosen)) if len(chosen) == 2 else chosen, b, a)
-        return [*picker_values(store, asked), *page_values(store, asked)]
-
-    follow_runs(store, runs, own, chart)
-    follow_served(store, runs, [served, *waits])
-    pieces.page().load(load, None, [*pickers, *shown], **pieces.INTERNAL)
+    drawing.draw(show, asked, [], [*pair, *shown])
+    draw_chart(store, asked, own, chart)
+    draw_served(store, asked, [served, *waits])
+    # later nobody but the reader picks runs
+    pieces.page().load(fill, asked, runs, js=drawing.SEND_JS, **pieces.INTERNAL)
     for picker in (runs, first, second):
-        picker.input(choose, [runs, first, second], [*pickers, *shown], js=CHOSEN_JS, **LATEST)
-    swap.click(exchange, [runs, first, second], [*pickers, *shown], **pieces.INTERNAL).then(
-        None, [runs, first, second], None, js=CHOSEN_JS
-    )
+        picker.input(None, [runs, first, second], None, js=CHOSEN_JS)
+    swap.click(None, [runs, first, second], [runs, first, second], js=SWAP_JS)
 
 
-def follow_runs(store: Store, runs: Any, own: Any, chart: chart_panel.ChartPanel) -> None:
-    """Wire the chart with axes of one's own: it shows the chosen runs, by its pickers or the address."""
-    outputs = [own, *chart.outputs.values()]
-    pickers = list(chart.pickers.values())
+def draw_chart(store: Store, asked: Any, own: Any, chart: chart_panel.ChartPanel) -> None:
+    """Wire the chart with axes of one's own: it shows the runs of the address, by its pickers."""
 
-    def draw(run_ids: Sequence[int], chosen: Chosen) -> list[Any]:
-        documents = [run_document(store, run_id) for run_id in run_ids] if len(run_ids) > 1 else []
+    def show(query: str) -> list[Any]:
+        given = drawing.read(query)
+        runs = read_address(store, given).runs
+        documents = [run_document(store, run) for run in runs] if len(runs) > 1 else []
         visible = bool(documents) and not all_served(documents)
-        return [gr.update(visible=visible), *chart_panel.updates(panel(documents, chosen))]
+        return [gr.update(visible=visible), *chart_panel.updates(panel(documents, read_choice(given)))]
 
-    def load(request: gr.Request) -> list[Any]:
-        query = dict(request.query_params)
-        return draw(read_address(store, query).runs, read_choice(query))
-
-    def pick(changed: str) -> Any:
-        return lambda run_ids, *picked: draw(run_ids, chart_panel.choice_of(changed, *picked))
-
-    pieces.page().load(load, None, outputs, **pieces.INTERNAL)
-    runs.input(lambda run_ids: draw(run_ids, Chosen()), runs, outputs, **LATEST)
-    for name, picker in chart.pickers.items():
-        picker.input(pick(name), [runs, *pickers], outputs, **pieces.INTERNAL).then(
-            None, pickers, None, js=STATE_JS
-        )
+    drawing.draw(show, asked, [], [own, *chart.outputs.values()])
+    chart_panel.follow_choices(chart)
 
 
 def all_served(documents: Sequence[Mapping[str, Any]]) -> bool:
@@ -142,19 +125,16 @@ def all_served(documents: Sequence[Mapping[str, Any]]) -> bool:
     return all(document["phase"] == "serving" for document in documents)
 
 
-def follow_served(store: Store, runs: Any, outputs: list[Any]) -> None:
+def draw_served(store: Store, asked: Any, outputs: list[Any]) -> None:
     """Wire the charts of served runs: rates and waits of those chosen."""
 
-    def draw(run_ids: Sequence[int]) -> list[Any]:
-        chosen = results.runs_of(store, run_ids=run_ids) if len(run_ids) > 1 else []
+    def show(query: str) -> list[Any]:
+        runs = read_address(store, drawing.read(query)).runs
+        chosen = results.runs_of(store, run_ids=runs) if len(runs) > 1 else []
         figures = serving_view.compare_figures(store, chosen)
         return [gr.update(visible=figures[0] is not None), *figures]
 
-    def load(request: gr.Request) -> list[Any]:
-        return draw(read_address(store, dict(request.query_params)).runs)
-
-    pieces.page().load(load, None, outputs, **pieces.INTERNAL)
-    runs.input(draw, runs, outputs, **LATEST)
+    drawing.draw(show, asked, [], outputs)
 
 
 def read_address(store: Store, query: Mapping[str, str]) -> Asked:

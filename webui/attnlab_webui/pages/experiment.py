@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gradio as gr
@@ -14,8 +15,8 @@ from attnlab.describe import run_document
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
 from attnlab_storage.results import ExperimentRow, RunRow
-from attnlab_webui import chart_panel, experiment_view, heatmap, pieces, serving_view, theme
-from attnlab_webui.chart_view import PARTS, STATE_JS, Chosen, panel, read_choice
+from attnlab_webui import chart_panel, drawing, experiment_view, heatmap, pieces, serving_view, theme
+from attnlab_webui.chart_view import PARTS, Chosen, panel, read_choice
 from attnlab_webui.memory_view import memory_charts
 
 TICK_SECONDS = 1.5
@@ -34,13 +35,6 @@ CHARTS = (
     "holders",
     *serving_view.CHARTS,
 )
-# writes the open tab into the address, so that the link shows the same
-TAB_JS = """() => {
-  const params = new URLSearchParams(window.location.search);
-  params.set("tab", "%s");
-  const words = params.toString().replaceAll("%%2C", ",").replaceAll("%%3A", ":");
-  history.replaceState(history.state, "", `${window.location.pathname}?${words}`);
-}"""
 
 ENDED_WORDS = {
     "failed": "failed",
@@ -57,7 +51,7 @@ class Seen:
 
     experiment: int | None = None
     run: int | None = None
-    tab: str = "log"
+    tab: str = ""
     chosen: Chosen = field(default_factory=Chosen)
     revision: int = -1
     values: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +61,7 @@ def build(store: Store) -> None:
     """Create the page."""
     pieces.navigation("experiment")
     seen = gr.State(Seen())
+    missing = gr.HTML("", elem_id="experiment-missing", js_on_load=None)
     notice = gr.HTML("", elem_id="experiment-notice", js_on_load=None)
     with gr.Row(elem_classes="at-page-head"):
         with gr.Column(scale=1, min_width=400):
@@ -137,70 +132,55 @@ def build(store: Store) -> None:
         "serving_tab": serving_tab,
         "timer": timer,
     }
-    everything = [seen, notice, *outputs.values()]
+    asked = drawing.address()
 
-    def show(now: Seen, words: str | None = None, *, fresh: bool = False) -> list[Any]:
-        """Every output that changed since this page last drew it."""
-        now.revision = results.revision(store)
-        values = page_values(store, now)
-        changed = [
-            gr.skip() if not fresh and now.values.get(name) == values[name] else values[name]
-            for name in outputs
-        ]
-        now.values = values
-        return [now, gr.skip() if words is None else words, *(_update(one) for one in changed)]
-
-    def load(request: gr.Request) -> list[Any]:
-        asked = dict(request.query_params)
-        tab = asked.get("tab", "")
-        tab = tab if tab in TABS else "charts" if "chart" in asked else ""
-        now = Seen(_number(asked.get("id")), _number(asked.get("run")), tab, read_choice(asked))
-        served = serving_view.is_served(_rows(store, now))
-        now.tab = tab if tab and (served or tab != "serving") else "serving" if served else "log"
-        return show(now, asked_for_nothing(store, now, asked.get("id", "")), fresh=True)
-
-    def tick(now: Seen) -> list[Any]:
-        if results.revision(store) == now.revision:
-            return [gr.skip()] * len(everything)
-        return show(now)
-
-    def choose(now: Seen, event: gr.EventData) -> list[Any]:
-        now.run = _number(str(event._data.get("run", "")))
-        return show(now, "")
+    def show(query: str, now: Seen) -> list[Any]:
+        given = drawing.read(query)
+        wanted = seen_of(store, given, now)
+        if wanted == now and results.revision(store) == now.revision:
+            return [gr.skip()] * (2 + len(outputs))
+        unknown = asked_for_nothing(store, wanted, given.get("id", ""))
+        values = draw(store, wanted, first=now.revision < 0)
+        return [wanted, unknown, *(_update(values[name]) for name in outputs)]
 
     def act(action: Any) -> Any:
-        def handler(now: Seen) -> list[Any]:
-            return show(now, action(store, now))
+        return lambda query, now: action(store, seen_of(store, drawing.read(query), now))
 
-        return handler
-
-    def pick(changed: str) -> Any:
-        def handler(now: Seen, *picked: Any) -> list[Any]:
-            now.chosen = chart_panel.choice_of(changed, *picked)
-            return show(now)
-
-        return handler
-
-    def opened(tab: str) -> Any:
-        def handler(now: Seen) -> list[Any]:
-            now.tab = tab
-            return show(now)
-
-        return handler
-
-    pieces.page().load(load, None, everything, **pieces.INTERNAL)
-    timer.tick(tick, seen, everything, **pieces.INTERNAL)
-    runs.select(choose, seen, everything, **pieces.INTERNAL)
+    drawing.draw(show, asked, [seen], [seen, missing, *outputs.values()], timer.tick)
     for button, action in ((cancel, on_cancel), (retry, on_retry), (delete, on_delete), (undo, on_undo)):
-        button.click(act(action), seen, everything, **pieces.ACTION)
-    pickers = list(chart.pickers.values())
-    for name, picker in chart.pickers.items():
-        picker.input(pick(name), [seen, *pickers], everything, **pieces.INTERNAL).then(
-            None, pickers, None, js=STATE_JS
+        button.click(act(action), [asked, seen], notice, js=drawing.SEND_JS, **pieces.ACTION).then(
+            None, None, None, js=drawing.DRAW_JS
         )
+    runs.select(None, None, notice, js='() => ""')
+    chart_panel.follow_choices(chart)
     for name, tab in (("log", log_tab), ("charts", charts), ("memory", memory_tab), ("serving", serving_tab)):
-        tab.select(opened(name), seen, everything, **pieces.INTERNAL)
-        tab.select(None, None, None, js=TAB_JS % name)
+        tab.select(None, None, None, js=drawing.choose(f'{{ tab: "{name}" }}'))
+
+
+def seen_of(store: Store, query: Mapping[str, str], now: Seen) -> Seen:
+    """What the address asks for, with what the page shows already."""
+    asked = replace(
+        now, experiment=_number(query.get("id")), run=_number(query.get("run")), chosen=read_choice(query)
+    )
+    named = query.get("tab", "charts" if "chart" in query else "")
+    tab = named if named in TABS else now.tab
+    if tab and tab != "serving":
+        return replace(asked, tab=tab)
+    return replace(asked, tab="serving" if serving_view.is_served(_rows(store, asked)) else "log")
+
+
+def draw(store: Store, now: Seen, *, first: bool = False) -> dict[str, Any]:
+    """Every output that changed since the page was last drawn; the others are skipped."""
+    now.revision = results.revision(store)
+    values = page_values(store, now)
+    changed = {
+        name: gr.skip() if not first and now.values.get(name) == value else value
+        for name, value in values.items()
+    }
+    if first:  # later the tabs are the reader's
+        changed["tabs"] = {**values["tabs"], "selected": now.tab}
+    now.values = values
+    return changed
 
 
 def page_values(store: Store, now: Seen) -> dict[str, Any]:
@@ -231,7 +211,7 @@ def page_values(store: Store, now: Seen) -> dict[str, Any]:
         "result": {"visible": run is not None},
         "view": {"visible": False} if serving_view.is_served(rows) else map_value(store, run),
         "facts": facts,
-        "tabs": {"visible": run is not None, "selected": now.tab},
+        "tabs": {"visible": run is not None},
         "log": experiment_view.log(results.log_tail(store, run.id, LOG_LINES) if run else ""),
         "environment": experiment_view.environment(document["environment"] if document else None),
         "spec": experiment_view.spec(experiment),

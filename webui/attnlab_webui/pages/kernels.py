@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
 from attnlab_storage.database import Store
-from attnlab_webui import kernel_view, pieces
+from attnlab_webui import drawing, kernel_view, pieces
 from attnlab_webui.kernel_view import ANY, CARDS
 
 DTYPES = (ANY, "bf16", "fp32")
@@ -54,14 +56,14 @@ def build(store: Store) -> None:
     head = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="kernels-head")
     table = gr.HTML(js_on_load=SORTING, apply_default_css=False, elem_id="kernels-table")
     filters = [card, operation, dtype, words, spilling]
-    for part in filters:
-        part.change(show, filters, [head, table], **pieces.INTERNAL)
+    changes = [part.change for part in filters]
+    gr.on([pieces.page().load, *changes], show, filters, [head, table], **drawing.LATEST)
+    pieces.page().load(offer_operations, None, operation, **pieces.INTERNAL)
 
-    def load() -> list[object]:
-        names = kernel_view.operations(kernel_view.read_panel())
-        return [gr.update(choices=names), *show(ANY, ANY, ANY, "", False)]
 
-    pieces.page().load(load, None, [operation, head, table], **pieces.INTERNAL)
+def offer_operations() -> Any:
+    """The operations that there are kernels of."""
+    return gr.update(choices=kernel_view.operations(kernel_view.read_panel()))
 
 
 def show(card: str, operation: str, dtype: str, words: str, spilling: bool) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
@@ -12,7 +13,7 @@ from attnlab.views.sample_maps import sample_map
 from attnlab.views.sample_pictures import sample_png
 from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter, validate_parameters
 from attnlab_storage.database import Store
-from attnlab_webui import pieces
+from attnlab_webui import drawing, pieces
 from attnlab_webui.form_fields import parameter_default, range_words
 from attnlab_webui.pieces import escape
 
@@ -175,10 +176,12 @@ def show_catalog(*fields: float | str | None) -> str:
         return pieces.notice(str(problem), "error")
 
 
-def take_model(name: str) -> tuple[int, int, int, int, int]:
-    """Layers, heads, KV heads, head size and context of a bundled model."""
-    model = BUNDLED[name]
-    return model.layers, model.heads, model.kv_heads, model.head_dim, model.context
+def shapes() -> dict[str, list[int]]:
+    """Bundled model -> its layers, heads, KV heads, head size and context."""
+    return {
+        name: [model.layers, model.heads, model.kv_heads, model.head_dim, model.context]
+        for name, model in BUNDLED.items()
+    }
 
 
 OPENING = """
@@ -212,8 +215,6 @@ def build(store: Store) -> None:
     listing = gr.HTML(catalog(start), js_on_load=OPENING, apply_default_css=False, elem_id="mechanisms")
 
     fields = [layers, heads, kv_heads, head_dim, tokens, dtype]
-    model.input(take_model, model, fields[:5], **pieces.INTERNAL).then(
-        show_catalog, fields, listing, **pieces.INTERNAL
-    )
-    for field in fields:
-        field.input(show_catalog, fields, listing, **pieces.INTERNAL)
+    # in the browser: an answer on its way would take back what is typed after it
+    model.input(None, model, fields[:5], js=f"(name) => ({json.dumps(shapes())})[name]")
+    gr.on([field.change for field in fields], show_catalog, fields, listing, **drawing.LATEST)

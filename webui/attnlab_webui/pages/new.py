@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,26 @@ import gradio as gr
 
 from attnlab.spec import MAX_TEXT_BYTES
 from attnlab_storage.database import Store, revision
-from attnlab_webui import drafts, new_experiment, pieces, uploads
+from attnlab_webui import drafts, drawing, new_experiment, pieces, uploads
 from attnlab_webui.form import Form, form_of
 from attnlab_webui.form_fields import FormFields, implementation_choices, make_fields
 from attnlab_webui.system_facts import alive_dispatchers, implementation_reasons
 
-LATEST = {**pieces.INTERNAL, "trigger_mode": "always_last"}
+REWRITE_JS = f'() => {{ {drawing.MODULE}.then((address) => address.click("rewrite")); }}'
+# an answer changes the YAML only while it is the one that was sent; what is sent counts an answer that is not in yet
+SEND_JS = f"""(address, clicks, answer, yaml, ...values) => {{
+  const text = answer?.text != null && answer.on === yaml ? answer.text : yaml;
+  return [window.location.search, {drawing.CLICKS_JS}, null, text, ...values];
+}}"""
+APPLY_JS = "(answer, yaml) => answer?.text != null && answer.on === yaml ? answer.text : undefined"
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The last state in which the YAML and the form were the same experiment."""
+
+    text: str
+    form: Form
 
 
 def build(store: Store) -> None:
@@ -26,9 +41,9 @@ def build(store: Store) -> None:
     form = form_of(start.document or {})
     notice = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-notice")
     with gr.Row(elem_classes="at-new", equal_height=False):
-        with gr.Column(scale=7, min_width=520, elem_classes="at-new-form"):
+        with gr.Column(scale=7, min_width=520, elem_classes="at-new-form at-held"):
             fields = make_fields(form)
-        with gr.Column(scale=5, min_width=400, elem_classes="at-new-side"):
+        with gr.Column(scale=5, min_width=400, elem_classes="at-new-side at-held"):
             yaml = gr.Code(
                 start.text,
                 language="yaml",
@@ -46,58 +61,80 @@ def build(store: Store) -> None:
             queue_button = gr.Button("Queue experiment", variant="primary", elem_id="new-queue")
             result = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-result")
             recent = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="new-recent")
-    shown, seen, timer = gr.State(form), gr.State(-1), gr.Timer(3.0)
-    told = gr.State(frozenset())
+    agreed, seen, timer = gr.State(None), gr.State(-1), gr.Timer(3.0)
+    asked, clicks, answer = drawing.address(), gr.JSON(visible=False), gr.JSON(visible=False)
 
     components = fields.components()
-    verdict = [problems, cost, queue_button, rewrite]
-    sides = [shown, fields.facts, *fields.folds()]
-    edit_form = functools.partial(on_form, fields)
-    for component in components:
-        events = [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]
-        gr.on(
-            events,
-            edit_form,
-            [yaml, shown, *components],
-            [yaml, *sides, *components],
-            **LATEST,
-        )
-    yaml.input(functools.partial(on_yaml, fields), yaml, [*sides, *components], **LATEST)
-    # nobody else writes the verdict while the page is open, so that it is always the one on the YAML that is seen
-    yaml.change(
+    texts = [component.blur for component in components if isinstance(component, gr.Textbox)]
+    drawing.draw(
+        functools.partial(on_edit, store, fields),
+        asked,
+        [clicks, answer, yaml, agreed, *components],
+        [answer, agreed, fields.facts, *fields.folds(), *components],
+        *(component.input for component in components),
+        *texts,
+        yaml.input,
+        send=SEND_JS,
+    ).then(None, [answer, yaml], yaml, js=APPLY_JS).then(None, None, None, js=drawing.RELEASE_JS)
+    rewrite.click(None, None, None, js=REWRITE_JS)
+    told = gr.State(frozenset())
+    gr.on(
+        [pieces.page().load, yaml.change],
         functools.partial(on_change, store, fields),
         [yaml, told],
-        [told, *verdict, *fields.told().values()],
-        **LATEST,
+        [told, problems, cost, queue_button, rewrite, *fields.told().values()],
+        **drawing.LATEST,
     )
-    rewrite.click(functools.partial(on_rewrite, fields), components, [yaml, *sides], **pieces.INTERNAL)
     for name, button in fields.uploads.items():
-        button.upload(
-            functools.partial(on_upload, name),
-            button,
-            [*fields.uploaded(name), notice],
-            **pieces.ACTION,
-        ).then(
-            edit_form,
-            [yaml, shown, *components],
-            [yaml, *sides, *components],
-            **pieces.INTERNAL,
+        filled = [*fields.uploaded(name), notice]
+        button.upload(functools.partial(on_upload, name), button, filled, **pieces.ACTION).then(
+            None, None, None, js=drawing.DRAW_JS
         )
-    queue_button.click(
-        functools.partial(on_queue, store), yaml, [result, *verdict[:2]], **pieces.ACTION
-    ).then(functools.partial(new_experiment.recent_list, store), None, recent, **pieces.INTERNAL)
-    timer.tick(functools.partial(on_tick, store), seen, [recent, seen], **pieces.INTERNAL)
-
-    # Gradio looks at the annotations of the function itself to pass the request in
-    def load(request: gr.Request) -> list[Any]:
-        return on_load(store, fields, dict(request.query_params))
-
-    pieces.page().load(
-        load,
-        None,
-        [notice, yaml, *verdict, *sides, recent, fields.missing, *components],
-        **pieces.INTERNAL,
+    queue_button.click(functools.partial(on_queue, store), yaml, result, **pieces.ACTION).then(
+        None, None, None, js=drawing.DRAW_JS
     )
+    drawing.draw(functools.partial(on_tick, store), asked, [seen], [recent, seen], timer.tick)
+    notes = [notice, fields.missing, fields.plain["implementations"]]
+    pieces.page().load(functools.partial(on_load, store), asked, notes, js=drawing.SEND_JS, **pieces.INTERNAL)
+
+
+def on_edit(
+    store: Store,
+    fields: FormFields,
+    query: str,
+    clicks: list[str] | None,
+    answer: None,
+    text: str,
+    agreed: Agreed | None,
+    *values: Any,
+) -> list[Any]:
+    """After an edit on either side the other follows; the first time both follow the address.
+
+    Returns the YAML as an answer to the one that was sent, what both sides agree on, the facts, the folds and the
+    components; of these only those that hold something else are written.
+    """
+    if agreed is None:
+        new_text, *sides = on_first(store, fields, drawing.read(query))
+        agreed = Agreed(text, fields.read(values))
+    elif clicks:
+        new_text, *sides = on_rewrite(fields, *values)
+    elif text != agreed.text and fields.read(values) == fields.read(fields.values(agreed.form)):
+        new_text, *sides = gr.skip(), *on_yaml(fields, text)
+    else:
+        new_text, *sides = on_form(fields, text, agreed.form, *values)
+        if text != agreed.text:  # both sides were edited
+            sides = on_yaml(fields, text if new_text == gr.skip() else new_text)
+    form, facts, *rest = sides
+    held = len(rest) - len(values)
+    written = [gr.skip() if same(new, sent) else new for new, sent in zip(rest[held:], values, strict=True)]
+    changed = new_text if isinstance(new_text, str) else None
+    now = Agreed(changed or text, agreed.form if form == gr.skip() else form)
+    return [{"on": text, "text": changed}, now, facts, *rest[:held], *written]
+
+
+def same(new: Any, sent: Any) -> bool:
+    """Whether a component holds this value already; an empty field has more than one."""
+    return new == sent or not (new or sent)
 
 
 def on_form(fields: FormFields, text: str, shown: Form, *values: Any) -> list[Any]:
@@ -128,24 +165,22 @@ def on_yaml(fields: FormFields, text: str) -> list[Any]:
 def on_rewrite(fields: FormFields, *values: Any) -> list[Any]:
     """Give the broken YAML up for what the form holds."""
     form = fields.read(values)
-    return [drafts.from_form(form).text, *sides_of(fields, form)]
+    return [drafts.from_form(form).text, *sides_of(fields, form), *fields.values(form)]
 
 
-def on_load(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[Any]:
-    """Fill the page from its address (see `new_experiment.first_text`); without one it shows the starter already."""
-    text, notice = new_experiment.first_text(store, query)
-    draft = drafts.read_draft(text)
-    form = form_of(draft.document or {})
-    values = (
-        fields.values(form)
-        if query.keys() & new_experiment.FILLED_BY
-        else [gr.skip()] * len(fields.components())
-    )
+def on_first(store: Store, fields: FormFields, query: Mapping[str, str]) -> list[Any]:
+    """The experiment of an address (see `new_experiment.first_text`); without one the page shows the starter."""
+    text, _ = new_experiment.first_text(store, query)
+    form = form_of(drafts.read_draft(text).document or {})
+    return [text, *sides_of(fields, form), *fields.values(form)]
+
+
+def on_load(store: Store, query: str) -> list[Any]:
+    """What the page says of its address, and which implementations are on no machine."""
+    _, notice = new_experiment.first_text(store, drawing.read(query))
     reasons = implementation_reasons(store)
-    choices = {"choices": implementation_choices(reasons), "value": list(form.implementations)}
-    values[list(fields.plain).index("implementations")] = gr.update(**choices)
-    head = [notice, text, *verdict_of(store, text), *sides_of(fields, form)]
-    return [*head, new_experiment.recent_list(store), new_experiment.unavailable_line(reasons), *values]
+    marked = gr.update(choices=implementation_choices(reasons))
+    return [notice, new_experiment.unavailable_line(reasons), marked]
 
 
 def on_upload(kind: str, path: str | None) -> tuple[Any, Any, str]:
@@ -168,19 +203,18 @@ def on_upload(kind: str, path: str | None) -> tuple[Any, Any, str]:
     return value, kind, ""
 
 
-def on_queue(store: Store, text: str) -> tuple[str, str, str]:
+def on_queue(store: Store, text: str) -> str:
     """Queue what the YAML says; nothing is queued while something is left to fix."""
     draft = drafts.read_draft(text)
     cost = new_experiment.cost_of(store, draft)
-    panels = (new_experiment.problem_list(draft.problems), new_experiment.cost_panel(cost))
     if cost is None or cost.refusals:
-        return pieces.notice("Not queued: see what is left to fix above.", "error"), *panels
-    submitted = new_experiment.submit(store, draft)
-    return new_experiment.queued_notice(submitted, alive_dispatchers(store)), *panels
+        return pieces.notice("Not queued: see what is left to fix above.", "error")
+    return new_experiment.queued_notice(new_experiment.submit(store, draft), alive_dispatchers(store))
 
 
-def on_tick(store: Store, seen: int) -> tuple[Any, Any]:
+def on_tick(store: Store, query: str, seen: int) -> tuple[Any, Any]:
     """The recent experiments, when anything changed."""
+    del query
     now = revision(store)
     if now == seen:
         return gr.skip(), gr.skip()

@@ -7,7 +7,7 @@ import functools
 import gradio as gr
 
 from attnlab_storage.database import Store
-from attnlab_webui import pieces, system_panels
+from attnlab_webui import drawing, pieces, system_panels
 from attnlab_webui.system_facts import system_document
 
 
@@ -17,8 +17,7 @@ def build(store: Store) -> None:
     panels = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="system")
     timer = gr.Timer(5.0)
     show = functools.partial(show_system, store)
-    timer.tick(show, None, panels, **pieces.INTERNAL)
-    pieces.page().load(show, None, panels, **pieces.INTERNAL)
+    gr.on([pieces.page().load, timer.tick], show, None, panels, **drawing.LATEST)
 
 
 def show_system(store: Store) -> str:

@@ -1,5 +1,7 @@
 // The runs of an experiment: a click chooses one, the check boxes make the link to the comparison.
 
+import { choose } from "./address.js";
+
 const MOST = 16;
 
 export function mount(element, trigger, watch) {
@@ -29,10 +31,7 @@ export function mount(element, trigger, watch) {
     const row = event.target.closest("[data-run]");
     if (!row) return;
     event.preventDefault();
-    const params = new URLSearchParams(window.location.search);
-    params.set("run", row.dataset.run);
-    const address = params.toString().replaceAll("%3A", ":");
-    history.replaceState(history.state, "", `${window.location.pathname}?${address}`);
+    choose({ run: row.dataset.run });
     trigger("select", { index: 0, value: row.dataset.run, run: row.dataset.run });
   });
 

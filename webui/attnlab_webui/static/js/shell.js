@@ -1,5 +1,7 @@
 // The parts that every page shares: the switch between light and dark, and the count of live runs.
 
+import "./address.js";
+
 const KEY = "attnlab-theme";
 const LIVE_MS = 5000;
 
