@@ -7,7 +7,7 @@ from attnlab_storage.listing import count_runs, list_experiments
 
 # Gradio's own statistics of its events use what pandas has deprecated
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-expect.set_options(timeout=20_000)  # a busy machine is no reason to fail
+expect.set_options(timeout=60_000)  # a busy machine is no reason to fail
 
 # what Gradio says of the event stream that a page leaves behind
 LEAVING = ("AbortError", "Connection errored out")

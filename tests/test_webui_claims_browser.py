@@ -10,7 +10,7 @@ from attnlab_storage.listing import count_runs
 
 # Gradio's own statistics of its events use what pandas has deprecated
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-expect.set_options(timeout=20_000)  # a busy machine is no reason to fail
+expect.set_options(timeout=60_000)  # a busy machine is no reason to fail
 
 # mechanism -> milliseconds (p10, median, p90) and bytes of the cache
 MADE = {

@@ -9,7 +9,7 @@ from attnlab_webui import kernel_view
 from attnlab_webui.kernel_view import ANY, CARDS
 from attnlab_webui.pages.kernels import show
 
-expect.set_options(timeout=20_000)  # a busy machine is no reason to fail
+expect.set_options(timeout=60_000)  # a busy machine is no reason to fail
 ALL = (ANY, ANY, ANY, "", False)
 
 

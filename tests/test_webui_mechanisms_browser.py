@@ -7,7 +7,7 @@ from attnlab_storage.control import dispatcher_beat
 
 # Gradio's own statistics of its events use what pandas has deprecated
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-expect.set_options(timeout=20_000)  # a busy machine is no reason to fail
+expect.set_options(timeout=60_000)  # a busy machine is no reason to fail
 
 
 def test_an_open_row_stays_open_when_the_shape_changes(serve, browse, sqlite_store):
