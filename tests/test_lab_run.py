@@ -426,7 +426,7 @@ def test_progress_names_its_phases_in_order(
     order = list(dict.fromkeys(said))
     assert order == [
         "loading model", "checking", "capturing", "refining", "measuring", "comparing logits", "timing",
-        "measuring memory",
+        "proving", "measuring memory",
     ]  # fmt: skip
 
 
