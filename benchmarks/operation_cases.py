@@ -124,8 +124,9 @@ def neighborhood_case(side: int, tensors: list[Tensor], flex: bool) -> Case:
     windows = Neighborhood((side, side), (7, 7), (1, 1), (1, 1), (False, False))
     pixels = np.arange(side * side)
     dense = torch.from_numpy(windows.allowed(pixels, pixels)).to(tensors[0].device)
+    q, k, v = tensors
     grids = [part.unflatten(2, (side, side)) for part in tensors]
-    theirs, absent = masked(*tensors, dense[None], flex), {}
+    theirs, absent = masked(q, k, v, dense[None], flex), {}
     try:
         from natten.functional import na2d  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -164,7 +165,9 @@ def linear_case(tensors: list[Tensor]) -> Case:
         turned = [part.transpose(1, 2).contiguous() for part in (q, k, v)]
 
         def chunks() -> Tensor:
-            return naive_chunk_linear_attn(*turned, scale=1.0, normalize=True).transpose(1, 2)
+            # annotated as a pair, it is a tensor
+            made = naive_chunk_linear_attn(*turned, scale=1.0, normalize=True)
+            return made.transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
         theirs["fla, naive chunks"] = chunks
     name = f"linear, causal, {q.shape[2]:,} tokens"
@@ -189,7 +192,7 @@ def paged_case(decode: bool, tensors: list[Tensor]) -> Case:
         return scaled_dot_product_attention(query, k, v, is_causal=not decode).transpose(1, 2).flatten(0, 1)
 
     def ours(name: str) -> Tensor:
-        called = (q, *pools, tables.int(), lengths)
+        called = (q, pools[0], pools[1], tables.int(), lengths)
         return paged.attend_paged(*called, query_starts=starts, implementation=name).output
 
     what = f"decoding {count} sequences" if decode else "a prompt"
@@ -231,7 +234,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, flex: bool) -> dict[s
     return theirs
 
 
-def compiled_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Call:
+def compiled_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask | None) -> Call:
     """FlexAttention through torch.compile, with the blocks of the mask made beforehand."""
     compiled = torch.compile(flex_attention)
     return lambda: compiled(q, k, v, block_mask=blocks)  # pyright: ignore[reportReturnType]
