@@ -91,7 +91,7 @@ def deflated(values: np.ndarray, most: int = STEP_BYTES) -> bytes:
         raw = values.view("<u4") + np.uint32(1 << (dropped - 1)) >> dropped << (dropped - 16)
         raw[np.isnan(values)] = 0x7FC0
         packer = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
-        packed = packer.compress(np.stack([raw >> 8, raw & 255]).astype(np.uint8)) + packer.flush()
+        packed = packer.compress(np.stack([raw >> 8, raw & 255]).astype(np.uint8).tobytes()) + packer.flush()
         if len(packed) <= most:
             break
     return packed
