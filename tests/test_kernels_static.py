@@ -11,10 +11,8 @@ import pytest
 
 from attnlab_kernels import static_kernels
 from attnlab_kernels.static_facts import BLOCK_SHARED, CAPABILITIES, StaticCase
-from attnlab_kernels.static_kernels import REGISTRY, case_key, cases, typical_cases
+from attnlab_kernels.static_kernels import REGISTRY, case_key, cases
 
-# compilations that a whole walk has and the shipped panel has not; lower it with every walk
-NOT_COMPILED = 70
 LARGEST_BOUND = {"bf16": 32, "fp32": 96}
 # a latent of rank 512 in float32 and its sum, or 256 dimensions and the rows of a window, lie in registers at once
 LARGEST_BOUND_OF = {"latent decode": 256} | {
@@ -45,8 +43,7 @@ def test_the_shipped_panel_is_of_these_kernels_in_these_forms(panel):
     stale = [f"{row['kernel']}: {row['form']}" for row in ours(panel) if row["key"] not in every]
     again = "compile them: python -m attnlab_kernels.static_kernels --every-form --resume static_panel.json"
     assert not stale, again
-    assert keys(panel, typical_cases).keys() <= shipped, again
-    assert len(every.keys() - shipped) <= NOT_COMPILED, again
+    assert not every.keys() - shipped, again
 
 
 def test_every_compiled_form_is_within_its_bound_of_spills_and_the_card(panel):
@@ -104,3 +101,15 @@ def test_a_walk_that_was_cut_off_is_taken_up_and_loses_nothing(monkeypatch):
     made.clear()
     assert walk({row["key"]: row for row in whole["rows"]})["rows"] == whole["rows"]
     assert not made
+
+
+def test_a_walk_without_flash_attn_4_keeps_the_rows_of_one_that_had_it(monkeypatch):
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    monkeypatch.setattr(static_kernels.static_flash4, "installed", lambda: None)
+    row = {"key": "k", "operation": "flash-attn 4", "kernel": "flash-attn 4 forward"} | {
+        "facts": {},
+        "error": None,
+    }
+    kept = static_kernels.walk((90,), keep=lambda kernel: False, known={"k": row})
+    assert (kept["rows"], kept["notes"]) == ([row], [])
+    assert static_kernels.walk((90,), keep=lambda kernel: False)["notes"]

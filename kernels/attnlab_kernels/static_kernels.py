@@ -71,14 +71,18 @@ def walk(
     """Compile the kernels whose names ``keep`` keeps; a form that does not compile is a row with its error.
 
     Args:
-        known: rows of an earlier walk by their ``key``; what has not changed since is not compiled again.
+        known: rows of an earlier walk by their ``key``; what has not changed since is not compiled again, and those
+            of flash-attn 4 stay where it is not installed.
         save: called with the document after every row that was compiled, so that a walk can be taken up again.
     """
     rows: list[dict[str, Any]] = []
     facts = {key: {name: row[name] for name in ("facts", "error")} for key, row in (known or {}).items()}
     versions = {"triton": metadata.version("triton"), "torch": metadata.version("torch")}
     document: dict[str, Any] = {"versions": versions, "capabilities": list(capabilities), "rows": rows}
-    document["notes"] = [note for note in (static_flash4.absence(),) if note]
+    elsewhere = (
+        [] if static_flash4.installed() else [row for row in (known or {}).values() if _is_flash4(row)]
+    )
+    document["notes"] = [note for note in (static_flash4.absence(),) if note and not elsewhere]
     for job in (job for capability in capabilities for job in _jobs(capability, every_form)):
         if not keep(job.names["kernel"]):
             continue
@@ -90,7 +94,11 @@ def walk(
         if job.key not in (known or {}):
             rest = [row for key, row in (known or {}).items() if key not in {row["key"] for row in rows}]
             save(document | {"made_at": _now(), "rows": [*rows, *rest]})
-    return document | {"made_at": _now()}
+    return document | {"made_at": _now(), "rows": [*rows, *elsewhere]}
+
+
+def _is_flash4(row: dict[str, Any]) -> bool:
+    return row["operation"] == static_flash4.OPERATION
 
 
 class _Job(NamedTuple):
