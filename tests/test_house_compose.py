@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -109,7 +110,7 @@ def commands() -> list[list[str]]:
     return [command for command in each if command[0] in ("attnlab", "ray")]
 
 
-def parsed(group: click.Command, arguments: list[str]) -> click.Context:
+def parsed(group: Any, arguments: list[str]) -> click.Context:
     """The context of the innermost command, with its options read and nothing run."""
     context = group.make_context(group.name, list(arguments), resilient_parsing=False)
     while isinstance(context.command, click.Group):

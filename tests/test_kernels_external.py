@@ -265,7 +265,7 @@ def test_only_flashinfer_copies_for_its_layout(stand_ins):
 def test_the_copies_that_a_layout_needs_are_timed_apart_and_are_nothing_where_views_suffice(name, stand_ins):
     q, k, v = (part.contiguous() for part in tensors(torch.bfloat16, 64, 64))
     output = attend(q, k, v, mask=Causal(), implementation=name).output
-    call = KernelCall(0, (q, k, v), attend, name, 0, False, None)
+    call = KernelCall(0, (q, k, v), attend, name, 0, False, None, output)
     row = layout_latency(call, 5, torch.device("cpu"))
     assert row is not None
     assert row.unit == "ms"
@@ -289,7 +289,8 @@ def test_tensors_that_lie_tokens_first_already_are_not_copied_for_flashinfer():
 
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name not in EXTERNAL])
 def test_what_takes_our_own_layout_has_no_time_of_a_conversion(name):
-    call = KernelCall(0, tensors(torch.bfloat16, 64, 64), attend, name, 0, False, None)
+    operands = tensors(torch.bfloat16, 64, 64)
+    call = KernelCall(0, operands, attend, name, 0, False, None, operands[0])
     assert layout_latency(call, 5, torch.device("cpu")) is None
 
 
