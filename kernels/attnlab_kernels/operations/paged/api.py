@@ -136,7 +136,7 @@ def _run_alike(
     modifiers: Modifiers,
 ) -> tuple[Tensor, Tensor]:
     output = q.new_empty(*q.shape[:2], value_pool.shape[-1])
-    sums = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    sums = torch.empty(*q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     size, stops = key_pool.shape[1], list(itertools.accumulate(counts))
     alike: dict[tuple[int, int], list[int]] = {}
     for row, shape in enumerate(zip(counts, held, strict=True)):
@@ -145,11 +145,19 @@ def _run_alike(
     for (count, length), rows in alike.items():
         blocks = tables[rows, : -(-length // size)]
         key, value = (_in_order(pool, blocks, length) for pool in (key_pool, value_pool))
-        tokens = torch.tensor([range(stops[row] - count, stops[row]) for row in rows], device=q.device)
-        tokens = tokens.long().reshape(len(rows), count)
-        out, lse = run(q[tokens].transpose(1, 2), key, value, mask=mask, scale=scale, modifiers=modifiers)
-        output[tokens], sums[tokens] = out.transpose(1, 2), lse.transpose(1, 2).to(sums.dtype)
+        tokens = _tokens_of([stops[row] - count for row in rows], count, q.device)
+        queries = q[tokens].unflatten(0, (len(rows), count)).transpose(1, 2)
+        out, lse = run(queries, key, value, mask=mask, scale=scale, modifiers=modifiers)
+        output[tokens] = out.transpose(1, 2).flatten(0, 1)
+        sums[tokens] = lse.transpose(1, 2).flatten(0, 1).to(sums.dtype)
     return output, sums.T
+
+
+def _tokens_of(starts: list[int], count: int, device: torch.device) -> slice | Tensor:
+    """Where the tokens of sequences of one length lie: one stretch where they follow each other, else their numbers."""
+    if starts[-1] - starts[0] == (len(starts) - 1) * count:
+        return slice(starts[0], starts[-1] + count)
+    return (torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)).flatten()
 
 
 def _in_order(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
