@@ -54,7 +54,7 @@ def test_the_bytes_are_the_viewport_with_nan_for_masked(traced):
 
 @pytest.mark.parametrize("mask", [Full(), Causal()], ids=str)
 @pytest.mark.parametrize("signed", [False, True], ids=["weights", "signed"])
-def test_a_compact_picture_is_short_and_no_colour_off(mask, signed):
+def test_a_picture_is_as_short_as_asked_and_no_colour_off(mask, signed):
     rng = np.random.default_rng(3)
     values = np.exp(rng.normal(-8, 2, (512, 512))).astype(np.float32)
     values[::7] = 0
@@ -63,8 +63,8 @@ def test_a_compact_picture_is_short_and_no_colour_off(mask, signed):
     view = Viewport.of(values, (0, 512), (0, 512), (512, 512), "max")
     maps = [blank_map(mask, view.shape)]
     whole = np.frombuffer(heatmap.encode(view, maps)[0], "<f4")
-    body, headers = heatmap.encode(view, maps, compact=True)
-    assert len(body) <= heatmap.STEP_BYTES < whole.nbytes
+    body, headers = heatmap.encode(view, maps, most_bytes=300_000)
+    assert len(body) <= 300_000 < whole.nbytes
     assert (headers["X-Attnlab-Dtype"], headers["Content-Encoding"]) == ("bfloat16", "gzip")
     high, low = np.frombuffer(gzip.decompress(body), np.uint8).reshape(2, -1).astype(np.uint32)
     found = (high << 24 | low << 16).view(np.float32)
@@ -72,9 +72,17 @@ def test_a_compact_picture_is_short_and_no_colour_off(mask, signed):
     np.testing.assert_array_equal(np.isnan(found), np.isnan(whole))
 
 
+def test_a_picture_that_cannot_be_so_short_is_refused_with_the_least_that_holds_it():
+    values = np.exp(np.random.default_rng(3).normal(-8, 2, (64, 64))).astype(np.float32)
+    with pytest.raises(
+        ValueError, match=r"most_bytes must be at least [\d,]+ for these 64 x 64 pixels; got 100"
+    ):
+        heatmap.deflated(values, 100)
+
+
 def test_a_picture_that_is_short_anyway_stays_exact(traced):
     view = viewport(traced.store, traced.run_ids[0], 0, 0)
-    assert heatmap.encode(view, [], compact=True) == heatmap.encode(view, [])
+    assert heatmap.encode(view, [], most_bytes=300_000) == heatmap.encode(view, [])
 
 
 @pytest.mark.parametrize("mask", [Causal(), Window(3), Window(2, 4)], ids=str)

@@ -11,7 +11,7 @@ from attnlab.views.difference import difference
 from attnlab.views.viewport import cell, load_map
 from attnlab_webui import heatmap
 from attnlab_webui.answers import StoreDep, octets, span
-from attnlab_webui.api_maps import Pixels
+from attnlab_webui.api_maps import PictureBytes, Pixels
 
 router = APIRouter()
 
@@ -31,12 +31,12 @@ def compare_viewport(
     layer_b: int | None = None,
     head_b: int | None = None,
     v: str | None = None,
-    compact: bool = False,
+    most_bytes: PictureBytes = None,
 ) -> Response:
     """A − B over a region as float32 [height, width]; NaN where neither map allows a pair.
 
     Where the inputs differ the region is of A's tokens, and NaN where B lacks one of them. `layer_b` and `head_b`
-    are B's where they are not A's; `compact` as for one map.
+    are B's where they are not A's; `most_bytes` as for one map.
     """
     region = span("rows", rows), span("cols", cols)
     second = _second(layer, head, layer_b, head_b)
@@ -46,7 +46,7 @@ def compare_viewport(
     maps = [load_map(store, a, layer, head), load_map(store, b, *second)]
     if a != b and needed_alignment(store, a, b, maps[0].shape, maps[1].shape) is not None:
         maps.pop()
-    return octets(*heatmap.encode(view, maps, compact=compact), v)
+    return octets(*heatmap.encode(view, maps, most_bytes=most_bytes), v)
 
 
 @router.get("/compare/cell")

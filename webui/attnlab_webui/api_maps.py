@@ -35,6 +35,7 @@ from attnlab_webui.answers import StoreDep, find_run, octets, span
 
 router = APIRouter()
 Pixels = Annotated[int, Query(ge=1, le=2048)]
+PictureBytes = Annotated[int | None, Query(ge=1024)]
 ThumbPixels = Annotated[int, Query(ge=8, le=256)]
 
 
@@ -123,11 +124,11 @@ def run_viewport(
     reduce: str = "max",
     part: str | None = None,
     v: str | None = None,
-    compact: bool = False,
+    most_bytes: PictureBytes = None,
 ) -> Response:
     """Any region of a map as float32 [height, width], row by row; NaN where no pair is allowed.
 
-    ``compact``: where that is more than 300,000 bytes, as gzip of rounded numbers (``heatmap.deflated``).
+    ``most_bytes``: where it would be longer, as gzip of rounded numbers (``heatmap.deflated``).
     202 with {"building": share} while the overview that a wide region comes from is being built: ask again.
     """
     region = span("rows", rows), span("cols", cols)
@@ -135,7 +136,7 @@ def run_viewport(
     if ready < 1:
         return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
     view = viewport(store, run_id, layer, head, *region, height, width, reduce, part)
-    return octets(*heatmap.encode(view, [load_map(store, run_id, layer, head)], compact=compact), v)
+    return octets(*heatmap.encode(view, [load_map(store, run_id, layer, head)], most_bytes=most_bytes), v)
 
 
 @router.get("/runs/{run_id}/cell")

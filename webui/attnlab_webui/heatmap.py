@@ -1,8 +1,9 @@
 """The map component: a place that `static/js/heatmap.js` fills, and the bytes that it asks for.
 
 A viewport travels as float32 in row order, NaN where the mask allows no pair, so that "masked" is never mistaken
-for a weight of zero; headers carry shape, region and maximum. A compact one is at most STEP_BYTES long: what is longer
-in float32 is rounded to the eight significant bits of bfloat16, which no colour shows, or to fewer, and deflated.
+for a weight of zero; headers carry shape, region and maximum. Who wants few bytes says how many: what is longer in
+float32 is rounded to the eight significant bits of bfloat16, which no colour shows, or to fewer where that is still too
+long (a dense signed map of 512 x 512: five), and deflated.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from attnlab.views.trace_map import AttentionMap
 from attnlab.views.viewport import Viewport, allowed_in, allowed_pixels
 from attnlab_webui import theme
 
-STEP_BYTES = 300_000
-"""of one picture on its way to a page"""
 _TEMPLATE = '<div class="at-view-place"></div>'
 _ON_LOAD = """
 import("{url}/js/heatmap.js").then((module) => module.mount(element, () => props.value, watch));
@@ -69,9 +68,13 @@ def message(text: str) -> str:
 
 
 def encode(
-    view: Viewport, maps: Sequence[AttentionMap], *, compact: bool = False
+    view: Viewport, maps: Sequence[AttentionMap], *, most_bytes: int | None = None
 ) -> tuple[bytes, dict[str, str]]:
-    """A viewport as bytes and headers; a pixel is NaN where none of `maps` allows a pair."""
+    """A viewport as bytes and headers; a pixel is NaN where none of `maps` allows a pair.
+
+    Args:
+        most_bytes: what is longer is rounded and deflated to be at most that long; float32 whatever its length without.
+    """
     values = np.ascontiguousarray(view.values, "<f4")
     if maps:
         allowed = np.zeros(values.shape, bool)
@@ -79,22 +82,31 @@ def encode(
             allowed |= allowed_in(view, one)
         values = np.where(allowed, values, np.float32(np.nan))
     headers = headers_of(values, view.rows, view.cols, view.maximum, exact=view.exact)
-    if compact and values.nbytes > STEP_BYTES:
-        return deflated(values), headers | {"X-Attnlab-Dtype": "bfloat16", "Content-Encoding": "gzip"}
+    if most_bytes is not None and values.nbytes > most_bytes:
+        return deflated(values, most_bytes), headers | {
+            "X-Attnlab-Dtype": "bfloat16",
+            "Content-Encoding": "gzip",
+        }
     return values.tobytes(), headers
 
 
-def deflated(values: np.ndarray, most: int = STEP_BYTES) -> bytes:
-    """Values as gzip of bfloat16, first all high bytes and then all low ones, rounded until `most` bytes hold them."""
+def deflated(values: np.ndarray, most_bytes: int) -> bytes:
+    """Values as gzip of bfloat16, first all high bytes and then all low ones, rounded until `most_bytes` hold them.
+
+    ValueError where not even their powers of two fit.
+    """
     packed = b""
     for dropped in range(16, 23):
         raw = values.view("<u4") + np.uint32(1 << (dropped - 1)) >> dropped << (dropped - 16)
         raw[np.isnan(values)] = 0x7FC0
         packer = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
         packed = packer.compress(np.stack([raw >> 8, raw & 255]).astype(np.uint8).tobytes()) + packer.flush()
-        if len(packed) <= most:
-            break
-    return packed
+        if len(packed) <= most_bytes:
+            return packed
+    pixels = " x ".join(map(str, values.shape))
+    raise ValueError(
+        f"most_bytes must be at least {len(packed):,} for these {pixels} pixels; got {most_bytes:,}"
+    )
 
 
 def headers_of(

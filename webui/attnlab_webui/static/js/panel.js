@@ -7,7 +7,9 @@ import { ApiError, getTile } from "./request.js";
 import { hatch, readInk } from "./ink.js";
 
 const MOST_PIXELS = 512;
-const MOVING_MS = 70;
+const MOST_BYTES = 300_000;
+// longer than one step of the wheel moves the map: a step asks for one picture, at its end
+const MOVING_MS = 300;
 const SLOW_MS = 180;
 
 export class Panel {
@@ -102,7 +104,7 @@ export class Panel {
       height: size(this.plot.h),
       width: size(this.plot.w),
       reduce,
-      compact: 1,
+      most_bytes: MOST_BYTES,
     };
   }
 
