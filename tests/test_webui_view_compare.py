@@ -1,10 +1,12 @@
 """Laws of comparing: distances lead to the heads that changed most, and other inputs are compared by their tokens."""
 
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
+from attnlab.views import overview, wide_difference
 from attnlab.views.distances import head_distances, run_distances
 from attnlab_storage.database import open_store
 
@@ -114,6 +116,33 @@ def test_the_map_of_a_run_leads_to_the_comparison_of_its_heads(lengths, browse):
     page.get_by_role("link", name="Compare heads").click()
     page.wait_for_url("**/compare?*against=1:2*")
     page.get_by_text("against its own L1H2").wait_for()
+
+
+def test_a_wide_difference_says_how_far_it_is_and_then_shows(lengths, browse, monkeypatch):
+    address, long, _ = lengths
+    monkeypatch.setattr(overview, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(overview, "EXACT_CELLS", 1000)
+    go = threading.Event()
+
+    def slow(full_map, progress, **options):
+        progress(0.25)
+        assert go.wait(30)
+        return overview.build_pyramid(full_map, progress, **options)
+
+    monkeypatch.setattr(wide_difference, "build_pyramid", slow)
+    a, b = long.run_ids[:2]
+    try:
+        page = browse(f"{address}/compare?runs={a},{b}&layer=0&head=2")
+        page.get_by_text("Building the overview of this difference: 25 %").wait_for()
+    finally:
+        go.set()
+    page.wait_for_function(IDLE)
+    assert page.get_by_text("Building the overview").locator("visible=true").count() == 0
+    tile = page.evaluate(
+        "() => { const t = window.__attnlab.panels()[2].tile; return [t.exact, t.height, t.width]; }"
+    )
+    assert tile == [False, 20, 20]
+    assert page.get_by_text("largest of the cells in a pixel").is_visible()
 
 
 def test_a_run_of_one_layer_has_no_range_of_layers(serve_runs, browse):

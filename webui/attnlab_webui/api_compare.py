@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
 
 from attnlab.views.aligned_map import alignment_document, needed_alignment, places
-from attnlab.views.difference import difference
+from attnlab.views.difference import difference, difference_progress
 from attnlab.views.viewport import cell, load_map
 from attnlab_webui import heatmap
 from attnlab_webui.answers import StoreDep, octets, span
@@ -36,13 +37,16 @@ def compare_viewport(
     """A − B over a region as float32 [height, width]; NaN where neither map allows a pair.
 
     Where the inputs differ the region is of A's tokens, and NaN where B lacks one of them. `layer_b` and `head_b`
-    are B's where they are not A's; `most_bytes` as for one map.
+    are B's where they are not A's; `most_bytes` as for one map. 202 with {"building": share} while what a wide region
+    comes from is being built: ask again.
     """
     region = span("rows", rows), span("cols", cols)
     second = _second(layer, head, layer_b, head_b)
-    view = difference(
-        store, a, b, layer, head, *region, height, width, reduce, layer_b=second[0], head_b=second[1]
-    )
+    other = {"layer_b": second[0], "head_b": second[1]}
+    ready = difference_progress(store, a, b, layer, head, *region, reduce, **other)
+    if ready < 1:
+        return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
+    view = difference(store, a, b, layer, head, *region, height, width, reduce, **other)
     maps = [load_map(store, a, layer, head), load_map(store, b, *second)]
     if a != b and needed_alignment(store, a, b, maps[0].shape, maps[1].shape) is not None:
         maps.pop()

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from attnlab.views.aligned_map import AlignedMap, needed_alignment
+from attnlab.views.alignment import Alignment
 from attnlab.views.errors import ViewError
 from attnlab.views.trace_map import AttentionMap, is_signed
-from attnlab.views.viewport import Region, Viewport, check_size, head_map, load_map, recorded, region_of
+from attnlab.views.viewport import Region, Viewport, check_size, find_trace, head_map, recorded, region_of
+from attnlab.views.wide_difference import Side, is_wide_pair, pair_progress, pair_viewport
 from attnlab_storage.database import Store
 
 REDUCTIONS = ("signed_max", "mean")
@@ -42,22 +44,51 @@ def difference(
 
     Where the inputs differ, the region is of A's tokens, and a pixel is NaN where B has none of them.
 
+    A region of more cells than can be computed at once comes from blocks, as of one map (see `wide_difference`); what
+    that takes is built on first look, and `difference_progress` says how far it is. Where the inputs differ
+    there are no blocks: every cell is computed.
+
     Raises ViewError where a map lacks the layer, head or region, or the two maps differ in shape without tokens to
     align them by.
     """
     check_size(height, width)
-    if reduce not in REDUCTIONS:
-        raise ViewError(f"reduce of a difference must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
-    a = load_map(store, run_a, layer, head)
-    b = load_map(store, run_b, layer if layer_b is None else layer_b, head if head_b is None else head_b)
+    _check_reduction(reduce)
+    side_a, side_b = _side(store, run_a, layer, head), _second(store, run_b, layer, head, layer_b, head_b)
+    a, b = side_a.full_map, side_b.full_map
     region = region_of(a.shape, rows, cols)
-    aligned = None if run_a == run_b else needed_alignment(store, run_a, run_b, a.shape, b.shape)
-    if aligned is None:
-        _same_shape(run_a, run_b, a.shape, b.shape)
-        values = difference_pixels(a, b, *region, height, width, reduce)
-    else:
+    aligned = _alignment(store, side_a, side_b)
+    if aligned is not None:
         values = _streamed(a, AlignedMap(b, *aligned), *region, height, width, reduce)
+    elif is_wide_pair(a, b, *region, reduce):
+        return pair_viewport(store, side_a, side_b, *region, height, width, reduce)
+    else:
+        values = difference_pixels(a, b, *region, height, width, reduce)
     return Viewport.of(values, *region, a.shape, reduce)
+
+
+def difference_progress(
+    store: Store,
+    run_a: int,
+    run_b: int,
+    layer: int,
+    head: int,
+    rows: Region = None,
+    cols: Region = None,
+    reduce: str = "signed_max",
+    *,
+    layer_b: int | None = None,
+    head_b: int | None = None,
+) -> float:
+    """1.0 where `difference` need not wait for blocks of this region; else the share built, which this call starts.
+
+    Raises ViewError as `difference` does.
+    """
+    _check_reduction(reduce)
+    a, b = _side(store, run_a, layer, head), _second(store, run_b, layer, head, layer_b, head_b)
+    region = region_of(a.full_map.shape, rows, cols)
+    if _alignment(store, a, b) is not None or not is_wide_pair(a.full_map, b.full_map, *region, reduce):
+        return 1.0
+    return pair_progress(store, a, b, reduce)
 
 
 def difference_pixels(
@@ -245,6 +276,32 @@ def _mean(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.n
         for part in (np.where(known, gap, 0.0), known.astype(np.float64))
     )
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def _side(store: Store, run_id: int, layer: int, head: int) -> Side:
+    run, trace = find_trace(store, run_id, layer)
+    return Side(run, layer, head, head_map(store, run, trace, head))
+
+
+def _second(
+    store: Store, run_id: int, layer: int, head: int, layer_b: int | None, head_b: int | None
+) -> Side:
+    """B, of A's layer and head where it has none of its own."""
+    return _side(store, run_id, layer if layer_b is None else layer_b, head if head_b is None else head_b)
+
+
+def _alignment(store: Store, a: Side, b: Side) -> tuple[Alignment, Alignment] | None:
+    """How the tokens of both belong together, None where they are the same; ViewError where they cannot be matched."""
+    shapes = a.full_map.shape, b.full_map.shape
+    found = None if a.run.id == b.run.id else needed_alignment(store, a.run.id, b.run.id, *shapes)
+    if found is None:
+        _same_shape(a.run.id, b.run.id, *shapes)
+    return found
+
+
+def _check_reduction(reduce: str) -> None:
+    if reduce not in REDUCTIONS:
+        raise ViewError(f"reduce of a difference must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
 
 
 def _edges(start: int, stop: int, pixels: int) -> np.ndarray:

@@ -53,12 +53,7 @@ class Jobs(Generic[Result]):
         Raises what the work raised, once: asked again, it is tried again.
         """
         with self._lock:
-            if key not in self._jobs:
-                made = self._jobs[key] = _Job()
-                made.future = self._worker.submit(work, made.tell)
-                self._drop_old()
-            self._jobs.move_to_end(key)
-            job = self._jobs[key]
+            job = self._job(key, work)
         try:
             return Answer(job.future.result(patience), 1.0)
         except CancelledError:  # by somebody else: whoever still wants it asks again
@@ -67,6 +62,16 @@ class Jobs(Generic[Result]):
             if job.future.done():
                 raise  # the work's own
             return Answer(None, min(job.done, 0.99))
+        finally:
+            if _failed(job.future):
+                self._forget(key, job)
+
+    def wait(self, key: Hashable, work: Work[Result]) -> Result:
+        """The result of ``work(progress)`` under ``key``, waited for; CancelledError where it is cancelled."""
+        with self._lock:
+            job = self._job(key, work)
+        try:
+            return job.future.result()
         finally:
             if _failed(job.future):
                 self._forget(key, job)
@@ -81,6 +86,15 @@ class Jobs(Generic[Result]):
             job.future.cancel()
             del self._jobs[key]
         return True
+
+    def _job(self, key: Hashable, work: Work[Result]) -> _Job[Result]:
+        """The job under this key, which is started where there is none; to be called under the lock."""
+        if key not in self._jobs:
+            made = self._jobs[key] = _Job()
+            made.future = self._worker.submit(work, made.tell)
+            self._drop_old()
+        self._jobs.move_to_end(key)
+        return self._jobs[key]
 
     def _forget(self, key: Hashable, job: _Job[Result]) -> None:
         with self._lock:

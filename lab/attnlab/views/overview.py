@@ -6,7 +6,7 @@ all levels of a head lie one after another in one flat array, so that a pyramid 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -115,15 +115,17 @@ def is_wide(shape: tuple[int, int], mask: Mask, rows: Span, cols: Span) -> bool:
 
 
 def build_pyramid(
-    full_map: PooledRegion, progress: Callable[[float], None] = lambda done: None
+    full_map: PooledRegion,
+    progress: Callable[[float], None] = lambda done: None,
+    reductions: Sequence[str] = REDUCTIONS,
 ) -> dict[str, np.ndarray]:
-    """The pyramid of a map: float32 [size] for "max" and for "sum", every level exact.
+    """The pyramid of a map: float32 [size] for each of ``reductions`` ("max", "sum"), every level exact.
 
     Args:
         progress: told the share that is done, from 0 to 1, after each strip of rows.
     """
     layout = Layout(full_map.shape, full_map.mask)
-    made = {name: np.zeros(layout.size, np.float32) for name in REDUCTIONS}
+    made = {name: np.zeros(layout.size, np.float32) for name in reductions}
     base = layout.levels[0]
     step = max(1, STRIP_ROWS // base.block)
     count = len(base.first)
@@ -138,13 +140,23 @@ def build_pyramid(
 
 
 def pyramid_pixels(
-    layout: Layout, flat: dict[str, np.ndarray], rows: Span, cols: Span, height: int, width: int, reduce: str
+    layout: Layout,
+    flat: dict[str, np.ndarray],
+    rows: Span,
+    cols: Span,
+    height: int,
+    width: int,
+    reduce: str,
+    finest: int = 0,
 ) -> Pixels:
     """A region, grown to whole blocks, as at most ``height x width`` pixels, each a rectangle of blocks.
 
     ``reduce`` is "max" (of a signed map the weight of the greatest size) or "mean"; forbidden cells count as 0.
+    No pixel is smaller than a block of ``finest`` cells: two maps of one shape have the same pixels where ``finest`` is
+    the larger of their smallest blocks.
     """
-    wanted = [_block_side(layout, span, pixels) for span, pixels in ((rows, height), (cols, width))]
+    least = max(finest, layout.levels[0].block)
+    wanted = [_block_side(least, span, pixels) for span, pixels in ((rows, height), (cols, width))]
     level = _level(layout, min(wanted), rows, cols)
     top, bottom = _grown(rows, level.block, wanted[0])
     left, right = _grown(cols, level.block, wanted[1])
@@ -170,15 +182,17 @@ def _fill_strip(
     if not (base.last[alive] > base.first[alive]).any():
         return
     left, right = int(base.first[alive].min()), int(base.last[alive].max())
-    for name, reduce in (("max", "max"), ("sum", "mean")):
-        values = _blocks(full_map, base.block, (top, bottom), (left, right), reduce)
+    for name, flat in made.items():
+        values = _blocks(
+            full_map, base.block, (top, bottom), (left, right), "max" if name == "max" else "mean"
+        )
         if name == "sum":
             heights = np.diff(np.minimum(np.arange(top, bottom + 1) * base.block, queries))
             widths = np.diff(np.minimum(np.arange(left, right + 1) * base.block, keys))
             values = values * (heights[:, None] * widths[None]).astype(np.float32)
         for row in range(top, bottom):
             first, last, offset = int(base.first[row]), int(base.last[row]), int(base.offset[row])
-            made[name][offset : offset + last - first] = values[row - top, first - left : last - left]
+            flat[offset : offset + last - first] = values[row - top, first - left : last - left]
 
 
 def _blocks(full_map: PooledRegion, block: int, rows: Span, cols: Span, reduce: str) -> np.ndarray:
@@ -242,9 +256,9 @@ def _unpacked(flat: np.ndarray, level: Level, rows: Span, cols: Span) -> np.ndar
     return out
 
 
-def _block_side(layout: Layout, span: Span, pixels: int) -> int:
-    """The smallest block of the pyramid of which no more than ``pixels`` lie over the span."""
-    side = layout.levels[0].block
+def _block_side(least: int, span: Span, pixels: int) -> int:
+    """The smallest block from ``least`` up of which no more than ``pixels`` lie over the span."""
+    side = least
     while -(-span[1] // side) - span[0] // side > pixels:
         side *= 2
     return side

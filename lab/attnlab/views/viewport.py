@@ -112,7 +112,7 @@ def viewport(
     if part is None and has_pyramid(full_map) and is_wide(full_map.shape, full_map.mask, *region):
         pyramid = PYRAMIDS.get(store, run, layer, head, full_map)
         layout = Layout(full_map.shape, full_map.mask)
-        return _of_blocks(
+        return viewport_of_blocks(
             pyramid_pixels(layout, pyramid, *region, height, width, reduce), full_map.shape, reduce
         )
     values = full_map.pool(slice(*region[0]), slice(*region[1]), height, width, reduce)
@@ -146,7 +146,8 @@ def has_pyramid(full_map: AttentionMap) -> bool:
     return not isinstance(full_map, DifferenceMap | LinearMap)
 
 
-def _of_blocks(pixels: Pixels, shape: tuple[int, int], reduce: str) -> Viewport:
+def viewport_of_blocks(pixels: Pixels, shape: tuple[int, int], reduce: str) -> Viewport:
+    """Pixels of a pyramid as a viewport of a map of this shape."""
     (top, bottom), (left, right) = ((int(edges[0]), int(edges[-1])) for edges in pixels[1:])
     view = Viewport.of(pixels.values, (top, bottom), (left, right), shape, reduce)
     return replace(view, edges=(pixels.row_edges, pixels.col_edges))

@@ -13,7 +13,7 @@ const MOVING_MS = 300;
 const SLOW_MS = 180;
 
 export class Panel {
-  // source: {key, title, extent(): {rows, cols} or null, labels, path(fields), signed}
+  // source: {key, noun, title, extent(): {rows, cols} or null, labels, path(fields), signed}
   constructor(root, source, shared) {
     this.root = root;
     this.source = source;
@@ -150,7 +150,7 @@ export class Panel {
     try {
       const tile = await getTile(path, controller.signal, (done) => {
         this.veil.hidden = false;
-        this.veil.textContent = `Building the overview of this head: ${Math.round(done * 100)} %`;
+        this.veil.textContent = `Building the overview of this ${this.source.noun}: ${Math.round(done * 100)} %`;
       });
       this.showVeil();
       this.shared.cache.put(path, tile);

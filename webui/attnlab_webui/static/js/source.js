@@ -9,6 +9,7 @@ export class MapSource {
     this.tokens = tokens;
     this.state = state;
     this.key = `run ${facts.run}`;
+    this.noun = "head";
   }
 
   get layer() {
@@ -92,6 +93,7 @@ export class DifferenceSource {
     this.state = state;
     this.signed = true;
     this.key = `difference ${a.facts.run} ${b.facts.run}`;
+    this.noun = "difference";
   }
 
   // What is taken away where it is another head of the same run.
