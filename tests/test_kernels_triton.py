@@ -114,7 +114,7 @@ def test_backward_paged_documents_and_modified_kernels_compile_within_the_card(c
     command = [sys.executable, "-c", COMPILE_NEWER, str(capability)]
     result = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=280)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(rows) == 14
+    assert len(rows) >= 14
     for kernel, form, tensor_cores, spill_bound, facts in rows:
         where = f"sm_{capability} {kernel} {form}: {facts}"
         assert facts["stack_bytes"] <= spill_bound, where

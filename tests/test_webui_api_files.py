@@ -212,7 +212,7 @@ def test_pictures_of_views_are_attachments_in_every_format(client, traced):
         ("/runs/1/token/export/png?layer=0&scale=row", 400, "scale must be one of log, linear, got 'row'"),
         ("/runs/1/token/export/png?layer=0&shown=9:9", 400, "shown must be a range"),
         ("/runs/1/rollout/export/png?token=77", 400, "row must be in 0..76"),
-        ("/runs/1/rollout/export/png?token=7&through=all", 400, "through must be one of rollout, flow"),
+        ("/runs/1/rollout/export/png?token=7&through=none", 400, "through must be one of rollout, flow, all"),
         ("/runs/1/grid/export/png?theme=pink", 400, "theme must be one of light, dark"),
     ],
 )
