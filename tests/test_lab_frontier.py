@@ -16,6 +16,7 @@ from attnlab.trials import Trials
 from attnlab_storage import results
 
 BUDGET = 100_000_000
+NO_BUILD = {"launches": [], "package": None, "inductor": None}
 SPEC: dict[str, Any] = {
     "name": "frontier",
     "module": {"dim": 64, "num_heads": 4},
@@ -80,6 +81,20 @@ def test_each_mechanism_has_a_frontier_with_the_bytes_that_were_asked_for(sqlite
     fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert [fused in names for names in named] == [False, True]
     assert "aten::bmm" in named[0]
+    assert [run_document(sqlite_store, run.id)["chosen"] for run in runs[:2]] == ["eager", "sdpa_flash"]
+    assert [run_document(sqlite_store, run.id)["provenance"] for run in runs[:2]] == [NO_BUILD, NO_BUILD]
+
+
+def test_a_trial_that_names_its_kernels_keeps_what_launched_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    changed = {"vary": {"mechanism": ["multi_head"], "implementation": ["triton"]}}
+    spec = parse_spec(SPEC | changed)
+    with Trials(spec, spec.points()[0], "cpu", memory_bytes=BUDGET, seconds=60) as trials:
+        named = trials.attempt(32, name_kernels=True)
+    assert (named.outcome, named.implementations) == ("fits", ["triton"])
+    launch = named.provenance["launches"][0]
+    assert launch["block_m"] > 0
+    assert "kernel" in launch
 
 
 def test_a_trial_that_is_too_slow_or_cannot_even_begin_ends_alone() -> None:

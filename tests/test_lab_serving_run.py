@@ -54,7 +54,7 @@ def test_a_served_experiment_is_stored_with_all_that_happened(sqlite_store: Stor
         served = document["serving"]
         # fused where keys and values are cached, a plain product where latents are
         assert {"aten::_scaled_dot_product_flash_attention_for_cpu", "aten::bmm"} & set(document["kernels"])
-        assert document["provenance"] == {"launches": [], "package": None}
+        assert document["provenance"] == {"launches": [], "package": None, "inductor": None}
         log = results.log_tail(sqlite_store, run.id)
         assert "kernels that ran, prompt: " in log
         assert "kernels that ran, decode: " in log

@@ -165,6 +165,10 @@ def test_every_problem_is_reported_at_once() -> None:
             ("input.text", f"{MAX_TEXT_BYTES} bytes", "1000002"),
         ),
         ({"input__repeat": True}, ("input.repeat", "needs vary.sequence_length")),
+        (
+            {"input": {"synthetic": "random", "repeat": True}, "vary__sequence_length": [64]},
+            ("input.repeat: is for text input", "drawn to the length", "got true", "choices: false"),
+        ),
         ({"input__file": "/etc/passwd", "input__text": None}, ("input.file", "command line", "/etc/passwd")),
         ({"resources__gpus": -1}, ("resources.gpus",)),
         ({"seed": 1.5}, ("seed", "integer")),
@@ -184,6 +188,8 @@ def test_what_is_wrong_is_said_with_the_choices(changes: dict[str, Any], parts: 
         ({"vary__mechanism": [{"grouped_query": {"num_kv_heads": 3}}]}, ("num_kv_heads", "divide", "3")),
         ({"vary__sequence_length": None}, ("vary.sequence_length", "must be given for a bare module")),
         ({"input": {"text": "words"}}, ("input", "synthetic input only", "text")),
+        ({"input": {"repeat": True}}, ("input.repeat: is for text input", "got true", "choices: false")),
+        ({"input": {"max_tokens": 9}}, ("input.max_tokens: is for text input", "length of the run", "got 9")),
         ({"layers": [1]}, ("layers", "one layer")),
         (
             {"vary__sequence_length": [1 << 20], "vary__batch_size": [5]},

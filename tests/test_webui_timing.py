@@ -98,7 +98,17 @@ def test_the_page_shows_what_was_launched_and_which_build_it_is():
     assert "block_m 128, has_bias False, num_warps 8" in launched
     assert "flash-attn 2.8 &lt;b&gt; revision abc" in built
     assert "cuda.so 0123456789abcdef<" in built
-    assert provenance_facts({}) == provenance_facts({"launches": [], "package": None}) == []
+    nothing = {"launches": [], "package": None, "inductor": None}
+    assert provenance_facts({}) == provenance_facts(nothing) == []
+
+
+def test_the_page_shows_what_torch_compile_chose():
+    kernel = {"kernel": "triton_tem_<0>", "block_m": 64, "num_warps": 4}
+    inductor = {"settings": {"max_autotune": False}, "kernels": [kernel]}
+    rows = dict(provenance_facts({"inductor": inductor}))
+    assert "triton_tem_&lt;0&gt;" in str(rows["compiled by inductor"])
+    assert "block_m 64, num_warps 4" in str(rows["compiled by inductor"])
+    assert rows["inductor's settings"] == "max_autotune False"
 
 
 def test_a_layout_of_views_costs_nothing_and_says_so():

@@ -52,8 +52,9 @@ def search(recorder: Recorder, spec: ExperimentSpec, point: RunPoint, device: to
     detail = frontier_detail(found, given.memory_bytes, given.resolution)
     recorder.measurements([MeasurementRow("frontier", float(detail["fits"]), "tokens", detail=detail)])
     return {
-        "implementation": point.implementation,
+        "implementation": point.implementation if named is None else ", ".join(named.implementations),
         "kernels": [] if named is None else named.kernels,
+        "provenance": None if named is None else named.provenance,
         "tokens": detail["fits"],
         "device": str(device),
     }

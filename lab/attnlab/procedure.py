@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from attnlab_kernels.operations.softmax.api import Unsupported
-from attnlab_kernels.operations.softmax.provenance import source_of
+from attnlab_kernels.operations.softmax.provenance import provenance_of
 from attnlab_kernels.operations.triton_platform import noting_launches
 from attnlab_storage.queue import Claim
 from attnlab_storage.results import MeasurementRow
@@ -264,10 +264,7 @@ class Procedure:
         with noting_launches() as launched:
             kernels = kernels_that_ran(middle.run, self._device)
         self._found.values["kernels"] = kernels
-        self._found.values["provenance"] = {
-            "launches": launched,
-            "package": source_of(middle.implementation),
-        }
+        self._found.values["provenance"] = provenance_of([middle.implementation], launched)
         self._recorder.log(f"kernels that ran: {', '.join(kernels)}")
         return kernels
 

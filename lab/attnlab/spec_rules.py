@@ -101,6 +101,8 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
     if spec.module is not None:
         if given not in ([], ["synthetic"]):
             yield Problem("input", "a bare module takes synthetic input only", given[0], ("synthetic",))
+        if spec.phase != "serving":
+            yield from _of_text(spec, "a bare module's hidden states have the length of the run")
         return
     if len(given) != 1:
         value = " and ".join(given) or "none"
@@ -125,10 +127,23 @@ def _input(spec: ExperimentSpec) -> Iterator[Problem]:
             return
         if spec.input.repeat and spec.vary.sequence_length is None:
             yield Problem("input.repeat", "needs vary.sequence_length, which says where to stop", "true")
-    elif spec.phase == "serving" or spec.frontier is not None:
         return
-    elif spec.input.synthetic and spec.vary.sequence_length is None and spec.input.max_tokens is None:
+    if spec.input.synthetic and spec.phase != "serving":
+        yield from _of_text(spec, "random tokens are drawn to the length of the run", ("repeat",))
+    if spec.phase == "serving" or spec.frontier is not None:
+        return
+    if spec.input.synthetic and spec.vary.sequence_length is None and spec.input.max_tokens is None:
         yield Problem("vary.sequence_length", "must be given for synthetic input")
+
+
+def _of_text(
+    spec: ExperimentSpec, why: str, names: tuple[str, ...] = ("repeat", "max_tokens", "needle", "target")
+) -> Iterator[Problem]:
+    """What only a text can be asked, and would have no effect on random input."""
+    for name in names:
+        if given := getattr(spec.input, name):
+            value = "true" if given is True else shown(given)
+            yield Problem(f"input.{name}", f"is for text input: {why}", value, ("false",) * (given is True))
 
 
 def _parameters(spec: ExperimentSpec) -> Iterator[Problem]:

@@ -122,12 +122,11 @@ def _tried(order: Mapping[str, Any]) -> dict[str, Any]:
 
     from .outcomes import ending_of
     from .probes.memory import resident
-    from .probes.timing import kernels_that_ran
     from .subjects.load import load_subject
 
     device = torch.device(order["device"])
     before = resident("VmRSS")
-    kernels: list[str] = []
+    named: dict[str, Any] = {}
     try:
         hold_to(order["memory_bytes"], device)
         spec, point = parse_spec(order["spec"]), RunPoint(**order["point"])
@@ -138,7 +137,7 @@ def _tried(order: Mapping[str, Any]) -> dict[str, Any]:
             with subject.ready():
                 subject.prepare()
                 if order["name_kernels"]:
-                    kernels = kernels_that_ran(subject.step, device)
+                    named = _named(subject, device)
                 else:
                     subject.step()
                 if device.type == "cuda":
@@ -149,7 +148,26 @@ def _tried(order: Mapping[str, Any]) -> dict[str, Any]:
     peak = resident("VmHWM") - before
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    return {"outcome": FITS, "reason": "", "peak_bytes": peak, "kernels": kernels}
+    return {"outcome": FITS, "reason": "", "peak_bytes": peak, **named}
+
+
+def _named(subject: Any, device: Any) -> dict[str, Any]:
+    """The kernels of a step, then their implementations from a step that is listened to, which may hold more."""
+    from attnlab_kernels.operations.softmax.provenance import provenance_of
+    from attnlab_kernels.operations.triton_platform import noting_launches
+
+    from .probes.timing import kernels_that_ran
+
+    with noting_launches() as launched:
+        kernels = kernels_that_ran(subject.step, device)
+    heard: dict[str, None] = {}
+    subject.prepare()
+    subject.step(lambda call: heard.setdefault(call.implementation))
+    return {
+        "kernels": kernels,
+        "implementations": list(heard),
+        "provenance": provenance_of(heard, launched),
+    }
 
 
 def hold_to(memory_bytes: int, device: Any) -> None:

@@ -313,12 +313,11 @@ def _ran(document: Mapping[str, Any], run: RunRow) -> str:
 
 
 def provenance_facts(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """The configuration of every Triton kernel that was launched; version and hashes of another package's kernel."""
-    rows: list[tuple[str, object]] = []
-    for launch in provenance.get("launches") or []:
-        numbers = ", ".join(f"{name} {_text(value)}" for name, value in launch.items() if name != "kernel")
-        name = f'<span class="at-mono">{escape(launch["kernel"])}</span>'
-        rows.append(("launched", Raw(f'{name} <span class="at-muted">{escape(numbers)}</span>')))
+    """What launched every Triton kernel, ours and torch.compile's; version and hashes of another package's kernel."""
+    rows: list[tuple[str, object]] = [("launched", _launch(one)) for one in provenance.get("launches") or []]
+    if inductor := provenance.get("inductor"):
+        rows += [("compiled by inductor", _launch(one)) for one in inductor["kernels"]]
+        rows.append(("inductor's settings", _numbers(inductor["settings"])))
     if package := provenance.get("package"):
         revision = f" revision {package['revision']}" if package.get("revision") else ""
         hashes = "".join(
@@ -327,6 +326,17 @@ def provenance_facts(provenance: Mapping[str, Any]) -> list[tuple[str, object]]:
         )
         rows.append(("kernel's package", Raw(f"{escape(package['version'] + revision)}{hashes}")))
     return rows
+
+
+def _launch(launch: Mapping[str, Any]) -> Raw:
+    numbers = _numbers({name: value for name, value in launch.items() if name != "kernel"})
+    return Raw(
+        f'<span class="at-mono">{escape(launch["kernel"])}</span> <span class="at-muted">{escape(numbers)}</span>'
+    )
+
+
+def _numbers(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_text(value)}" for name, value in values.items())
 
 
 def _section(title: str, body: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -41,7 +40,8 @@ def triton_support(
 
 
 Launch = dict[str, Any]
-_launches: ContextVar[list[Launch] | None] = ContextVar("attnlab_launches", default=None)
+_noting: list[list[Launch]] = []
+"""the blocks that note, the innermost last; of the process, as a backward on CUDA runs in a thread of autograd's own"""
 
 
 @contextmanager
@@ -49,14 +49,14 @@ def noting_launches() -> Iterator[list[Launch]]:
     """Keep the configuration of every Triton kernel that is launched in the block, each once.
 
     A launch is ``kernel``, ``num_warps``, ``num_stages`` and the kernel's own constants (tile sizes, features) by
-    their names in lower case.
+    their names in lower case. Launches of every thread are kept.
     """
     found: list[Launch] = []
-    token = _launches.set(found)
+    _noting.append(found)
     try:
         yield found
     finally:
-        _launches.reset(token)
+        _noting[:] = [other for other in _noting if other is not found]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def load_kernels(module: str) -> Any:
         raise RuntimeError(
             "TRITON_INTERPRET was changed after the kernel was loaded; set it before the process starts"
         )
-    found = _launches.get()
-    return loaded if found is None else _Noted(loaded, found)
+    return _Noted(loaded, _noting[-1]) if _noting else loaded
 
 
 def padded(size: int, least: int = 16) -> int:

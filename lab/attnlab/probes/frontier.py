@@ -18,6 +18,8 @@ class Trial:
         peak_bytes: most that the process held beyond what it began with; None where it did not live to say.
         seconds: from its start to its end.
         kernels: what ran in it; only of a trial that was asked to name them.
+        implementations: of its attentions, in the order they were first used.
+        provenance: launches and builds of these kernels.
     """
 
     tokens: int
@@ -26,6 +28,8 @@ class Trial:
     peak_bytes: int | None
     seconds: float
     kernels: list[str] = field(default_factory=list)
+    implementations: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:

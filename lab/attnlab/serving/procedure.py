@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnlab_kernels.operations.softmax.provenance import source_of
+from attnlab_kernels.operations.softmax.provenance import provenance_of
 from attnlab_kernels.operations.triton_platform import Launch, noting_launches
 from attnlab_storage.results import InputRow, MeasurementRow
 
@@ -193,18 +193,13 @@ class ServingProcedure:
         return {name: values[name] for name in kept if name in values} | {
             "implementation": runner.implementation,
             "kernels": self._kernels,
-            "provenance": {"launches": self._launches, "package": self._package(runner)},
+            "provenance": provenance_of(runner.implementation.split(", "), self._launches),
             "layers": runner.layers,
             "heads": runner.heads,
             "swap": "none" if isinstance(runner, BareRunner) else self._swap_kind(runner),
             "device": str(self._device),
             "tokens": sum(request.tokens for request in self._requests),
         }
-
-    def _package(self, runner: BareRunner | ModelRunner) -> dict[str, Any] | None:
-        """The first build of another package among the implementations that served."""
-        sources = map(source_of, runner.implementation.split(", "))
-        return next((source for source in sources if source is not None), None)
 
     def _swap_kind(self, runner: ModelRunner) -> str:
         return runner.kind(self._longest())

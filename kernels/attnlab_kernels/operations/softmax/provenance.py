@@ -1,16 +1,18 @@
-"""Which build of another package's kernel runs: its version and the hashes of its compiled files."""
+"""Which kernel runs: what it was launched with, and of another package the version and hashes of its compiled files."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from attnlab_kernels.operations.softmax import external, hub
+from attnlab_kernels.operations.softmax.inductor import compiled_kernels
+from attnlab_kernels.operations.triton_platform import Launch
 
 # implementation -> the distribution, and the modules that its compiled files are found under once it has run
 PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -22,6 +24,21 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 COMPILED = (".so", ".pyd")
 REVISION = re.compile(r"snapshots/([0-9a-f]{40})/")
+
+
+def provenance_of(implementations: Iterable[str], launches: Sequence[Launch]) -> dict[str, Any]:
+    """Return what is kept of the kernels of these implementations, once they have run in this process.
+
+    ``launches`` of our own Triton kernels; ``package``, the first build of another package among them, or None;
+    ``inductor``, what torch.compile made for FlexAttention, or None.
+    """
+    names = list(implementations)
+    sources = map(source_of, names)
+    return {
+        "launches": list(launches),
+        "package": next((source for source in sources if source is not None), None),
+        "inductor": compiled_kernels() if "flex" in names else None,
+    }
 
 
 def source_of(implementation: str) -> dict[str, Any] | None:
