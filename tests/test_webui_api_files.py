@@ -220,3 +220,19 @@ def test_a_picture_that_cannot_be_drawn_gets_one_sentence(client, path, status, 
     answer = client.get("/api/v1" + path)
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]
+
+
+def test_maps_over_other_texts_are_exported_at_the_same_tokens(client, traced, make_traced):
+    other = make_traced(traced.store, tokens=30, seed=3)  # both end with the same two tokens
+    a, b = traced.run_ids[0], other.run_ids[0]
+    which = f"runs={a},{b}&layer=0&head=1"
+    content = client.get(f"/api/v1/compare/export/npz?{which}&rows=70:77&cols=20:77").content
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        assert arrays[f"rows_{b}"].tolist() == [28, 30]
+        assert arrays[f"query_tokens_{b}"].tolist() == arrays[f"query_tokens_{a}"][-2:].tolist()
+        np.testing.assert_allclose(arrays[f"map_{b}"], other.reference(b, 0, 1)[28:30, 20:30], atol=EPSILON)
+    picture = client.get(f"/api/v1/compare/export/png?{which}&rows=20:77")
+    assert picture.status_code == 200, picture.text
+    none = client.get(f"/api/v1/compare/export/png?{which}&rows=40:60&cols=0:9")
+    assert none.status_code == 400
+    assert f"run {b} has none of the tokens of rows 40:60 and columns 0:9 of run {a}" in none.json()["error"]

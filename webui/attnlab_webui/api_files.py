@@ -19,6 +19,7 @@ from attnlab.export.bundle import read_bundle, write_bundle
 from attnlab.export.panel import SCALES, THEMES
 from attnlab.export.report import write_report
 from attnlab.views.colormaps import COLORMAPS
+from attnlab.views.viewport import linked_regions
 from attnlab_storage import results, settings
 from attnlab_storage.database import Store
 from attnlab_webui.answers import Refused, StoreDep, find_experiment, find_run, ids, span
@@ -187,9 +188,10 @@ def _several_maps(
 ) -> bytes:
     """``map_3``, ``map_7``, ... of one region, with the tokens of each run."""
     found = {}
-    for run_id in run_ids:
+    spans = linked_regions(store, [(run_id, layer, head) for run_id in run_ids], rows, cols)
+    for run_id, region in zip(run_ids, spans, strict=True):
         part = arrays.map_arrays(
-            store, run_id, layer, head, rows, cols, max_bytes=arrays.MAX_BYTES // len(run_ids)
+            store, run_id, layer, head, *region, max_bytes=arrays.MAX_BYTES // len(run_ids)
         )
         found |= {f"{name}_{run_id}": array for name, array in part.items()}
     return arrays.pack(found, {"runs": run_ids, "layer": layer, "head": head}, form)

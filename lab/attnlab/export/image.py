@@ -15,6 +15,7 @@ from attnlab.export.patches import draw_query
 from attnlab.export.pdf import to_pdf
 from attnlab.export.scene import Scene, to_png, to_svg
 from attnlab.export.strips import draw_heads
+from attnlab.views.aligned_map import needed_alignment
 from attnlab.views.difference import difference
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import map_label, ran_as
@@ -92,9 +93,10 @@ def render_comparison(
 ) -> bytes:
     """The same region of the same head in several runs on one shared scale; two runs also get A - B.
 
-    Runs with signed weights share a scale of their own.
+    Runs with signed weights share a scale of their own. The region is of the first run's tokens, and a run over
+    another text shows where it has them.
 
-    Raises ViewError for anything that cannot be shown, also where two runs' maps differ in size.
+    Raises ViewError for anything that cannot be shown, also where the tokens of two runs cannot be matched.
     """
     check_format(format)
     linked = linked_viewports(
@@ -107,7 +109,7 @@ def render_comparison(
         for run_id, view in zip(run_ids, linked.panels, strict=True)
     ]
     if len(run_ids) == 2:
-        panels.append(_difference_panel(store, run_ids, layer, head, linked.panels[0], reduce))
+        panels.append(_difference_panel(store, run_ids, layer, head, linked.panels, reduce))
     return encode(draw_panels(panels, theme), format)
 
 
@@ -192,12 +194,18 @@ def _allowed(store: Store, run_id: int, layer: int, head: int, view: Viewport) -
 
 
 def _difference_panel(
-    store: Store, run_ids: Sequence[int], layer: int, head: int, like: Viewport, reduce: str
+    store: Store, run_ids: Sequence[int], layer: int, head: int, views: Sequence[Viewport], reduce: str
 ) -> Panel:
     signed = "mean" if reduce == "mean" else "signed_max"
-    a, b = run_ids
+    (a, b), like = run_ids, views[0]
+    matched = needed_alignment(store, a, b, like.shape, views[1].shape) is not None
     gap = difference(store, a, b, layer, head, like.rows, like.cols, PLOT_SIDE, PLOT_SIDE, signed)
     labels = token_labels(store, a, layer)
+    allowed = _allowed(store, a, layer, head, gap)
+    if matched:
+        allowed &= np.isfinite(gap.values)
+    else:
+        allowed |= _allowed(store, b, layer, head, gap)
     return Panel(
         gap.values,
         gap.rows,
@@ -207,7 +215,7 @@ def _difference_panel(
         subtitle=f"signed difference · {_pixels(gap)}",
         **_axes(labels, find_trace(store, a, layer)[1], gap),
         signed=True,
-        allowed=_allowed(store, a, layer, head, gap) | _allowed(store, b, layer, head, gap),
+        allowed=allowed,
     )
 
 

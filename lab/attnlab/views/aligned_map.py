@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,31 @@ def needed_alignment(
         raise ViewError(f"a difference needs maps of the same size, or tokens to align them by; {text}")
     found = run_alignment(store, run_a, run_b)
     return None if all(one.identical for one in found) else found
+
+
+def span_of_tokens(
+    store: Store,
+    run_a: int,
+    run_b: int,
+    shapes: Sequence[tuple[int, int]],
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The rows and columns of run B's map that hold the tokens of a region of run A's; those of the region itself
+    where both have the same tokens or none are known. ``shapes``: (queries, keys) of both maps.
+
+    Raises ViewError where the tokens cannot be matched, and where B has none of them.
+    """
+    if run_a == run_b or any(results.run_input(store, run_id) is None for run_id in (run_a, run_b)):
+        return rows, cols
+    found = needed_alignment(store, run_a, run_b, shapes[0], shapes[1])
+    if found is None:
+        return rows, cols
+    spans = found[0].span(*rows), found[1].span(*cols)
+    if spans[0] is None or spans[1] is None:
+        text = f"rows {rows[0]}:{rows[1]} and columns {cols[0]}:{cols[1]} of run {run_a}"
+        raise ViewError(f"run {run_b} has none of the tokens of {text}")
+    return spans[0], spans[1]
 
 
 def alignment_document(store: Store, run_a: int, run_b: int, shapes: list[tuple[int, int]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,31 @@ class Alignment(NamedTuple):
         """Matched tokens over all tokens of the longer one."""
         return len(self.a) / max(self.size_a, self.size_b, 1)
 
+    def span(self, start: int, stop: int) -> tuple[int, int] | None:
+        """Where tokens [start, stop) of the first run lie in the second, half-open; None where nothing of them does.
+
+        What stands in the place of tokens that only the first has is divided in proportion, as whole tokens; what
+        only the second has lies between its neighbours, and before or after everything.
+        """
+        corners_a = np.concatenate([[0], np.stack([self.a, self.a + 1], 1).ravel(), [self.size_a]])
+        corners_b = np.concatenate([[0], np.stack([self.b, self.b + 1], 1).ravel(), [self.size_b]])
+        low, high = 0, self.size_b
+        if start > 0:
+            low = int(
+                np.floor(
+                    _between(corners_a, corners_b, int(np.searchsorted(corners_a, start, "right")), start)
+                )
+            )
+        if stop < self.size_a:
+            high = int(np.ceil(_between(corners_a, corners_b, int(np.searchsorted(corners_a, stop)), stop)))
+        return (low, high) if high > low else None
+
+
+def _between(xs: np.ndarray, ys: np.ndarray, high: int, x: int) -> float:
+    """The y of ``x`` on the line from corner ``high - 1`` to corner ``high``."""
+    (x0, x1), (y0, y1) = xs[high - 1 : high + 1], ys[high - 1 : high + 1]
+    return float(y0 + (x - x0) * (y1 - y0) / (x1 - x0))
+
 
 def align_tokens(a: Sequence[str], b: Sequence[str]) -> Alignment:
     """Match two token lists: common beginning and end, and the longest runs between them (Ratcliff and Obershelp 1988).
@@ -52,12 +78,17 @@ def align_tokens(a: Sequence[str], b: Sequence[str]) -> Alignment:
             f"inputs to align may differ in at most {MOST_COMPARED} neighbouring tokens; got {found}"
         )
     pairs = [(place, place) for place in range(start)]
-    matcher = SequenceMatcher(None, middle_a, middle_b, autojunk=False)
-    for block in matcher.get_matching_blocks():
-        pairs += [(start + block.a + step, start + block.b + step) for step in range(block.size)]
+    for at, place, size in _matching_blocks(tuple(middle_a), tuple(middle_b)):
+        pairs += [(start + at + step, start + place + step) for step in range(size)]
     pairs += [(len(a) - back, len(b) - back) for back in range(end, 0, -1)]
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     return Alignment(table[:, 0], table[:, 1], len(a), len(b))
+
+
+@lru_cache(maxsize=8)
+def _matching_blocks(a: tuple[str, ...], b: tuple[str, ...]) -> list[tuple[int, int, int]]:
+    """Kept, because every step of a zoom asks for them and 4,000 tokens take a second."""
+    return [tuple(block) for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()]
 
 
 def run_alignment(store: Store, run_a: int, run_b: int) -> tuple[Alignment, Alignment]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from attnlab.views.aligned_map import span_of_tokens
 from attnlab.views.errors import NotFound, NothingRecorded, ViewError
 from attnlab.views.labels import OUTCOME_WORDS
 from attnlab.views.memory import ArrayMemory
@@ -162,11 +163,35 @@ def linked_viewports(
     width: int = 512,
     reduce: str = "max",
 ) -> Linked:
-    """The same region of several maps, given as (run id, layer, head), with one maximum for them all."""
+    """The same region of several maps, given as (run id, layer, head), with one maximum for them all.
+
+    The region is of the first one's tokens; a run over another text shows where it has them.
+    Raises ViewError as `viewport` and `span_of_tokens`.
+    """
     if not panels:
         raise ViewError("panels must name at least one (run, layer, head); got none")
-    views = [viewport(store, *panel, rows, cols, height, width, reduce) for panel in panels]
+    spans = linked_regions(store, panels, rows, cols)
+    views = [
+        viewport(store, *panel, *span, height, width, reduce)
+        for panel, span in zip(panels, spans, strict=True)
+    ]
     return Linked(views, max(view.maximum for view in views))
+
+
+def linked_regions(
+    store: Store, panels: Sequence[tuple[int, int, int]], rows: Region, cols: Region
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns of each (run id, layer, head) that hold the tokens of a region of the first.
+
+    Raises ViewError as `span_of_tokens`.
+    """
+    shapes = [load_map(store, *panel).shape for panel in panels]
+    region = region_of(shapes[0], rows, cols)
+    first = panels[0][0]
+    return [
+        span_of_tokens(store, first, run_id, (shapes[0], shape), *region)
+        for (run_id, _, _), shape in zip(panels, shapes, strict=True)
+    ]
 
 
 def cell(

@@ -26,6 +26,15 @@ export class Camera {
     this.tell();
   }
 
+  // What a LinkedCamera says of another map.
+  get frame() {
+    return this.window;
+  }
+
+  get lacksAll() {
+    return false;
+  }
+
   // Whether these ranges (null for all) are the window.
   isAt(rows, cols) {
     const wanted = { ...span("r", rows, this.extent.rows), ...span("c", cols, this.extent.cols) };
@@ -35,6 +44,11 @@ export class Camera {
   get isWhole() {
     const { r0, r1, c0, c1 } = this.window;
     return r0 <= 0 && c0 <= 0 && r1 >= this.extent.rows && c1 >= this.extent.cols;
+  }
+
+  get isClosest() {
+    const { r0, r1, c0, c1 } = this.window;
+    return Math.min(r1 - r0, c1 - c0) <= SMALLEST;
   }
 
   zoom(factor, row, col) {

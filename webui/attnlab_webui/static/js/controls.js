@@ -23,6 +23,7 @@ export class Controls {
     root.className = `at-view ${compare ? "at-compare" : "at-single"}`;
     root.innerHTML =
       `<div class="at-top"><div data-part="picker"></div>${compare ? TOOLS : ""}</div>` +
+      '<div data-part="unaligned" role="status"></div>' +
       '<div class="at-body"><div class="at-panels" data-part="panels"></div><aside class="at-side">' +
       (compare ? "" : TOOLS) +
       '<section class="at-readout" data-part="readout" aria-live="polite"></section>' +
@@ -110,6 +111,15 @@ export class Controls {
     this.stats.load({ ...this.distances?.statistics, ...this.statistics });
     this.stats.colour(this.view.table(false));
     if (this.distances) this.part("distance").textContent = this.distances.words;
+  }
+
+  // reasons: source -> why its tokens could not be matched with those of the first
+  showUnaligned(first, reasons) {
+    const lines = [...reasons].map(([source, reason]) => {
+      const words = `The tokens of ${source.key} could not be matched with those of ${first.key}: its map is shown at the same positions. ${sentence(reason)}`;
+      return line("at-notice at-notice-warning", words);
+    });
+    this.part("unaligned").replaceChildren(...lines);
   }
 
   complain(message) {
@@ -250,6 +260,10 @@ function button(words, help, onClick) {
   made.title = help;
   made.addEventListener("click", onClick);
   return made;
+}
+
+function sentence(words) {
+  return `${words[0].toUpperCase()}${words.slice(1)}${/[.!?]$/.test(words) ? "" : "."}`;
 }
 
 function line(css, words) {

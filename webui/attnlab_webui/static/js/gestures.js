@@ -80,7 +80,7 @@ function onWheel(event, panel) {
 }
 
 function dragMap(panel, drag, x, y) {
-  const { r0, r1, c0, c1 } = panel.camera.window;
+  const { r0, r1, c0, c1 } = panel.camera.frame;
   const rows = ((drag.y - y) * (r1 - r0)) / panel.plot.h;
   const cols = ((drag.x - x) * (c1 - c0)) / panel.plot.w;
   panel.camera.pan(rows, cols);
@@ -104,7 +104,7 @@ function onKey(event, panel) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const arrow = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
   const { camera, actions } = panel;
-  const { r0, r1, c0, c1 } = camera.window;
+  const { r0, r1, c0, c1 } = camera.frame;
   const middle = [(r0 + r1) / 2, (c0 + c1) / 2];
   const commands = {
     "+": () => camera.zoom(1 / KEY_ZOOM, ...middle),

@@ -22,7 +22,7 @@ function describe(panel) {
     key: panel.source.key,
     title: panel.source.title(),
     signed: panel.source.signed,
-    window: { ...panel.camera.window },
+    window: panel.camera.window && { ...panel.camera.window },
     plot: panel.plot,
     tile: panel.tile,
     base: panel.base,

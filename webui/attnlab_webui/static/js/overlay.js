@@ -97,7 +97,7 @@ export class Overlays {
   }
 
   draw(context, panel, ink) {
-    if (panel.source !== this.view.first) return;
+    if (panel.source !== this.view.first || panel.borrowed) return;
     const { plot, camera } = panel;
     const pad = this.pad(panel);
     const shown = this.found.filter(({ name }) => this.shown.has(name));

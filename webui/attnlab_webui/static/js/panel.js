@@ -40,11 +40,12 @@ export class Panel {
       '<div class="at-panel-head"><span class="at-panel-title"></span><span class="at-panel-value"></span></div>' +
       '<div class="at-stage"><canvas class="at-map" tabindex="0" role="application"' +
       ' aria-roledescription="attention map"></canvas><canvas class="at-over" aria-hidden="true"></canvas>' +
-      '<div class="at-busy" hidden></div><div class="at-veil" role="alert" hidden></div></div>';
+      '<div class="at-none" role="status" hidden></div><div class="at-busy" hidden></div><div class="at-veil" role="alert" hidden></div></div>';
     const find = (name) => this.root.querySelector(name);
     this.stage = find(".at-stage");
     this.canvas = find(".at-map");
     this.over = find(".at-over");
+    this.none = find(".at-none");
     this.busy = find(".at-busy");
     this.veil = find(".at-veil");
     this.heading = find(".at-panel-title");
@@ -86,8 +87,9 @@ export class Panel {
 
   region() {
     const extent = this.source.extent();
-    if (!extent || !this.plot) return null;
-    const { r0, r1, c0, c1 } = this.camera.window;
+    const { window } = this.camera;
+    if (!extent || !this.plot || !window) return null;
+    const { r0, r1, c0, c1 } = window;
     const rows = [Math.max(0, Math.floor(r0)), Math.min(extent.rows, Math.ceil(r1))];
     const cols = [Math.max(0, Math.floor(c0)), Math.min(extent.cols, Math.ceil(c1))];
     return rows[1] > rows[0] && cols[1] > cols[0] ? { rows, cols } : null;
@@ -112,14 +114,14 @@ export class Panel {
     clearTimeout(this.throttle);
     this.throttle = null;
     const extent = this.source.extent();
-    const region = this.region();
-    if (!extent || !region) return;
+    if (!extent || !this.plot) return;
     try {
       if (!this.base) {
         this.base = await this.load([0, extent.rows], [0, extent.cols]);
         this.shared.onTile(this);
       }
-      this.tile = this.base.exact && !this.base.rounded ? this.base : await this.load(region.rows, region.cols);
+      const region = this.base.exact && !this.base.rounded ? null : this.region();
+      this.tile = region ? await this.load(region.rows, region.cols) : this.base;
       this.error = null;
       this.shared.onTile(this);
     } catch (error) {
@@ -205,9 +207,18 @@ export class Panel {
     this.draw();
   }
 
+  // the panel whose map is drawn here
+  get shown() {
+    return this.borrowed ?? this;
+  }
+
+  get window() {
+    return this.shown.camera.window;
+  }
+
   drawNow() {
     if (!this.plot) return;
-    const { base, tile } = this.borrowed ?? this;
+    const { base, tile, source, window } = this.shown;
     const context = this.canvas.getContext("2d");
     const ink = readInk(this.root);
     context.setTransform(this.dpr, 0, 0, this.dpr, 0, 0);
@@ -218,19 +229,21 @@ export class Panel {
     context.beginPath();
     context.rect(this.plot.x, this.plot.y, this.plot.w, this.plot.h);
     context.clip();
-    if (this.scale && base) this.drawTile(context, base, ink);
-    if (this.scale && tile && tile !== base) this.drawTile(context, tile, ink);
-    this.drawGrid(context, ink);
+    if (this.scale && base && window) this.drawTile(context, base, ink);
+    if (this.scale && tile && tile !== base && window) this.drawTile(context, tile, ink);
+    if (window) this.drawGrid(context, ink);
     context.restore();
     context.strokeStyle = ink.frame;
     context.lineWidth = 1;
     context.strokeRect(this.plot.x - 0.5, this.plot.y - 0.5, this.plot.w + 1, this.plot.h + 1);
-    drawAxes(context, this.plot, this.camera.window, this.source.labels(), ink, this.shared.pad(this));
+    if (window) drawAxes(context, this.plot, window, source.labels(), ink, this.shared.pad(this));
+    this.none.hidden = !this.shown.camera.lacksAll;
+    this.none.textContent = `None of the tokens in view are in the input of ${source.key}.`;
     this.drawOver(ink);
   }
 
   place(rows, cols) {
-    const { r0, r1, c0, c1 } = this.camera.window;
+    const { r0, r1, c0, c1 } = this.window;
     const { x, y, w, h } = this.plot;
     const left = x + ((cols[0] - c0) * w) / (c1 - c0);
     const top = y + ((rows[0] - r0) * h) / (r1 - r0);
@@ -266,7 +279,7 @@ export class Panel {
   }
 
   drawGrid(context, ink) {
-    const { r0, r1, c0, c1 } = this.camera.window;
+    const { r0, r1, c0, c1 } = this.window;
     const width = this.plot.w / (c1 - c0);
     const height = this.plot.h / (r1 - r0);
     if (Math.min(width, height) < 9) return;
@@ -288,13 +301,13 @@ export class Panel {
   }
 
   drawNumbers(context, width, height, ink) {
-    const { r0, r1, c0, c1 } = this.camera.window;
+    const { r0, r1, c0, c1 } = this.window;
     context.font = `11px ${ink.mono}`;
     context.textAlign = "center";
     context.textBaseline = "middle";
     for (let row = Math.floor(r0); row < r1; row++) {
       for (let col = Math.floor(c0); col < c1; col++) {
-        const value = (this.borrowed ?? this).valueAt(row, col);
+        const value = this.shown.valueAt(row, col);
         if (value === null || Number.isNaN(value)) continue;
         const at = indexOf(this.scale, value) * 3;
         const [red, green, blue] = this.table.colours.subarray(at, at + 3);
@@ -310,8 +323,8 @@ export class Panel {
     context.setTransform(this.dpr, 0, 0, this.dpr, 0, 0);
     context.clearRect(0, 0, this.size.w, this.size.h);
     this.shared.over(context, this, ink);
-    const cell = this.shared.cross(this);
-    if (cell) drawCrosshair(context, this.plot, this.camera.window, this.source.labels(), cell, ink);
+    const cell = this.shared.cross(this.shown);
+    if (cell && this.window) drawCrosshair(context, this.plot, this.window, this.shown.source.labels(), cell, ink);
     if (!this.box) return;
     context.strokeStyle = ink.accent;
     context.fillStyle = ink.wash;
@@ -329,7 +342,7 @@ export class Panel {
   // ---- reading
 
   pointAt(x, y) {
-    const { r0, r1, c0, c1 } = this.camera.window;
+    const { r0, r1, c0, c1 } = this.camera.frame;
     return {
       row: r0 + ((y - this.plot.y) * (r1 - r0)) / this.plot.h,
       col: c0 + ((x - this.plot.x) * (c1 - c0)) / this.plot.w,
@@ -337,7 +350,7 @@ export class Panel {
   }
 
   cellAt(x, y) {
-    const extent = this.source.extent();
+    const extent = this.camera.window && this.source.extent();
     const { row, col } = this.pointAt(x, y);
     const cell = { row: Math.floor(row), col: Math.floor(col) };
     return extent && cell.row < extent.rows && cell.col < extent.cols ? cell : null;

@@ -7,6 +7,7 @@ import { Controls } from "./controls.js";
 import { onTheme } from "./dark.js";
 import { Panel } from "./panel.js";
 import { Overlays } from "./overlay.js";
+import { LinkedCamera } from "./linked_camera.js";
 import { getJson, getTile, query, TileCache } from "./request.js";
 import { Selection } from "./selection.js";
 import { DifferenceSource, MapSource, PinnedSource } from "./source.js";
@@ -74,7 +75,6 @@ export class View {
 
   makePanels() {
     const shared = {
-      camera: this.camera,
       state: this.state,
       cache: this.cache,
       actions: this.actions,
@@ -86,9 +86,11 @@ export class View {
     const sources = [...this.sources];
     if (this.config.mode === "compare" && sources.length > 1) sources.push(new DifferenceSource(...this.pair(), this.state));
     this.panels = sources.map((source) => {
-      const ours = (cell) => this.alignment.from(source.a ?? source, cell);
+      const counted = source.a ?? source;
+      const ours = (cell) => this.alignment.from(counted, cell);
       const actions = { ...this.actions, hover: (cell) => this.hover(ours(cell)), hold: (cell) => this.hold(ours(cell)) };
-      return new Panel(this.controls.panelRoot(), source, { ...shared, actions });
+      const camera = counted === this.first ? this.camera : new LinkedCamera(this.camera, this.alignment, counted);
+      return new Panel(this.controls.panelRoot(), source, { ...shared, camera, actions });
     });
     this.controls.arrange(this.panels);
   }
@@ -105,6 +107,9 @@ export class View {
     try {
       await this.alignment.load(this.sources, this.state.get("layer"), this.aligning.signal);
       this.aligning = null;
+      this.controls.showUnaligned(this.first, this.alignment.reasons);
+      if (this.camera.moving) this.camera.tell();
+      else this.openCamera();
       this.readCross();
     } catch (error) {
       if (error.name !== "AbortError") throw error;
@@ -112,7 +117,9 @@ export class View {
   }
 
   openCamera() {
-    const extents = this.sources.map((source) => source.extent()).filter(Boolean);
+    // a map whose tokens are matched shows what the first one does, however long it is
+    const counted = this.sources.filter((source) => !this.alignment.places.has(source));
+    const extents = counted.map((source) => source.extent()).filter(Boolean);
     const rows = Math.max(1, ...extents.map((extent) => extent.rows));
     const cols = Math.max(1, ...extents.map((extent) => extent.cols));
     this.camera.open({ rows, cols }, this.state.get("rows"), this.state.get("cols"));
