@@ -59,6 +59,8 @@ def test_a_run_without_a_result_stays_and_is_noted(made):
             {"environment": {"device": "cuda", "torch": "2.13.0", "threads": 1}},
             "environments differ (device)",
         ),
+        ({"latency_ms": {"detail": {"conditions": {"disturbed": ["by others"]}}}}, "disturbed while it was"),
+        ({"latency_ms": {"detail": {"conditions": {"throttled": ["power cap"]}}}}, "throttled while it was"),
     ],
 )
 def test_what_makes_numbers_incomparable_is_said(made, change, says):

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnlab.describe import run_document
 from attnlab.views.difference import MapDistance, difference, map_distance
-from attnlab.views.labels import OUTCOME_WORDS, run_label, throttling
+from attnlab.views.labels import OUTCOME_WORDS, conditions_words, run_label
 from attnlab_storage import results
 from attnlab_storage.database import Store
 
@@ -168,8 +168,9 @@ def validity_notes(
     for document in documents:
         if withheld := document.get("speed_withheld"):
             notes.append(f"{run_label(document)}: {withheld}.")
-        if slowed := throttling(document):
-            notes.append(f"{run_label(document)} was throttled while it was timed: {'; '.join(slowed)}.")
+        if conditions := conditions_words(document):
+            kind, _, reasons = conditions.partition(": ")
+            notes.append(f"{run_label(document)} was {kind} while it was timed: {reasons}.")
         if document["state"] != "succeeded":
             word = OUTCOME_WORDS.get(document["state"], document["state"])
             reason = f" ({document['reason']})" if document["reason"] else ""

@@ -20,6 +20,7 @@ from attnlab_webui.commands.console import (
     short_number,
 )
 from attnlab_webui.commands.progress import mechanism_words
+from attnlab_webui.commands.run_words import run_words
 from attnlab_webui.commands.targets import find_run_ids, find_runs, parse_target
 
 TargetsArgument = Annotated[
@@ -207,27 +208,6 @@ def implementation_words(run: RunRow) -> str:
     """`auto > sdpa_flash` once auto has chosen."""
     chosen = (run.summary or {}).get("implementation")
     return f"auto > {chosen}" if run.implementation == "auto" and chosen else run.implementation
-
-
-def run_words(document: dict[str, Any]) -> str:
-    """The document of a run as lines for a terminal, without its samples and its environment's details."""
-    latency, check = document["latency_ms"], document["map_check"]
-    lines = {
-        "run": f"{document['id']} of experiment {document['experiment']}",
-        "state": document["state"] + (f": {document['reason']}" if document["reason"] else ""),
-        "model": document["model"],
-        "mechanism": " ".join(
-            [document["mechanism"], *(f"{k}={v}" for k, v in document["parameters"].items() if v is not None)]
-        ),
-        "implementation": f"{document['implementation']}, ran {', '.join(document['kernels']) or '-'}",
-        "input": f"{document['sequence_length']} tokens x {document['batch_size']}, {document['dtype']}",
-        "latency": f"{short_number(latency['median'], 'ms')} median" if latency else "-",
-        "peak memory": short_bytes(document["peak_memory_bytes"]),
-        "accuracy": ", ".join(f"{k} {short_number(v)}" for k, v in document["accuracy"].items()) or "-",
-        "map check": ", ".join(f"{name} {short_number(value)}" for name, value in check.items()),
-        "stored": short_bytes(document["stored_bytes"]),
-    }
-    return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
 
 
 def print_comparison(comparison: Comparison) -> None:
