@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from attnlab.views import overview, viewport
 from attnlab.views.overview import Layout, build_pyramid, is_wide, pyramid_pixels
 from attnlab.views.pyramids import Pyramids
+from attnlab.views.thumbnails import thumbnail_progress
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Full, Mask, Padding, Window
 from attnlab_storage import queue, tensors
@@ -201,6 +202,29 @@ def test_what_cannot_be_built_is_said_and_tried_again(traced, monkeypatch: pytes
     for _ in range(2):
         with pytest.raises(RuntimeError, match="made to fail"):
             viewport.viewport(traced.store, traced.run_ids[0], 0, 0)
+
+
+def test_what_fails_while_it_is_built_is_said_to_whoever_asks_next(
+    traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def broken(*_: Any) -> dict[str, np.ndarray]:
+        assert go.wait(30)
+        raise RuntimeError("made to fail")
+
+    monkeypatch.setattr("attnlab.views.pyramids.build_pyramid", broken)
+    monkeypatch.setattr(viewport, "PYRAMIDS", Pyramids(1 << 20))
+    asked = traced.store, traced.run_ids[0], 0, 0
+    assert thumbnail_progress(*asked) == 0
+    go.set()
+    viewport.PYRAMIDS._builder.submit(lambda: None).result(30)  # the one thread has come to its end
+    with pytest.raises(RuntimeError, match="made to fail"):
+        thumbnail_progress(*asked)
+    monkeypatch.setattr("attnlab.views.pyramids.build_pyramid", build_pyramid)
+    thumbnail_progress(*asked)
+    viewport.PYRAMIDS._builder.submit(lambda: None).result(30)
+    assert thumbnail_progress(*asked) == 1
 
 
 def test_a_derived_tensor_belongs_to_an_ended_attempt_and_is_kept_once(traced, point) -> None:

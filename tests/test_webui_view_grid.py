@@ -1,10 +1,13 @@
 """Laws of the grid: every head is there, order and filter follow the stored numbers, a click opens the map."""
 
 import re
+import threading
 
 import numpy as np
 import pytest
 
+from attnlab.views import overview, pyramids
+from attnlab.views.errors import ViewError
 from attnlab_storage import results, tensors
 
 pytestmark = pytest.mark.browser
@@ -145,3 +148,60 @@ def test_the_statistic_is_downloaded_as_a_figure(grid, tmp_path):
         page.locator('[data-part="files"]').get_by_text("SVG", exact=True).click()
     download.value.save_as(tmp_path / "view")
     assert "multi_head · entropy · made-up" in (tmp_path / "view").read_text()
+
+
+@pytest.fixture
+def long_maps(serve, browse, traced, monkeypatch):
+    """Opens the grid of maps that count as too long to be computed at a look: blocks of 4, made by ``build``."""
+    monkeypatch.setattr(overview, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(overview, "EXACT_CELLS", 1000)
+
+    def open_page(build, **options):
+        monkeypatch.setattr(pyramids, "build_pyramid", build)
+        address = f"{serve(traced.store)}/experiment?id={traced.experiment_id}"
+        return browse(f"{address}&run={traced.run_ids[0]}&view=grid", **options)
+
+    return open_page
+
+
+def test_pictures_of_long_maps_are_built_on_first_look_with_progress_and_kept(long_maps, traced):
+    go = threading.Event()
+
+    def slow(full_map, progress):
+        progress(0.25)
+        assert go.wait(30)
+        return overview.build_pyramid(full_map, progress)
+
+    page = long_maps(slow)
+    try:
+        page.locator(".at-tile span").get_by_text("25 %").first.wait_for()
+        words = page.locator("[data-part=building]")
+        words.get_by_text("0 of 8 are there").wait_for()
+        assert page.locator(".at-drawn").count() == 0
+    finally:
+        go.set()
+    page.wait_for_function("() => document.querySelectorAll('.at-drawn').length === 8")
+    page.wait_for_function(IDLE)
+    assert words.inner_text() == ""
+    assert set(page.locator(".at-tile span").all_inner_texts()) == {""}
+    run = traced.run_ids[0]
+    kept = tensors.read_tensor(traced.store, run, "thumbnail_max.2", 1, 0)
+    dense = np.pad(traced.reference(run, 1, 2), (0, 3)).reshape(20, 4, 20, 4).max(axis=(1, 3))
+    np.testing.assert_allclose(np.nan_to_num(kept), dense, atol=2e-6)
+
+
+def test_a_picture_that_cannot_be_made_says_why_and_the_others_come(long_maps):
+    broken = threading.Lock()
+
+    def build(full_map, progress):
+        if broken.acquire(blocking=False):
+            raise ViewError("made to fail")
+        return overview.build_pyramid(full_map, progress)
+
+    page = long_maps(build, expect=["400"])
+    page.wait_for_function("() => document.querySelectorAll('.at-drawn').length === 7")
+    page.wait_for_function(IDLE)
+    assert re.fullmatch(
+        "No picture of L[01]H[0-3]: made to fail", page.locator("[data-part=building]").inner_text()
+    )
+    assert page.locator(".at-tile span").get_by_text("failed").count() == 1

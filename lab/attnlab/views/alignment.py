@@ -88,7 +88,8 @@ def align_tokens(a: Sequence[str], b: Sequence[str]) -> Alignment:
 @lru_cache(maxsize=8)
 def _matching_blocks(a: tuple[str, ...], b: tuple[str, ...]) -> list[tuple[int, int, int]]:
     """Kept, because every step of a zoom asks for them and 4,000 tokens take a second."""
-    return [tuple(block) for block in SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()]
+    found = SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return [(block.a, block.b, block.size) for block in found]
 
 
 def run_alignment(store: Store, run_a: int, run_b: int) -> tuple[Alignment, Alignment]:

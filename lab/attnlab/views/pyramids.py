@@ -25,12 +25,18 @@ class Pyramids:
         self._lock = threading.Lock()
         self._jobs: dict[Key, Future[Pyramid]] = {}
         self._done: dict[Key, float] = {}
+        self._failed: dict[Key, BaseException] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="attnlab-overview")
 
     def get(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> Pyramid:
         """The pyramid, waited for where it has to be built."""
         found = self._found(store, run, layer, head, full_map)
-        return found if found is not None else self._job(store, run, layer, head, full_map).result()
+        if found is not None:
+            return found
+        try:
+            return self._job(store, run, layer, head, full_map).result()
+        finally:
+            self._failed.pop(_key(store, run, layer, head), None)
 
     def progress(
         self,
@@ -47,15 +53,19 @@ class Pyramids:
         Args:
             patient: start it only while no other is being built, so that nobody who looks at one head waits for many.
 
-        Raises what the building raised.
+        Raises what the building raised, once: asked again, it is tried again.
         """
         if self._found(store, run, layer, head, full_map) is not None:
             return 1.0
+        failure = self._failed.pop(_key(store, run, layer, head), None)
+        if failure is not None:
+            raise failure
         if patient and self._busy_with_others(_key(store, run, layer, head)):
             return 0.0
         job = self._job(store, run, layer, head, full_map)
         if not job.done():
             return min(self._done.get(_key(store, run, layer, head), 0.0), 0.99)
+        self._failed.pop(_key(store, run, layer, head), None)
         job.result()
         return 1.0
 
@@ -97,6 +107,9 @@ class Pyramids:
                 tensors.keep_derived(store, run.id, run.attempt, _name(name, head), layer, array[None])
                 self.memory.get((*key, name), lambda array=array: array)
             return made
+        except BaseException as error:
+            self._failed[key] = error
+            raise
         finally:
             with self._lock:
                 self._jobs.pop(key, None)

@@ -5,6 +5,7 @@ import { ColourBar, hatchSwatch } from "./colourbar.js";
 import { makeScale, precise } from "./colour.js";
 import { Distances } from "./distances.js";
 import { HELP } from "./gestures.js";
+import { complain } from "./make.js";
 import { Minimap } from "./minimap.js";
 import { Options } from "./options.js";
 import { Picker } from "./picker.js";
@@ -123,9 +124,7 @@ export class Controls {
   }
 
   complain(message) {
-    const place = this.root.querySelector(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
+    complain(this.root, message);
   }
 
   showSelection() {

@@ -14,3 +14,10 @@ export function button(words, help, onClick) {
   made.addEventListener("click", onClick);
   return made;
 }
+
+// Says what went wrong in the view's own place for it; "" takes it back.
+export function complain(root, message) {
+  const place = root.querySelector(".at-complaint");
+  place.textContent = message;
+  place.hidden = !message;
+}

@@ -1,11 +1,11 @@
-// Small pictures of heads, asked for one by one as they come into sight: those seen last are wanted first.
+// Small pictures of heads, asked for a few at a time while they are in sight.
 
 import { ApiError, getTile } from "./request.js";
 
 const AT_ONCE = 3;
 
 export class Thumbs {
-  // told(key, tile or null, share): a picture is there, or share of what it is made from
+  // told: {there(key, tile), building(key, share of what it is made from), failed(key, message)}
   // size: {height, width} of pictures that are no square, which are this view's own
   constructor(run, told, size = null) {
     this.run = run;
@@ -14,7 +14,6 @@ export class Thumbs {
     this.told = told;
     this.wanted = [];
     this.busy = new Map();
-    this.error = null;
   }
 
   static key(layer, head, reduce) {
@@ -47,13 +46,13 @@ export class Thumbs {
     try {
       const fields = { layer, head, reduce, ...this.size };
       const path = this.run.path(this.size ? "viewport" : "thumbnails", fields);
-      const tile = await getTile(path, controller.signal, (share) => this.told(key, null, share));
+      const tile = await getTile(path, controller.signal, (share) => this.told.building?.(key, share));
       this.known.set(key, tile);
-      this.told(key, tile, 1);
+      this.told.there(key, tile);
     } catch (error) {
       if (error.name === "AbortError") return;
       if (!(error instanceof ApiError)) throw error;
-      this.error = error.message;
+      this.told.failed(key, error.message);
     } finally {
       this.busy.delete(key);
     }

@@ -10,6 +10,7 @@ import { button, element } from "../make.js";
 import { ApiError, getJson, getTile } from "../request.js";
 import { Sheet } from "../sheet.js";
 import { Thumbs } from "../thumbs.js";
+import { Waiting } from "./waiting.js";
 
 const SMALL = { height: 32, width: 96 };
 const LARGE = { height: 512, width: 1024 };
@@ -25,11 +26,9 @@ const BODY =
   '<aside class="at-side"><section data-part="bar"></section><section class="at-readout" data-part="read"></section>' +
   '<section data-part="top"></section><section class="at-hint" data-part="hint"></section><section data-part="files"></section></aside></div>';
 
-export class Cross {
+export class Cross extends Waiting {
   constructor(root, run) {
-    this.root = root;
-    this.run = run;
-    this.state = run.state;
+    super(root, run);
     this.layers = run.facts.layers.filter(({ role }) => role === "cross");
     this.path = null;
     root.className = "at-view at-cross-view";
@@ -43,10 +42,15 @@ export class Cross {
     this.part("open").append(button("Open the map", "this head alone, with zoom", () => this.openMap()));
     const told = { hover: (cell) => this.say(cell), pick: ({ row }) => this.choose(row), key: (event) => this.onKey(event) };
     this.sheet = new Sheet(this.part("map"), told);
-    this.thumbs = new Thumbs(run, (key, tile) => tile && this.drawHead(key, tile), SMALL);
-    this.detach = [this.state.listen((changed) => this.onState(changed)), onTheme(() => this.recolour())];
-    this.observer = new ResizeObserver(() => this.drawWave());
-    this.observer.observe(this.part("wave"));
+    const pictures = { there: (key, tile) => this.drawHead(key, tile), failed: (key, message) => this.complain(message) };
+    this.thumbs = new Thumbs(run, pictures, SMALL);
+    const observer = new ResizeObserver(() => this.drawWave());
+    observer.observe(this.part("wave"));
+    this.detach = [
+      this.state.listen((changed) => this.onState(changed)),
+      onTheme(() => this.recolour()),
+      () => observer.disconnect(),
+    ];
     this.ready = this.load();
   }
 
@@ -310,22 +314,13 @@ export class Cross {
     place.replaceChildren(from, to, weight);
   }
 
-  complain(message) {
-    const place = this.find(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
-  }
-
   get idle() {
     return !this.wanted && this.thumbs.idle && (Boolean(this.tile) || !this.find(".at-complaint").hidden);
   }
 
   stop() {
-    this.stopped = true;
-    this.wanted?.abort();
+    super.stop();
     this.thumbs.stop();
     this.sheet.stop();
-    this.observer.disconnect();
-    for (const detach of this.detach) detach();
   }
 }

@@ -6,19 +6,25 @@ import { drawCurves, drawLine } from "../curves.js";
 import { onTheme } from "../dark.js";
 import { showFiles } from "../files.js";
 import { hatch, readInk } from "../ink.js";
+import { element } from "../make.js";
 import { ApiError, getJson } from "../request.js";
 import { StatGrid } from "../statgrid.js";
 import { Thumbs } from "../thumbs.js";
+import { Waiting } from "./waiting.js";
 
 const SIDE = 48;
 const ORDERS = { layer: "layer and head", high: "highest first", low: "lowest first" };
 
-export class Grid {
+export class Grid extends Waiting {
   constructor(root, run) {
-    this.root = root;
-    this.run = run;
-    this.state = run.state;
-    this.thumbs = new Thumbs(run, (key, tile, share) => this.onThumb(key, tile, share));
+    super(root, run);
+    this.thumbs = new Thumbs(run, {
+      there: (key, tile) => this.onThumb(key, tile),
+      building: (key, share) => this.onBuilding(key, share),
+      failed: (key, message) => this.onFailed(key, message),
+    });
+    this.problem = ""; // why there are no statistics
+    this.failures = new Map(); // tile -> why it has no picture
     this.tiles = new Map(); // "layer.head" -> its button
     this.statistics = {};
     root.className = "at-view at-grid-view";
@@ -28,7 +34,7 @@ export class Grid {
       '<label class="at-grow">only heads with <input type="text" name="where" list="at-statistics" maxlength="200"' +
       ' placeholder="sink_mass &gt; 0.8 and entropy &lt; 1" spellcheck="false"></label>' +
       '<datalist id="at-statistics"></datalist><output class="at-count" aria-live="polite"></output></div>' +
-      '<p class="at-complaint" role="alert" hidden></p>' +
+      '<p class="at-complaint" role="alert" hidden></p><div data-part="building" role="status"></div>' +
       '<div class="at-grid-body"><div class="at-grid" role="grid" aria-label="heads"></div>' +
       '<aside class="at-side"><section data-part="stats" hidden></section>' +
       '<section data-part="curves"></section><section data-part="formula" class="at-hint"></section>' +
@@ -65,14 +71,14 @@ export class Grid {
       this.curves = found.curves;
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      this.complain(error.message);
+      this.problem = error.message;
     }
     if (this.stopped) return;
     const names = Object.keys(this.statistics);
     this.find('[name="statistic"]').replaceChildren(...names.map((name) => new Option(this.statistics[name].title, name)));
     this.find("datalist").replaceChildren(...names.map((name) => new Option(this.statistics[name].title, name)));
     for (const name of ["statistic", "sort", "where"]) this.find(`[name="${name}"]`).disabled = !names.length;
-    if (!names.length) this.find('[data-part="formula"]').textContent = "This run recorded no statistics: add `statistics` to `record`.";
+    if (!names.length && !this.problem) this.find('[data-part="formula"]').textContent = "This run recorded no statistics: add `statistics` to `record`.";
     this.stats.load(this.statistics);
     this.loaded = true;
     this.arrange();
@@ -85,9 +91,9 @@ export class Grid {
     const { layer, head } = this.state.values;
     const { queries, keys } = this.run.source.layer;
     const place = this.find('[data-part="positions"]');
-    this.curvesWanted?.abort();
+    this.wanted?.abort();
     const controller = new AbortController();
-    this.curvesWanted = controller;
+    this.wanted = controller;
     try {
       const asked = (this.curves ?? []).map((name) => getJson(this.run.path("curve", { name, layer, head }), controller.signal));
       const found = await Promise.all(asked);
@@ -101,7 +107,7 @@ export class Grid {
       if (!(error instanceof ApiError)) throw error;
       place.replaceChildren(); // a layer that kept none
     }
-    if (this.curvesWanted === controller) this.curvesWanted = null;
+    if (this.wanted === controller) this.wanted = null;
   }
 
   makeTiles() {
@@ -132,7 +138,7 @@ export class Grid {
   // The tiles that the filter lets through, as a Set; a filter that cannot be read lets all through and says why.
   kept() {
     const all = [...this.tiles.values()];
-    this.complain("");
+    this.complain(this.problem);
     let conditions = [];
     try {
       if (this.loaded) conditions = parseConditions(this.state.get("where"), Object.keys(this.statistics));
@@ -209,7 +215,8 @@ export class Grid {
     const { layer, head } = tile.dataset;
     const value = this.value(tile);
     const number = value === null ? "" : short(value);
-    tile.querySelector("span").textContent = full ? `L${layer}H${head} ${number}` : "";
+    const failed = this.failures.has(tile) ? "failed" : "";
+    tile.querySelector("span").textContent = full ? `L${layer}H${head} ${failed || number}` : failed;
     const what = value === null ? "" : `, ${this.stats.info.title} ${number}`;
     tile.setAttribute("aria-label", `layer ${layer} head ${head}${what}`);
     tile.title = `L${layer}H${head}${what}`;
@@ -309,12 +316,43 @@ export class Grid {
     }
   }
 
-  onThumb(key, tile, share) {
+  onThumb(key, tile) {
+    const place = this.placeOf(key);
+    this.failures.delete(place);
+    this.draw(place, tile);
+    this.sayBuilding();
+  }
+
+  onBuilding(key, share) {
+    this.placeOf(key).querySelector("span").textContent = `${Math.round(share * 100)} %`;
+    this.long = true;
+    this.sayBuilding();
+  }
+
+  onFailed(key, message) {
+    const place = this.placeOf(key);
+    this.failures.set(place, message);
+    this.name(place, this.grid.classList.contains("at-sorted"));
+    this.sayBuilding();
+  }
+
+  placeOf(key) {
     const [layer, head] = key.split(".");
-    const place = this.tiles.get(`${layer}.${head}`);
-    if (tile) this.draw(place, tile);
-    else place.querySelector("span").textContent = `${Math.round(share * 100)} %`;
-    if (this.thumbs.error) this.complain(this.thumbs.error);
+    return this.tiles.get(`${layer}.${head}`);
+  }
+
+  // A long map is read from its first to its last key for a picture: once a head, one head after another.
+  sayBuilding() {
+    const lines = [];
+    const there = [...this.tiles.values()].filter((tile) => this.thumbs.have(this.key(tile))).length;
+    const left = this.tiles.size - there - this.failures.size;
+    if (this.long && left) lines.push(`These maps are long: each picture is made when its head comes into sight, and kept. ${there} of ${this.tiles.size} are there.`);
+    if (this.failures.size) {
+      const [[tile, why]] = this.failures;
+      const others = this.failures.size > 1 ? ` (and ${this.failures.size - 1} more)` : "";
+      lines.push(`No picture of L${tile.dataset.layer}H${tile.dataset.head}${others}: ${why}`);
+    }
+    this.find('[data-part="building"]').replaceChildren(...lines.map((words) => element("p", "at-hint", words)));
   }
 
   draw(place, tile) {
@@ -334,7 +372,7 @@ export class Grid {
     context.fillRect(0, 0, SIDE, SIDE);
     context.drawImage(small, 0, 0, SIDE, SIDE);
     place.classList.add("at-drawn");
-    if (!this.grid.classList.contains("at-sorted")) place.querySelector("span").textContent = "";
+    this.name(place, this.grid.classList.contains("at-sorted"));
   }
 
   recolour() {
@@ -346,23 +384,15 @@ export class Grid {
     if (this.stats.info) this.showFiles(this.stats.info);
   }
 
-  complain(message) {
-    const place = this.find(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
-  }
-
   get idle() {
-    return Boolean(this.loaded) && this.thumbs.idle && !this.curvesWanted;
+    return super.idle && this.thumbs.idle;
   }
 
   stop() {
-    this.stopped = true;
+    super.stop();
     this.thumbs.stop();
-    this.curvesWanted?.abort();
     this.seen.disconnect();
     this.stats.stop();
-    for (const detach of this.detach) detach();
   }
 }
 

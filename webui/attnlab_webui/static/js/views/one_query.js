@@ -4,15 +4,14 @@ import { makeScale, topOf } from "../colour.js";
 import { ColourBar } from "../colourbar.js";
 import { onTheme } from "../dark.js";
 import { ApiError, getTile } from "../request.js";
+import { Waiting } from "./waiting.js";
 
 const ASK_MS = 30;
 
-export class OneQuery {
+export class OneQuery extends Waiting {
   // choices: {layers: those the view can show, css: its class, bar: HTML beside the layer's choice, body: HTML}
   constructor(root, run, { layers, css, bar, body }) {
-    this.root = root;
-    this.run = run;
-    this.state = run.state;
+    super(root, run);
     this.layers = layers;
     this.rows = null; // {heads, keys, values} of the query that is shown
     root.className = `at-view ${css}`;
@@ -30,9 +29,13 @@ export class OneQuery {
     this.choice.addEventListener("change", () => this.state.set({ layer: Number(this.choice.value) }));
     this.scaleChoice.addEventListener("change", () => this.state.set({ scale: this.scaleChoice.value }));
     this.part("open").addEventListener("click", () => this.state.go({ view: "map", rows: null, cols: null }));
-    this.detach = [this.state.listen((changed) => this.onState(changed)), onTheme(() => this.draw())];
-    this.observer = new ResizeObserver(() => this.draw());
-    this.observer.observe(root);
+    const observer = new ResizeObserver(() => this.draw());
+    observer.observe(root);
+    this.detach = [
+      this.state.listen((changed) => this.onState(changed)),
+      onTheme(() => this.draw()),
+      () => observer.disconnect(),
+    ];
   }
 
   // Called by the view once it can draw.
@@ -68,7 +71,7 @@ export class OneQuery {
   onState(changed) {
     if (changed.some((name) => ["layer", "head", "token"].includes(name))) this.settle();
     this.showChoices();
-    if (changed.includes("layer") || changed.includes("token")) this.wanted = this.ask();
+    if (changed.includes("layer") || changed.includes("token")) this.ask();
     else this.draw();
   }
 
@@ -79,9 +82,9 @@ export class OneQuery {
 
   // The row of the query in every head; of several that are asked for while one is on its way only the last is fetched.
   async ask() {
-    this.controller?.abort();
+    this.wanted?.abort();
     const controller = new AbortController();
-    this.controller = controller;
+    this.wanted = controller;
     const query = this.query;
     const path = this.run.path("heads", { layer: this.layer.layer, rows: `${query}:${query + 1}` });
     try {
@@ -92,7 +95,7 @@ export class OneQuery {
         tile = await getTile(path, controller.signal);
         this.run.cache.put(path, tile);
       }
-      if (this.controller !== controller || this.stopped) return;
+      if (this.wanted !== controller || this.stopped) return;
       this.rows = { heads: tile.height, keys: tile.width, values: tile.values, query, layer: this.layer.layer };
       this.complain("");
       this.draw();
@@ -101,7 +104,7 @@ export class OneQuery {
       if (!(error instanceof ApiError)) throw error;
       this.complain(error.message);
     } finally {
-      if (this.controller === controller) this.controller = null;
+      if (this.wanted === controller) this.wanted = null;
     }
   }
 
@@ -142,20 +145,7 @@ export class OneQuery {
     return event.key in commands;
   }
 
-  complain(message) {
-    const place = this.find(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
-  }
-
   get idle() {
-    return !this.controller && (this.rows !== null || !this.find(".at-complaint").hidden);
-  }
-
-  stop() {
-    this.stopped = true;
-    this.controller?.abort();
-    this.observer.disconnect();
-    for (const detach of this.detach) detach();
+    return !this.wanted && (this.rows !== null || !this.find(".at-complaint").hidden);
   }
 }

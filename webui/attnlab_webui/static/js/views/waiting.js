@@ -1,4 +1,6 @@
-// What the views that ask for one thing at a time share: what is on its way, what went wrong, how all of it ends.
+// What all views of a run but the map share: what is on its way, what went wrong, how all of it ends.
+
+import { complain } from "../make.js";
 
 export class Waiting {
   constructor(root, run) {
@@ -10,9 +12,7 @@ export class Waiting {
   }
 
   complain(message) {
-    const place = this.root.querySelector(".at-complaint");
-    place.textContent = message;
-    place.hidden = !message;
+    complain(this.root, message);
   }
 
   get idle() {
