@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from attnlab_kernels.masks import Causal, Window
+from attnlab_kernels.operations.paged import gathered
 from attnlab_kernels.operations.paged.api import attend_paged
+from attnlab_kernels.operations.paged.reference import walk
+from attnlab_kernels.operations.softmax import eager
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.lower import merge
+from attnlab_kernels.operations.softmax.support import PLAIN
 
 LENGTHS, NEW = [60, 9, 35, 20, 35], [37, 9, 1, 0, 1]
 
@@ -53,6 +57,33 @@ def test_gathered_blocks_give_what_every_score_in_memory_gives(given):
     assert mine.aux["implementation"] == "fused"
     torch.testing.assert_close(mine.output.double(), want.output, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(mine.lse, want.lse, atol=2e-6, rtol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("budget", [1, 1000, 2**20], ids="{} bytes".format)
+def test_as_many_sequences_at_a_time_as_fit_give_the_same(budget, monkeypatch):
+    """Twelve of four lengths decode, in blocks of any order, a few of them one after the other."""
+    held = torch.tensor([5, 30, 17, 30, 5, 30, 5, 8, 30, 17, 5, 30]).int()
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(60, 8, 2, 6, generator=generator) for _ in range(2))
+    tables = torch.randperm(60, generator=generator)[:48].reshape(12, 4).int()
+    tables[3] = torch.arange(4)
+    q = torch.randn(12, 4, 6, generator=generator)
+    monkeypatch.setattr(gathered, "GATHERED_BYTES", budget)
+    calls = []
+
+    def listened(*call, **named):
+        calls.append(len(call[0]))
+        return eager.run(*call, **named)
+
+    run = {"mask": Causal(), "scale": 0.4, "modifiers": PLAIN}
+    with torch.no_grad():
+        output, lse = gathered.run(listened, q, key, value, tables, [1] * 12, held.tolist(), **run)
+    assert sum(calls) == 12
+    assert {1: max(calls) == 1, 1000: 1 < max(calls) < 5, 2**20: max(calls) == 5}[budget]
+    for row, length in enumerate(held.tolist()):
+        want, sums = walk(q[row, :, None], key, value, tables[row].tolist(), length, scale=0.4)
+        torch.testing.assert_close(output[row], want[:, 0], atol=2e-6, rtol=0)
+        torch.testing.assert_close(lse[:, row], sums[:, 0], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,11 @@ https://arxiv.org/abs/2309.06180. Slots that hold no token of a sequence are nev
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from attnlab_kernels.masks import Causal, Full, Mask
+from attnlab_kernels.operations.paged import gathered
 from attnlab_kernels.operations.softmax import eager, sdpa, triton_forward
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.operations.softmax.support import Modifiers, Support
@@ -62,35 +60,48 @@ def attend_paged(
         query_starts = torch.arange(sequences + 1, dtype=torch.int32, device=q.device)
     counts, held = query_starts.diff().tolist(), lengths.tolist()
     _check(q, key_pool, value_pool, tables, counts, held, int(query_starts[0]), mask)
-    able = {
-        "eager": Support(True),
-        "fused": fused_supports(q, value_pool, mask, modifiers),
-        "triton": triton_supports(q, key_pool, value_pool, modifiers, factor),
-    }
-    own = "triton" if q.device.type == "cuda" else "fused"
-    name = implementation
-    if name == "auto":
-        name = own if able[own] else "eager"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
-        )
-    if not able[name]:
-        raise Unsupported(f"implementation {name!r} cannot run this call: {able[name].reason}")
+    name, reason = _choose(implementation, q, key_pool, value_pool, mask, modifiers, factor)
     pools = (key_pool, value_pool)
     with torch.no_grad():
         if name != "triton":
-            run = eager.run if name == "eager" else sdpa.run_flash
-            output, lse = _run_alike(run, q, *pools, tables, counts, held, mask, factor, modifiers)
+            attend = eager.run if name == "eager" else sdpa.run_flash
+            call = {"mask": mask, "scale": factor, "modifiers": modifiers}
+            output, lse = gathered.run(attend, q, *pools, tables, counts, held, **call)
         else:
             starts = (query_starts.to(torch.int32).contiguous(), lengths.to(torch.int32).contiguous())
             size = triton_forward.Size(sequences, max(counts), max(held), key_pool.shape[2])
             output, lse = _run_triton(q, *pools, tables, starts, size, mask, factor, modifiers)
-    why = able[own].reason or "gathers the blocks for the fused kernel"
-    reason = (
-        "asked for" if implementation != "auto" else f"auto: {own} on {q.device.type}, else eager ({why})"
-    )
     return AttentionOutput(output, lse=lse, aux={"implementation": name, "reason": reason})
+
+
+def _choose(
+    implementation: str,
+    q: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    mask: Mask,
+    modifiers: Modifiers,
+    scale: float,
+) -> tuple[str, str]:
+    """What runs, and why; only the one in question is asked."""
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
+    own = "triton" if q.device.type == "cuda" else "fused"
+    name = own if implementation == "auto" else implementation
+    if name == "eager":
+        return name, "asked for"
+    if name == "triton":
+        support = triton_supports(q, key_pool, value_pool, modifiers, scale)
+    else:
+        support = fused_supports(q, value_pool, mask, modifiers)
+    if implementation == "auto":
+        why = support.reason or "gathers the blocks for the fused kernel"
+        return name if support else "eager", f"auto: {own} on {q.device.type}, else eager ({why})"
+    if not support:
+        raise Unsupported(f"implementation {name!r} cannot run this call: {support.reason}")
+    return name, "asked for"
 
 
 def fused_supports(q: Tensor, value_pool: Tensor, mask: Mask, modifiers: Modifiers) -> Support:
@@ -121,53 +132,6 @@ def triton_supports(
     return triton_forward.supports(
         q[None], key_pool, value_pool, mask=Full(), bias=None, modifiers=modifiers, need_grad=False
     )
-
-
-def _run_alike(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    tables: Tensor,
-    counts: list[int],
-    held: list[int],
-    mask: Mask,
-    scale: float,
-    modifiers: Modifiers,
-) -> tuple[Tensor, Tensor]:
-    output = q.new_empty(*q.shape[:2], value_pool.shape[-1])
-    sums = torch.empty(*q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    size, stops = key_pool.shape[1], list(itertools.accumulate(counts))
-    alike: dict[tuple[int, int], list[int]] = {}
-    for row, shape in enumerate(zip(counts, held, strict=True)):
-        if shape[0]:
-            alike.setdefault(shape, []).append(row)
-    for (count, length), rows in alike.items():
-        blocks = tables[rows, : -(-length // size)]
-        key, value = (_in_order(pool, blocks, length) for pool in (key_pool, value_pool))
-        tokens = _tokens_of([stops[row] - count for row in rows], count, q.device)
-        queries = q[tokens].unflatten(0, (len(rows), count)).transpose(1, 2)
-        out, lse = run(queries, key, value, mask=mask, scale=scale, modifiers=modifiers)
-        output[tokens] = out.transpose(1, 2).flatten(0, 1)
-        sums[tokens] = lse.transpose(1, 2).flatten(0, 1).to(sums.dtype)
-    return output, sums.T
-
-
-def _tokens_of(starts: list[int], count: int, device: torch.device) -> slice | Tensor:
-    """Where the tokens of sequences of one length lie: one stretch where they follow each other, else their numbers."""
-    if starts[-1] - starts[0] == (len(starts) - 1) * count:
-        return slice(starts[0], starts[-1] + count)
-    return (torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)).flatten()
-
-
-def _in_order(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
-    """The first tokens of sequences ``[S, Hkv, m, D]``: of one whose blocks follow each other, as they lie."""
-    if len(blocks) == 1 and blocks.shape[1] and bool((blocks.diff() == 1).all()):
-        first = int(blocks[0, 0])
-        found = pool[first : first + blocks.shape[1]][None]
-    else:
-        found = pool[blocks.long()]
-    return found.flatten(1, 2)[:, :length].transpose(1, 2)
 
 
 def _run_triton(
