@@ -40,7 +40,7 @@ def run(
     lse = q.new_full(
         q.shape[:3], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
     )
-    tile = _inner_tile(q, step, band.left, band.right, modifiers.alibi)
+    tile = _inner_tile(q, step, mask, modifiers.alibi)
     for batch, start, stop in lower.key_groups(mask, num_keys, q.shape[0]):
         # lo..hi are the live rows; blocks of inner..tail have their whole window inside the keys
         lo = min(max(start - band.right - offset, 0), num_queries)
@@ -107,15 +107,15 @@ def _inner_blocks(
     return out.transpose(0, 1).reshape(heads, rows, dim), lse.transpose(0, 1).reshape(heads, rows)
 
 
-def _inner_tile(q: Tensor, step: int, left: int, right: int, slopes: Tensor | None) -> Tensor:
+def _inner_tile(q: Tensor, step: int, mask: Mask, slopes: Tensor | None) -> Tensor:
     """What is added to the scores of a block: ``step`` rows over the ``step + left + right`` keys of their windows."""
-    row, col = torch.arange(step)[:, None], torch.arange(step + left + right)
-    outside = (col < row) | (col > row + left + right)
-    if slopes is None:
-        return torch.zeros(outside.shape, dtype=q.dtype).masked_fill_(outside, -torch.inf)
+    band = mask.band()
+    assert band.left is not None
+    assert band.right is not None
     # row r of a block stands over column r + left
-    added = lower.alibi_tile(slopes.detach(), slice(left, left + step), slice(0, step + left + right), 1, 1)
-    return added.to(lower.tile_dtype(q)).masked_fill_(outside, -torch.inf)
+    rows, keys = slice(band.left, band.left + step), slice(0, step + band.left + band.right)
+    tile = lower.band_tile(mask, rows, keys, 0, lower.tile_dtype(q), q.device)
+    return tile if slopes is None else tile + lower.alibi_tile(slopes.detach(), rows, keys, 1, 1).to(tile)
 
 
 def _edge_block(
@@ -130,12 +130,10 @@ def _edge_block(
 ) -> tuple[Tensor, Tensor]:
     size = {"num_queries": q.shape[2], "num_keys": k.shape[2], "batch": batch.start}
     keys = slice(*mask.key_range(rows.start, rows.stop, **size))
-    allowed = lower.dense(mask, rows, keys, device=q.device, **size)
-    if slopes is None:
-        tile = torch.zeros(allowed.shape, dtype=q.dtype)
-    else:
-        tile = lower.alibi_tile(slopes.detach(), rows, keys, q.shape[2], k.shape[2]).to(lower.tile_dtype(q))
-    tile = tile.masked_fill(~allowed, -torch.inf)
+    offset = k.shape[2] - q.shape[2]
+    tile = lower.band_tile(mask, rows, keys, offset, lower.tile_dtype(q), q.device)
+    if slopes is not None:
+        tile = tile + lower.alibi_tile(slopes.detach(), rows, keys, q.shape[2], k.shape[2]).to(tile)
     return flash(q[batch, :, rows], k[batch, :, keys], v[batch, :, keys], attn_mask=tile, scale=scale)
 
 

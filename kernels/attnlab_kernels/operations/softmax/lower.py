@@ -7,6 +7,7 @@ merged by their log-sum-exp. Padding becomes slices, so what lies in a padded sl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -48,9 +49,10 @@ def key_groups(mask: Mask, num_keys: int, batch_size: int) -> Iterator[tuple[sli
             first = index
 
 
+@functools.lru_cache(maxsize=256)
 def plan(
     mask: Mask, *, num_queries: int, num_keys: int, batch_size: int, has_bias: bool, merge: bool
-) -> list[Block]:
+) -> tuple[Block, ...]:
     """Blocks that cover the mask exactly; rows that no block covers are dead.
 
     A window or a bias gives ``masked`` blocks, which need a dense tile. ``merge=False`` keeps each row in one
@@ -61,8 +63,10 @@ def plan(
     offset = num_keys - num_queries
     blocks: list[Block] = []
     for batch, first, last, start, stop in _parts(mask, num_queries, num_keys, batch_size):
-        lo, hi = _live_rows(mask, num_queries, num_keys, batch.start, slice(first, last))
-        if lo >= hi:
+        # positions that reach a key: start - right up to stop + left
+        lo = first if band.right is None else max(first, start - band.right - offset)
+        hi = last if band.left is None else min(last, stop + band.left - offset)
+        if start >= stop or lo >= hi:
             continue
         if band.left is not None or has_bias:
             blocks.append(Block(batch, slice(lo, hi), slice(start, stop), "masked"))
@@ -70,7 +74,7 @@ def plan(
             blocks.append(Block(batch, slice(lo, hi), slice(start, stop), "full"))
         else:
             blocks += _causal_blocks(batch, lo, hi, start, stop, offset, merge)
-    return blocks
+    return tuple(blocks)
 
 
 def _causal_blocks(
@@ -110,9 +114,24 @@ def _parts(
             yield batch, *rows, max(start, head), min(stop, tail)
 
 
-def _live_rows(mask: Mask, num_queries: int, num_keys: int, batch: int, rows: slice) -> tuple[int, int]:
-    live = np.flatnonzero(~mask.dead_rows(num_queries, num_keys, batch)[rows]) + rows.start
-    return (int(live[0]), int(live[-1]) + 1) if len(live) else (0, 0)
+def band_tile(
+    mask: Mask, rows: slice, keys: slice, offset: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What a block of ``plan`` adds to its scores ``[rows, keys]``: 0, and -inf outside the mask's left and right.
+
+    Its rows and keys are of one document and none of the keys is padding. Row i sits at position ``offset + i``.
+    """
+    band, shape = mask.form(), (rows.stop - rows.start, keys.stop - keys.start)
+    diagonal = offset + rows.start - keys.start
+
+    def forbidden() -> Tensor:
+        return torch.full(shape, -torch.inf, dtype=dtype, device=device)
+
+    if band.right is None:
+        tile = torch.zeros(shape, dtype=dtype, device=device)
+    else:
+        tile = forbidden().triu_(diagonal + band.right + 1)
+    return tile if band.left is None else tile.add_(forbidden().tril_(diagonal - band.left - 1))
 
 
 def dense(

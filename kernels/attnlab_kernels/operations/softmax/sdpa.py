@@ -20,6 +20,8 @@ from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
+# pairs of a head that one call with a dense tile does faster than two calls and their merge
+SMALL_TILE = 2**17
 
 # (q, k, v, causal, bias, scale) -> (output, lse), causal only for square blocks
 Call = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, float], tuple[Tensor, Tensor]]
@@ -56,14 +58,14 @@ def run(
     """Attend block by block as ``lower.plan`` cuts the mask; one block needs no copy of anything."""
     batch, heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
-    merge = not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
+    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     blocks = lower.plan(
         mask,
         num_queries=num_queries,
         num_keys=num_keys,
         batch_size=batch,
         has_bias=bias is not None or modifiers.alibi is not None,
-        merge=merge,
+        merge=_merges(q, k, need_grad),
     )
     added = Added(mask, bias, modifiers.alibi)
     groups: dict[tuple[int, int, int, int], list[lower.Block]] = {}
@@ -96,18 +98,10 @@ def _attend(
     keys, values = k[block.batch, :, block.keys], v[block.batch, :, block.keys]
     if block.kind != "masked":
         return kernel.call(queries, keys, values, block.kind == "causal", None, scale)
-    allowed = lower.dense(
-        added.mask,
-        block.rows,
-        block.keys,
-        num_queries=q.shape[2],
-        num_keys=k.shape[2],
-        device=q.device,
-        batch=block.batch.start,
-    )
     exact = kernel.name == "sdpa_math" or (kernel.name == "sdpa_flash" and q.device.type == "cpu")
     dtype = lower.tile_dtype(q) if exact else q.dtype
-    tile = torch.zeros(allowed.shape, dtype=dtype, device=q.device).masked_fill_(~allowed, -torch.inf)
+    distance = k.shape[2] - q.shape[2]
+    tile = lower.band_tile(added.mask, block.rows, block.keys, distance, dtype, q.device)
     if added.alibi is not None:
         tile = tile + lower.alibi_tile(added.alibi, block.rows, block.keys, q.shape[2], k.shape[2]).to(dtype)
     if added.bias is None:
@@ -309,9 +303,15 @@ def _needs_tile(
         num_keys=k.shape[2],
         batch_size=q.shape[0],
         has_bias=bias is not None or modifiers.alibi is not None,
-        merge=not need_grad,
+        merge=_merges(q, k, need_grad),
     )
     return any(block.kind == "masked" for block in blocks)
+
+
+def _merges(q: Tensor, k: Tensor, need_grad: bool) -> bool:
+    """Whether rows may be computed in parts: a merge has no gradient, and on a CPU it costs more than a small tile."""
+    small = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SMALL_TILE
+    return not (need_grad or small)
 
 
 def _dense_note(dense: bool) -> str:
