@@ -41,25 +41,41 @@ class Case:
     """baselines that cannot run here, and why"""
 
 
+Build = Callable[[str], Case]
+
+
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
-    """The grid; tensors are made when their case is due."""
+    """The grid, or what was asked for of it; tensors, masks and compiled kernels are made when their case is due."""
     for length in options.lengths:
+        for name, build in planned(options, length, device):
+            if not options.cases or any(word in name for word in options.cases):
+                yield build(name)
 
-        def made(tokens: int = length) -> list[Tensor]:
-            size = (1, options.heads, tokens, options.head_dim)
-            return [torch.randn(size, device=device, dtype=getattr(torch, options.dtype)) for _ in range(3)]
 
-        for mask in masks(length):
-            yield softmax_case(mask, length, made(), options.flex)
-        yield softmax_case(Causal(), CHUNK, made(), options.flex)
-        for pattern in patterns():
-            yield sparse_case(pattern, made(), options.flex)
-        side = int(length**0.5)
-        yield neighborhood_case(side, made(side * side), options.flex)
-        yield linear_case(made())
-        yield paged_case(False, made())
-        yield paged_case(True, made(SEQUENCES * length))
-        yield differential_case(made(), made())
+def planned(options: argparse.Namespace, length: int, device: torch.device) -> Iterator[tuple[str, Build]]:
+    """The cases of this length by name, not built yet."""
+
+    def made(tokens: int = length) -> list[Tensor]:
+        size = (1, options.heads, tokens, options.head_dim)
+        return [torch.randn(size, device=device, dtype=getattr(torch, options.dtype)) for _ in range(3)]
+
+    words, flex, side = f"{length:,} tokens", options.flex, int(length**0.5)
+    for mask in masks(length):
+        yield (
+            f"{mask.describe()}, {words}",
+            lambda name, mask=mask: softmax_case(name, mask, length, made(), flex),
+        )
+    last = f"causal, {words}, the last {CHUNK}"
+    yield last, lambda name: softmax_case(name, Causal(), CHUNK, made(), flex)
+    for pattern in patterns():
+        yield f"{pattern.describe()}, {words}", lambda name, it=pattern: sparse_case(name, it, made(), flex)
+    pixels = f"neighborhood 7 x 7, {side} x {side} pixels"
+    yield pixels, lambda name: neighborhood_case(name, side, made(side * side), flex)
+    yield f"linear, causal, {words}", lambda name: linear_case(name, made())
+    yield f"paged, a prompt, {words}", lambda name: paged_case(name, False, made())
+    decode = f"paged, decoding {SEQUENCES} sequences, {words}"
+    yield decode, lambda name: paged_case(name, True, made(SEQUENCES * length))
+    yield f"differential, causal, {words}", lambda name: differential_case(name, made(), made())
 
 
 def masks(length: int) -> list[Mask]:
@@ -77,7 +93,7 @@ def patterns() -> list[Pattern]:
     ]
 
 
-def softmax_case(mask: Mask, queries: int, tensors: list[Tensor], flex: bool) -> Case:
+def softmax_case(name: str, mask: Mask, queries: int, tensors: list[Tensor], flex: bool) -> Case:
     """Self-attention, or the last ``queries`` of a prompt."""
     q, k, v = tensors
     tokens = k.shape[2]
@@ -100,11 +116,10 @@ def softmax_case(mask: Mask, queries: int, tensors: list[Tensor], flex: bool) ->
         return softmax.attend(q, k, v, mask=mask, implementation=name).output
 
     names = [name for name in softmax.IMPLEMENTATIONS if name not in ("eager", "sdpa_math", "flex")]
-    chunk = f", the last {queries}" if queries < tokens else ""
-    return Case(f"{mask.describe()}, {tokens:,} tokens{chunk}", limit, right, theirs, each(ours, names))
+    return Case(name, limit, right, theirs, each(ours, names))
 
 
-def sparse_case(pattern: Pattern, tensors: list[Tensor], flex: bool) -> Case:
+def sparse_case(name: str, pattern: Pattern, tensors: list[Tensor], flex: bool) -> Case:
     q, k, v = tensors
     tokens, heads = q.shape[2], q.shape[1]
     rows = np.arange(tokens)
@@ -115,12 +130,11 @@ def sparse_case(pattern: Pattern, tensors: list[Tensor], flex: bool) -> Case:
     def ours(name: str) -> Tensor:
         return sparse.sparse_attend(q, k, v, pattern, implementation=name).result.output
 
-    name = f"{pattern.describe()}, {tokens:,} tokens"
     theirs = masked(q, k, v, dense, flex)
     return Case(name, 1.0, "sdpa, dense mask", theirs, each(ours, sparse.IMPLEMENTATIONS))
 
 
-def neighborhood_case(side: int, tensors: list[Tensor], flex: bool) -> Case:
+def neighborhood_case(name: str, side: int, tensors: list[Tensor], flex: bool) -> Case:
     windows = Neighborhood((side, side), (7, 7), (1, 1), (1, 1), (False, False))
     pixels = np.arange(side * side)
     dense = torch.from_numpy(windows.allowed(pixels, pixels)).to(tensors[0].device)
@@ -139,11 +153,10 @@ def neighborhood_case(side: int, tensors: list[Tensor], flex: bool) -> Case:
         made = neighborhood.neighborhood_attend(grids[0], grids[1], grids[2], windows, implementation=name)
         return made.result.output.flatten(2, 3)
 
-    name = f"neighborhood 7 x 7, {side} x {side} pixels"
     return Case(name, 1.0, "sdpa, dense mask", theirs, each(ours, neighborhood.IMPLEMENTATIONS), absent)
 
 
-def linear_case(tensors: list[Tensor]) -> Case:
+def linear_case(name: str, tensors: list[Tensor]) -> Case:
     q, k, v = (part.abs() for part in tensors)
 
     def product() -> Tensor:
@@ -170,11 +183,10 @@ def linear_case(tensors: list[Tensor]) -> Case:
             return made.transpose(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
 
         theirs["fla, naive chunks"] = chunks
-    name = f"linear, causal, {q.shape[2]:,} tokens"
     return Case(name, 1.0, "masked product", theirs, each(ours, linear.IMPLEMENTATIONS), absent)
 
 
-def paged_case(decode: bool, tensors: list[Tensor]) -> Case:
+def paged_case(name: str, decode: bool, tensors: list[Tensor]) -> Case:
     """One prompt, or a step of several sequences, over blocks in any order against gathering them for SDPA."""
     q, key, value = (part[0].transpose(0, 1) for part in tensors)  # [T, H, D]
     pools = [part.contiguous().unflatten(0, (-1, PAGE)) for part in (key, value)]
@@ -195,12 +207,10 @@ def paged_case(decode: bool, tensors: list[Tensor]) -> Case:
         called = (q, pools[0], pools[1], tables.int(), lengths)
         return paged.attend_paged(*called, query_starts=starts, implementation=name).output
 
-    what = f"decoding {count} sequences" if decode else "a prompt"
-    name = f"paged, {what}, {tokens:,} tokens"
     return Case(name, 1.1, "gather, sdpa", {"gather, sdpa": gathered}, each(ours, paged.IMPLEMENTATIONS))
 
 
-def differential_case(tensors: list[Tensor], others: list[Tensor]) -> Case:
+def differential_case(name: str, tensors: list[Tensor], others: list[Tensor]) -> Case:
     (q, k, v), (q2, k2, _) = tensors, others
     query, key = differential.Pair(q, q2), differential.Pair(k, k2)
     weight = torch.tensor(0.3, device=q.device)
@@ -214,7 +224,6 @@ def differential_case(tensors: list[Tensor], others: list[Tensor]) -> Case:
         return made.output
 
     names = [name for name in differential.IMPLEMENTATIONS if name != "maps"]
-    name = f"differential, causal, {q.shape[2]:,} tokens"
     return Case(name, 1.1, "two calls of sdpa", {"two calls of sdpa": twice}, each(ours, names))
 
 
