@@ -79,3 +79,13 @@ def test_make_targets_of_the_documents_exist():
 def test_workflow_files_are_yaml():
     for path in [ROOT / "compose.yaml", ROOT / ".pre-commit-config.yaml"]:
         assert yaml.safe_load(path.read_text())
+
+
+def test_every_file_and_test_of_the_fifteen_practices_is_there():
+    rows = [line.split("|") for line in (ROOT / "docs/practices.md").read_text().splitlines() if "::" in line]
+    assert [int(row[1]) for row in rows] == list(range(1, 16))
+    for row in rows:
+        for path in re.findall(r"`([\w/]+\.py)`", row[3]):
+            assert (ROOT / "lab/attnlab" / path).is_file(), path
+        for file, name in re.findall(r"`(\w+\.py)::(\w+)`", row[4]):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name

@@ -111,6 +111,21 @@ def test_timing_costs_its_warm_up_and_the_pairs_with_the_reference():
     assert paired - timed == pytest.approx(2 * (4 + 5) * attention)
 
 
+def test_timing_a_model_costs_its_attention_on_random_inputs_beside():
+    given = {"name": "n", "model": "smollm2-135m", "input": {"synthetic": "random"}, "repeats": 5}
+    given |= {"vary": {"mechanism": ["multi_head"], "sequence_length": [512]}}
+    plain, timed = (
+        parse_spec(given | {"record": record}) for record in (["accuracy"], ["accuracy", "timing"])
+    )
+    facts, point = cost.shape_of(plain), plain.points()[0]
+    assert facts is not None
+    whole = cost.forward_flops(point, facts) / cost.CPU_FLOPS
+    attention = cost.attention_flops(point, facts, Causal()) / cost.CPU_FLOPS
+    calls = [(expected_calls(one) + 5) * one for one in (whole, attention, attention, attention)]
+    seconds = [cost.estimate(spec).seconds or 0 for spec in (plain, timed)]
+    assert seconds[1] - seconds[0] == pytest.approx(sum(calls))
+
+
 def test_a_step_of_minutes_is_warmed_up_by_as_few_calls_as_the_rule_allows():
     for seconds in (1e-6, 0.01, 0.2, 0.3, 0.6, 100.0):
         times: list[float] = []

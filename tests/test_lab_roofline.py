@@ -14,7 +14,7 @@ from attnlab.describe import run_document
 from attnlab.hook import LayerCall
 from attnlab.probes import ceilings
 from attnlab.probes.work import count_pairs, pattern_pairs, work_of
-from attnlab.roofline import stand
+from attnlab.roofline import at_clock, stand
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
 from attnlab.views.roofline import roofline_figure, roofline_info
@@ -24,6 +24,7 @@ from attnlab_kernels.neighborhood import Neighborhood
 from attnlab_kernels.operations.softmax.api import attend
 from attnlab_kernels.patterns import build_pattern
 from attnlab_storage import results
+from attnlab_webui.experiment_view import clock_words
 
 CPU = torch.device("cpu")
 PATTERNS = ("local", "strided", "fixed", "local_global", "longformer", "bigbird")
@@ -126,6 +127,23 @@ def test_a_ceiling_is_the_lower_of_two() -> None:
     assert (high["ceiling_flops_per_s"], high["share"], high["bound"]) == (40.0, 1.0, "compute")
     with pytest.raises(ValueError, match="must be above 0"):
         stand(1, 0, 1.0, device)
+
+
+def test_a_device_that_is_slower_than_when_it_was_measured_has_a_lower_ceiling() -> None:
+    device = {"copy_bytes_per_s": 10.0, "matmul_flops_per_s": 40.0, "mhz": 2000.0}
+    bound = stand(80, 10, 4.0, device)
+    slower = at_clock(bound, device, 1000.0, peak=100.0)
+    assert slower == {
+        "mhz": 1000.0, "ceiling_mhz": 2000.0, "ceiling_flops_per_s": 20.0, "share": 1.0, "peak_flops_per_s": 100.0,
+        "peak_share": 0.2,
+    }  # fmt: skip
+    # the copy bounds it, whose clock is another
+    assert at_clock(stand(20, 10, 4.0, device), device, 1000.0)["share"] == 0.25
+    assert at_clock(bound, device, None) == {}
+    assert at_clock(bound, KNOWN, 1000.0) == {}
+    words = clock_words(slower)
+    assert "at the 1000 MHz sampled 100 % (ceiling measured at 2000 MHz)" in words
+    assert "20 % of the card's 1e-10 TFLOP/s at 1000 MHz" in words
 
 
 @dataclass

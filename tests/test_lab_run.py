@@ -113,7 +113,7 @@ def test_a_run_stores_all_that_was_asked_for(store: Store, tiny: str) -> None:
     assert found == {
         "check_error", "logit_error", "perplexity", "attention_error", "lse_error", "latency", "attention_latency",
         "capture_overhead", "peak_memory", "attention_peak_memory", "memory_timeline", "attention_memory_timeline",
-        "roofline",
+        "roofline", "inputs_ratio",
     } | {name for name, one in STATISTICS.items() if "needle" not in one.needs}  # fmt: skip
     assert len(results.measurements(store, run.id, "entropy")) == LAYERS * HEADS
     given = results.run_input(store, run.id)

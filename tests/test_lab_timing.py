@@ -12,8 +12,9 @@ import torch
 from attnlab.intervals import median_interval
 from attnlab.probes.card import CardWindow, nvml_reader
 from attnlab.probes.conditions import ProcessorWindow
+from attnlab.probes.graphs import NotCaptured, Replay
 from attnlab.probes.timers import EventTimer, WallTimer, cache_flusher
-from attnlab.probes.timing import latency
+from attnlab.probes.timing import in_graph, latency
 from attnlab.probes.warming import warm_up
 
 CPU = torch.device("cpu")
@@ -118,6 +119,9 @@ def test_a_processor_whose_clock_fell_is_throttled(tmp_path):
         clocks.write_text("cpu MHz\t\t: 1200.0\ncpu MHz\t\t: 1100.0\n")
     assert window.found["throttled"] == ["the processor's clock fell from 2900 to 1200 MHz"]
     assert window.found["disturbed"] == ["slowed down: the processor's clock fell from 2900 to 1200 MHz"]
+    assert not window.is_cool()
+    clocks.write_text("cpu MHz\t\t: 2800.0\n")
+    assert window.is_cool()
 
 
 def test_a_short_window_is_judged_by_the_load_average(tmp_path):
@@ -153,6 +157,18 @@ def test_a_card_that_slowed_down_or_was_shared_is_disturbed():
     assert window.found["sm_mhz"] == [1400, 1900, 1980]
     assert window.found["throttled"] == ["power cap", "thermal slowdown (hardware)"]
     assert window.found["disturbed"][-1] == "1 other processes on the card"
+
+
+def test_a_card_is_cool_when_nothing_slows_it_and_it_is_no_hotter_than_before():
+    state = {"sm_mhz": 1900, "memory_mhz": 1593, "watts": 300, "celsius": 60, "reasons": 0x1, "others": 0}
+    now = dict(state)
+    with CardWindow(lambda: dict(now), every=10) as window:
+        pass
+    assert window.is_cool()
+    now["celsius"] = 61
+    assert not window.is_cool()
+    now |= {"celsius": 60, "reasons": 0x40}
+    assert not window.is_cool()
 
 
 def test_the_driver_is_asked_for_the_card_by_its_uuid():
@@ -219,3 +235,53 @@ def test_the_flush_overwrites_twice_the_cards_own_cache():
     assert isinstance(scratch, torch.Tensor)
     assert scratch.numel() == 6 << 20
     assert cache_flusher(CPU) is None
+
+
+def in_a_graph(monkeypatch, capture, clock=None, **changed):
+    """Samples of 0.05 ms by events, of which 0.01 ms are of kernels; a replay holds ten calls."""
+    monkeypatch.setattr("attnlab.probes.timing.capture", capture)
+    seen = {"conditions": {"disturbed": ["later"]}}
+    monkeypatch.setattr("attnlab.probes.timing.watched", lambda take, device: (take(), seen))
+    clock = clock or FakeClock()
+    detail = {
+        "device_ms": 0.01,
+        "cache": "L2 overwritten before each sample",
+        "conditions": {"disturbed": []},
+    }
+    given = {"alone": True, "copies": None} | changed
+    timer = WallTimer(clock)
+    step = lambda: None  # noqa: E731
+    return in_graph(step, [0.05, 0.06, 0.05], detail, timer, torch.device("cuda"), **given)
+
+
+def test_a_short_call_is_worth_its_graph_and_the_events_and_the_gap_stand_beside(monkeypatch):
+    clock = FakeClock()
+
+    def capture(step, spent, device, *, copies, cuda):
+        return Replay(lambda: setattr(clock, "now", clock.now + 1e-4), 10, "cold: 4 sets")
+
+    samples, more = in_a_graph(monkeypatch, capture, clock)
+    assert samples == pytest.approx([0.01] * 3)
+    assert (more["timer"], more["cache"], more["graph"]) == ("CUDA graph", "cold: 4 sets", {"calls": 10})
+    assert more["launch_gap_ms"] == pytest.approx(0.04)
+    assert more["conditions"] == {"disturbed": ["later"]}
+    assert more["events"]["samples"] == [0.05, 0.06, 0.05]
+    assert more["events"]["conditions"] == {"disturbed": []}
+
+
+def test_a_short_call_without_a_graph_keeps_its_events_and_says_why(monkeypatch):
+    def capture(*given, **more):
+        raise NotCaptured("it waits")
+
+    samples, more = in_a_graph(monkeypatch, capture)
+    assert samples == [0.05, 0.06, 0.05]
+    assert more == {"graph": {"not_captured": "it waits"}}
+    _, more = in_a_graph(monkeypatch, capture, alone=False)
+    assert more == {"graph": {"not_captured": "something has to be prepared before each call"}}
+
+    def empty(*given, **more):
+        return Replay(lambda: None, 10, "warm")
+
+    samples, more = in_a_graph(monkeypatch, empty)
+    assert samples == [0.05, 0.06, 0.05]
+    assert "takes 0 ms where the profiler saw 0.01 ms" in more["graph"]["not_captured"]

@@ -12,7 +12,7 @@ from attnlab_kernels.operations.softmax import flashinfer
 from attnlab_kernels.operations.softmax.registry import IMPLEMENTATIONS
 from attnlab_storage import results
 from attnlab_webui.experiment_view import provenance_facts, run_facts, sample_strip
-from attnlab_webui.timing_view import layout_words, reference_words, timing_spread, timing_trouble
+from attnlab_webui.timing_view import layout_words, ratio_words, timing_spread, timing_trouble
 
 DETAIL = {
     "timer": "perf_counter",
@@ -45,6 +45,17 @@ def test_a_disturbed_figure_says_by_what_and_a_quiet_one_says_nothing():
     assert "disturbed: others &lt;busy&gt;; not steady" in text
 
 
+def test_a_graph_a_cool_down_and_the_class_of_inputs_are_named_where_the_time_is():
+    captured = {"class": "captured", "what": "queries of <m>"}
+    first = {"conditions": {"throttled": ["power cap"]}, "waited_s": 2.5}
+    found = {"graph": {"calls": 96}, "before_cool_down": first, "inputs": captured, "launch_gap_ms": 0.04}
+    text = timing_spread(timing_with(**found))
+    assert "0.04 ms without a kernel; 96 calls a graph" in text
+    assert "taken again after 2.5 s, as it had slowed down before (power cap)" in text
+    assert "captured inputs: queries of &lt;m&gt;" in text
+    assert "no graph: it waits" in timing_spread(timing_with(graph={"not_captured": "it waits"}))
+
+
 def test_a_run_of_an_older_version_is_shown_without_what_it_did_not_keep():
     timing = timing_with() | {"detail": {}}
     assert "interval" not in timing_spread(timing)
@@ -57,7 +68,7 @@ def test_the_ratio_to_the_reference_has_its_interval_and_pairs():
         "samples": [0.8, 0.82, 0.9],
         "detail": {"interval": [0.8, 0.9], "proof": "a > b"},
     }
-    text = reference_words(ratio)
+    text = ratio_words(ratio, "its time")
     assert "<b>0.820 x</b>" in text
     assert "95 % interval 0.800 – 0.900, 3 pairs in turn" in text
     assert "a &gt; b" in text

@@ -37,7 +37,15 @@ SERVING = (
     "cache_bytes",
 )
 SPEED = frozenset(
-    {"latency", "attention_latency", "layout_latency", "reference_ratio", "roofline", "capture_overhead"}
+    {
+        "latency",
+        "attention_latency",
+        "layout_latency",
+        "reference_ratio",
+        "inputs_ratio",
+        "roofline",
+        "capture_overhead",
+    }
 )
 STATISTICS = tuple(statistics.STATISTICS)
 TIMELINES = {"memory_timeline": "forward pass", "attention_memory_timeline": "attention kernel alone"}
@@ -67,6 +75,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "layers": summary.get("layers") or len(traces) or None,
         "heads": summary.get("heads") or max((trace.heads for trace in traces), default=None),
         "provenance": summary.get("provenance"),
+        "compilation": summary.get("compilation"),
         "progress": _progress(run),
         "attempts": {"used": run.attempt, "most": run.max_attempts},
         "times": _times(run),
@@ -76,6 +85,7 @@ def run_document(store: Store, run_id: int) -> dict[str, Any]:
         "attention_latency_ms": _timing(whole.get("attention_latency")),
         "layout_latency_ms": _timing(whole.get("layout_latency")),
         "reference_ratio": _timing(whole.get("reference_ratio")),
+        "inputs_ratio": _timing(whole.get("inputs_ratio")),
         "peak_memory_bytes": _whole_number(whole.get("peak_memory")),
         "peak_memory": _detail(whole.get("peak_memory")),
         "attention_peak_memory_bytes": _whole_number(whole.get("attention_peak_memory")),

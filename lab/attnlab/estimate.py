@@ -248,6 +248,8 @@ def _rough_seconds(spec: ExperimentSpec, point: RunPoint, shape: Shape) -> float
     if spec.reference is not None:
         plain = replace(point, implementation="auto")
         timed += [attention, attention_flops(plain, shape, Causal()) / speed]
+    if spec.module is None:  # on the model's own inputs and on random ones in turn
+        timed += [attention, attention]
     return seconds + sum((spec.repeats + expected_calls(one)) * one for one in timed)
 
 

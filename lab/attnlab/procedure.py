@@ -21,17 +21,21 @@ from .models import TORCH_DTYPES, ModelError
 from .probes.accuracy import attention_errors, over_budget
 from .probes.adversarial import Proof, Rival, prove
 from .probes.ceilings import ceilings_of
+from .probes.compiling import watching_compilation
+from .probes.input_class import input_class, inputs_ratio
 from .probes.interleaved import interleaved
 from .probes.kernel import KernelCall
 from .probes.layout import layout_latency
 from .probes.maps import LayerCapture, capture_call, finish
 from .probes.memory import peak_memory, trim_heap
+from .probes.peaks import peak_of
 from .probes.reference import causal_reference
 from .probes.statistics import statistics_of
 from .probes.timing import kernels_that_ran, latency
 from .probes.token_facts import token_facts
+from .probes.windows import clock_of
 from .recorder import Recorder, core_is_free
-from .roofline import stand
+from .roofline import at_clock, stand
 from .spec import RunPoint, parse_spec
 from .step_calls import StepCalls
 from .subjects import Caching, Stepping, Subject
@@ -68,6 +72,7 @@ class Procedure:
         self._found = _Found()
         self._middle: KernelCall | None = None
         self._reference: KernelCall | None = None
+        self._mhz: float | None = None
 
     def perform(self) -> dict[str, Any]:
         """Do all steps; returns the summary that is kept with the run."""
@@ -75,6 +80,11 @@ class Procedure:
         if self._spec.frontier is not None:
             recorder.environment(describe_environment(self._device.type) | {"seed": self._spec.seed})
             return search(recorder, self._spec, self._point, self._device)
+        with watching_compilation(triton=self._device.type == "cuda") as compiled:
+            summary = self._perform(recorder, record)
+        return summary | {"compilation": compiled}
+
+    def _perform(self, recorder: Recorder, record: set[str]) -> dict[str, Any]:
         torch.manual_seed(self._spec.seed)
         if self._spec.phase == "serving":
             from .serving.procedure import ServingProcedure
@@ -215,17 +225,21 @@ class Procedure:
             prepare=subject.prepare,
             progress=progress,
         )
-        kernel = latency("attention_latency", middle.run, self._spec.repeats, self._device, cold=True)
+        kernel = latency(
+            "attention_latency", middle.run, self._spec.repeats, self._device, cold=True, copies=middle
+        )
         layout = layout_latency(middle, self._spec.repeats, self._device)
         task = middle.task | {"device": name_device(self._device)}
         proof = self._prove(middle, task, kernel, ratio)
         if not proof.stands:
             self._found.values["speed_withheld"] = proof.words
             return
+        inputs = inputs_ratio(middle, self._spec, self._device)
         kernels = self._name_kernels(subject)
         detail = {"layer": middle.layer, "implementation": middle.implementation, "kernels": kernels}
-        rows = [whole, with_detail(kernel, detail | {"task": task, "proof": proof.words})]
-        rows += [row for row in (layout, ratio) if row is not None]
+        detail |= {"task": task, "proof": proof.words, "inputs": input_class(self._spec, middle.layer)}
+        rows = [whole, with_detail(kernel, detail)]
+        rows += [row for row in (layout, ratio, inputs) if row is not None]
         if (captured := self._found.values.get("capture_ms")) is not None:
             compared = {"captured_ms": captured, "plain_ms": whole.value}
             rows.append(MeasurementRow("capture_overhead", captured / whole.value, "ratio", detail=compared))
@@ -234,6 +248,7 @@ class Procedure:
             "latency_ms": whole.value,
             "attention_latency_ms": kernel.value,
         }
+        self._mhz = clock_of((kernel.detail or {})["conditions"])
         self._recorder.log(f"latency {whole.value:.2f} ms, attention {kernel.value:.3f} ms")
 
     def _timed_in_turn(self, middle: KernelCall) -> MeasurementRow | None:
@@ -241,7 +256,14 @@ class Procedure:
         if (reference := self._reference) is None:
             return None
         self._recorder.phase("timing in turn")
-        row = interleaved("reference_ratio", middle.run, reference.run, self._spec.repeats, self._device)
+        row = interleaved(
+            "reference_ratio",
+            middle.run,
+            reference.run,
+            self._spec.repeats,
+            self._device,
+            copies=(middle, reference),
+        )
         self._recorder.log(f"attention takes {row.value:.3f} x the time of plain causal SDPA")
         return with_detail(row, {"reference": reference.implementation})
 
@@ -285,6 +307,8 @@ class Procedure:
             ceilings = ceilings_of(self._device, dtype, again=True)
             found = stand(work.flops, work.bytes, seconds, ceilings)
         detail = facts | found | {"counted": work.counted, "ceilings": ceilings}
+        peak = peak_of(self._device, dtype, self._mhz)
+        detail["at_clock"] = at_clock(found, ceilings, self._mhz, peak)
         self._recorder.measurements([MeasurementRow("roofline", found["share"], "fraction", detail=detail)])
 
     def _weigh(self, subject: Subject) -> None:

@@ -13,7 +13,13 @@ from attnlab_storage.results import ExperimentRow, RunRow
 from attnlab_webui import pieces, serving_view
 from attnlab_webui.memory_view import frontier_facts, memory_facts
 from attnlab_webui.pieces import Raw, escape
-from attnlab_webui.timing_view import layout_words, reference_words, timing_spread, timing_trouble
+from attnlab_webui.timing_view import (
+    compilation_words,
+    layout_words,
+    ratio_words,
+    timing_spread,
+    timing_trouble,
+)
 
 # what a run's row may show, in this order; a column that is the same for all runs moves into the header
 VARYING = ("model", "sequence_length", "dtype", "batch_size", "phase")
@@ -187,7 +193,10 @@ def _timing(document: Mapping[str, Any]) -> str:
     if document["layout_latency_ms"]:
         rows.append(("of it, the layout", Raw(layout_words(document["layout_latency_ms"]))))
     if document["reference_ratio"]:
-        rows.append(("against plain causal SDPA", Raw(reference_words(document["reference_ratio"]))))
+        rows.append(("against plain causal SDPA", Raw(ratio_words(document["reference_ratio"], "its time"))))
+    if document["inputs_ratio"]:
+        words = ratio_words(document["inputs_ratio"], "the time on normal inputs")
+        rows.append(("on the model's own inputs", Raw(words)))
     if document["roofline"]:
         rows.append(("attention, of its ceiling", Raw(ceiling_words(document["roofline"]))))
     if document["capture_overhead"] is not None:
@@ -198,12 +207,28 @@ def _timing(document: Mapping[str, Any]) -> str:
 def ceiling_words(roofline: Mapping[str, Any]) -> str:
     """How near the attention is to its device's ceiling, and which ceiling that is."""
     by = {"memory": "the copy", "compute": "the matrix product"}[roofline["bound"]]
-    percent = (
-        f"{100 * roofline['share']:.0f}" if roofline["share"] >= 0.1 else f"{100 * roofline['share']:.2g}"
-    )
+    percent = percent_of(roofline["share"])
     speed = f"{roofline['flops_per_s'] / 1e9:.3g} of {roofline['ceiling_flops_per_s'] / 1e9:.3g} GFLOP/s"
     above = ": its data stay in a cache" if roofline["share"] > 1 and roofline["bound"] == "memory" else ""
-    return f"<b>{percent} %</b> <span class='at-muted'>bound by {by}, {speed}{above}</span>"
+    clock = clock_words(roofline.get("at_clock") or {})
+    return f"<b>{percent} %</b> <span class='at-muted'>bound by {by}, {speed}{above}{clock}</span>"
+
+
+def percent_of(share: float) -> str:
+    """Whole per cents, two digits below ten."""
+    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"
+
+
+def clock_words(found: Mapping[str, float]) -> str:
+    """The same under the ceiling, and under the datasheet's peak, at the clock that was sampled in the window."""
+    words = ""
+    if "share" in found:
+        words += f"; at the {found['mhz']:.0f} MHz sampled {percent_of(found['share'])} %"
+        words += f" (ceiling measured at {found['ceiling_mhz']:.0f} MHz)"
+    if "peak_share" in found:
+        peak = f"{found['peak_flops_per_s'] / 1e12:.3g} TFLOP/s"
+        words += f"; {percent_of(found['peak_share'])} % of the card's {peak} at {found['mhz']:.0f} MHz"
+    return words
 
 
 def sample_strip(samples: Sequence[float], name: str, interval: Sequence[float] | None = None) -> str:
@@ -302,6 +327,8 @@ def _ran(document: Mapping[str, Any], run: RunRow) -> str:
             )
         )
     rows += provenance_facts(document["provenance"] or {})
+    if document["compilation"]:
+        rows.append(("compiling and tuning", Raw(compilation_words(document["compilation"]))))
     if document["layers"]:
         rows.append(("layers x heads", f"{document['layers']} x {document['heads']}"))
     seconds = document["times"]["seconds"]

@@ -34,6 +34,17 @@ def taken(detail: Mapping[str, Any]) -> str:
         )
     if "launch_gap_ms" in detail:
         words.append(f"{pieces.milliseconds(detail['launch_gap_ms'])} without a kernel")
+    if graph := detail.get("graph"):
+        words.append(
+            f"no graph: {graph['not_captured']}"
+            if "not_captured" in graph
+            else f"{graph['calls']} calls a graph"
+        )
+    if first := detail.get("before_cool_down"):
+        why = ", ".join(first["conditions"]["throttled"])
+        words.append(f"taken again after {first['waited_s']:.1f} s, as it had slowed down before ({why})")
+    if inputs := detail.get("inputs"):
+        words.append(f"{inputs['class']} inputs: {inputs['what']}")
     return "; ".join(words)
 
 
@@ -48,18 +59,36 @@ def timing_trouble(timing: Mapping[str, Any]) -> str:
     return f"<div class='at-bad' role='note'>disturbed: {escape('; '.join(reasons))}</div>"
 
 
-def reference_words(ratio: Mapping[str, Any]) -> str:
-    """The attention's time over plain causal SDPA's, timed in turn in the same process."""
+def ratio_words(ratio: Mapping[str, Any], of: str) -> str:
+    """The attention's time over another one's, timed in turn in the same process."""
     detail = ratio["detail"]
     sure = ""
     if interval := detail.get("interval"):
         sure = f"95 % interval {interval[0]:.3f} – {interval[1]:.3f}, "
     pairs = f"{len(ratio['samples'])} pairs in turn"
     proof = escape(str(detail.get("proof", "")))
-    words = (
-        f"<b>{ratio['median']:.3f} x</b> its time <span class='at-muted' title='{proof}'>{sure}{pairs}</span>"
-    )
+    words = f"<b>{ratio['median']:.3f} x</b> {of} <span class='at-muted' title='{proof}'>{sure}{pairs}</span>"
     return words + timing_trouble(ratio)
+
+
+def compilation_words(compilation: Mapping[str, Any]) -> str:
+    """What was compiled and tuned in the run, none of which is in its samples."""
+    made = compilation.get("torch_compile")
+    kernels = compilation["triton"]
+    if not kernels and made is None:
+        return "nothing was compiled"
+    words = []
+    if kernels:
+        cached = sum(one["cached"] for one in kernels)
+        words.append(f"{len(kernels)} Triton kernels, {cached} of them from the cache")
+    if made is not None:
+        words.append(
+            f"torch.compile {made['seconds']:.1f} s ({made['cache_hits']} hits and {made['cache_misses']} misses of "
+            "its cache)"
+        )
+    tuned = compilation["autotune_seconds"]
+    words.append(f"{tuned:.1f} s of trying configurations" if tuned else "no configuration was tried")
+    return f"<b>{compilation['seconds']:.1f} s</b> <span class='at-muted'>{escape(', '.join(words))}</span>"
 
 
 def layout_words(layout: Mapping[str, Any]) -> str:

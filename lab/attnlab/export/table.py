@@ -33,6 +33,7 @@ COLUMNS = {
     "implementation": "string",
     "kernels": "string",
     "provenance": "string",
+    "compilation": "string",
     "model": "string",
     "sequence_length": "int64",
     "dtype": "string",
@@ -65,7 +66,10 @@ def measurement_rows(store: Store, run_ids: Sequence[int]) -> list[dict[str, Any
             "experiment_name": run.experiment_name,
             "parameters": json.dumps(run.parameters, sort_keys=True),
             "kernels": "+".join(brief["kernels"]),
-            "provenance": json.dumps((run.summary or {}).get("provenance"), sort_keys=True),
+            **{
+                name: json.dumps((run.summary or {}).get(name), sort_keys=True)
+                for name in ("provenance", "compilation")
+            },
             "outcome": run.state,
             "reason": run.reason,
         }

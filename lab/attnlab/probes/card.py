@@ -50,6 +50,11 @@ class CardWindow:
         self._readings.append(self._read())
         self.found = _summary(self._readings)
 
+    def is_cool(self) -> bool:
+        """Whether nothing slows the card down now, and it is no hotter than when the window began."""
+        now = self._read()
+        return not int(now["reasons"]) & sum(SLOWED) and now["celsius"] <= self._readings[0]["celsius"]
+
     def _sample(self) -> None:
         while not self._done.wait(self._every):
             self._readings.append(self._read())

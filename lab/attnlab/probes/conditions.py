@@ -14,6 +14,8 @@ SHORT = 0.2
 """seconds: the kernel counts in hundredths, so a shorter window is judged by the load average alone"""
 SLOWER = 0.85
 """of the clock before: below it the processor was slowed down (heat, power), not idle, as a step ran just before"""
+SPIN = 0.01
+"""seconds of work before a clock is read: an idle core is slow for another reason"""
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 
 
@@ -49,6 +51,14 @@ class ProcessorWindow:
         if before is not None and after is not None:
             self.found = _judge(before, after, self._cores)
 
+    def is_cool(self) -> bool:
+        """Whether the clock is near what it was when the window began; a core that idles is woken up first."""
+        until = time.perf_counter() + SPIN
+        while time.perf_counter() < until:
+            pass
+        before = None if self._before is None else self._before.mhz
+        return not _slowed(before, self._fastest_core())
+
     def _read(self) -> _Reading | None:
         try:
             line = (self._proc / "stat").read_text().splitlines()[0]
@@ -79,6 +89,10 @@ class UnknownWindow:
 
     def __exit__(self, *raised: object) -> None:
         pass
+
+    def is_cool(self) -> bool:
+        """Nobody knows: there is nothing to wait for."""
+        return True
 
 
 def _judge(before: _Reading, after: _Reading, cores: int) -> dict[str, Any]:

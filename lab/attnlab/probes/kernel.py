@@ -4,9 +4,10 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnlab_kernels.operations.softmax import chunked
@@ -14,6 +15,7 @@ from attnlab_kernels.operations.softmax.api import attend
 from attnlab_kernels.operations.softmax.support import Modifiers
 
 from ..hook import LayerCall
+from .timers import Step
 from .work import SAME_AS_SOFTMAX, Work, work_of
 
 PROVED_BYTES = 4 << 30
@@ -69,6 +71,32 @@ class KernelCall:
             "" if plain or exact is None else _too_large(call),
             task_of(call, backward),
         )
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of its operands; 0 where it takes none."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.operands)
+
+    def copies(self, count: int) -> list[Step]:
+        """Return the computation on so many sets of the same operands, each in memory of its own but the first."""
+        others = (
+            self.on(tuple(tensor.detach().clone() for tensor in self.operands)) for _ in range(count - 1)
+        )
+        return [self.run, *(other.run for other in others)]
+
+    def on(self, operands: tuple[Tensor, ...]) -> "KernelCall":
+        """The same computation of other operands of the same shapes."""
+        if self.backward:
+            operands = tuple(tensor.requires_grad_() for tensor in operands)
+        return replace(self, operands=operands)
+
+    def on_random(self, seed: int) -> "KernelCall | None":
+        """The same computation of normal queries, keys and values; None where these are not its operands."""
+        if not self.plain or len(self.operands) != 3:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        drawn = (torch.randn(tensor.shape, generator=generator) for tensor in self.operands)
+        return self.on(tuple(one.to(of) for one, of in zip(drawn, self.operands, strict=True)))
 
     def run(self) -> None:
         """Compute it once; with ``backward`` also its gradients."""

@@ -16,11 +16,11 @@ from attnlab_storage.results import MeasurementRow
 
 from ..intervals import median_interval
 from ..outcomes import CheckFailed
-from .card import CardWindow, nvml_reader
-from .conditions import ProcessorWindow, UnknownWindow
 from .elsewhere import hides_work, left_running
+from .graphs import SHORT_MS, Copies, NotCaptured, capture, check_whole, replayed
 from .timers import EventTimer, Step, Timer, WallTimer, cache_flusher
 from .warming import warm_up
+from .windows import watched
 
 SHARE = 0.05
 """operators below this share of the time are not named, but for the telling ones"""
@@ -37,14 +37,18 @@ def latency(
     prepare: Step | None = None,
     progress: Callable[[int], None] | None = None,
     cold: bool = False,
+    copies: Copies | None = None,
     timer: Timer | None = None,
 ) -> MeasurementRow:
     """Time a step ``repeats`` times after warming up; value is the median in milliseconds.
+
+    On CUDA a step with less than 50 us of kernels is timed as a graph too, and that is then the value.
 
     Args:
         prepare: run untimed before every sample.
         progress: told how many samples are done.
         cold: overwrite the device's L2 cache before every sample (CUDA only).
+        copies: with ``cold``, the step on operands of its own, which a graph takes in turn.
         timer: what times one call; None: CUDA events on a GPU, the host's clock on a CPU.
 
     Raises:
@@ -62,17 +66,25 @@ def latency(
     warmed = warm_up(sample)
     if isinstance(timer, EventTimer):
         timer.launches.clear()
-    window = window_of(device)
-    samples: list[float] = []
-    with window:
+
+    def take() -> list[float]:
+        taken: list[float] = []
         for done in range(repeats):
-            samples.append(sample())
+            taken.append(sample())
             if progress is not None:
                 progress(done + 1)
-    detail: dict[str, Any] = {"timer": timer.name, **warmed, "interval": median_interval(samples)}
-    detail |= _threads() if device.type == "cpu" else _gaps(timer, step, before, samples, device)
+        return taken
+
+    samples, seen = watched(take, device)
+    detail: dict[str, Any] = {"timer": timer.name, **warmed, **seen}
     detail["cache"] = "warm" if flush is None else "L2 overwritten before each sample"
-    detail["conditions"] = window.found
+    detail |= _threads() if device.type == "cpu" else _gaps(timer, step, before, samples, device)
+    if isinstance(timer, EventTimer) and detail["device_ms"] < SHORT_MS:
+        samples, more = in_graph(
+            step, samples, detail, timer, device, alone=prepare is None, copies=copies if cold else None
+        )
+        detail |= more
+    detail["interval"] = median_interval(samples)
     return MeasurementRow(name, statistics.median(samples), "ms", samples=samples, detail=detail)
 
 
@@ -81,16 +93,36 @@ def _threads() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "affinity": affinity}
 
 
-def window_of(device: torch.device) -> ProcessorWindow | CardWindow | UnknownWindow:
-    """Return what watches the machine while something is timed on the device."""
-    if device.type == "cpu":
-        return ProcessorWindow()
+def in_graph(
+    step: Step,
+    samples: list[float],
+    detail: dict[str, Any],
+    timer: Timer,
+    device: torch.device,
+    *,
+    alone: bool,
+    copies: Copies | None,
+    cuda: Any = torch.cuda,
+) -> tuple[list[float], dict[str, Any]]:
+    """Return as many samples of a short step in a graph, with the events' beside; or these, and why there is no graph.
+
+    Args:
+        detail: of the events: ``device_ms`` by the profiler, ``cache`` and ``conditions``.
+        alone: no call has to be prepared for.
+    """
+    spent = detail["device_ms"]
     try:
-        read = nvml_reader(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        read()
-    except OSError as error:
-        return UnknownWindow(str(error))
-    return CardWindow(read)
+        if not alone:
+            raise NotCaptured("something has to be prepared before each call")
+        replay = capture(step, spent, device, copies=copies, cuda=cuda)
+        made, seen = watched(lambda: replayed(replay, timer, len(samples)), device)
+        check_whole(made, spent)
+    except NotCaptured as reason:
+        return samples, {"graph": {"not_captured": str(reason)}}
+    events = {"samples": samples} | {name: detail[name] for name in ("cache", "conditions")}
+    gap = statistics.median(samples) - statistics.median(made)
+    found = {"timer": "CUDA graph", "cache": replay.cache, "graph": {"calls": replay.calls}}
+    return made, {**seen, **found, "events": events, "launch_gap_ms": gap}
 
 
 def _gaps(
@@ -107,12 +139,17 @@ def _gaps(
         )
     for ready in before:
         ready()
-    spent = sum(_profiled(step, device).values()) / 1e3
+    spent = device_time(step, device)
     found: dict[str, Any] = {"device_ms": spent, "launch_gap_ms": statistics.median(samples) - spent}
     found["left_ms"] = left
     if isinstance(timer, EventTimer):
         found["host_launch_ms"] = statistics.median(timer.launches)
     return found
+
+
+def device_time(step: Step, device: torch.device) -> float:
+    """Return the milliseconds of kernels that the profiler sees in a step."""
+    return sum(_profiled(step, device).values()) / 1e3
 
 
 def kernels_that_ran(step: Step, device: torch.device) -> list[str]:
