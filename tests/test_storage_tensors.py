@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,34 @@ def test_a_tensor_of_a_losing_attempt_is_gone_with_its_bytes(store: Store, claim
     write(store, again, array)
     queue.finish(store, again, "succeeded")
     assert tensors.read_tensor(store, 1, "query", 0, 1).tobytes() == array[1].tobytes()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads and writes"
+)
+def test_a_layer_of_a_long_capture_goes_into_the_log_once(
+    sqlite_store: Store, point: Callable[..., dict[str, Any]]
+):
+    """Pages that no longer fit the cache are written early, and the log's checksums made anew from what is read back."""
+    queue.submit(sqlite_store, name="n", spec={}, spec_hash="h", points=[point()])
+    claim = queue.claim(sqlite_store, "me")
+    assert claim is not None
+    shapes = {"query": (9, 8192, 64), "key": (3, 8192, 64), "value_norm": (3, 8192)}
+    layer = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    before = io_of_this_process()
+    with results.recording(sqlite_store, claim) as session:
+        for name, array in layer.items():
+            tensors.write_tensor(session, claim, name, 0, array)
+    read, written = (after - old for after, old in zip(io_of_this_process(), before, strict=True))
+    held = sum(array.nbytes for array in layer.values())
+    assert read < held / 10
+    assert held <= written < 1.1 * held
+
+
+def io_of_this_process() -> tuple[int, int]:
+    """Bytes asked of the system to read and to write, whatever it had in memory."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"]), int(counts["wchar"])
 
 
 def test_a_tensor_is_stored_once(store: Store, claim: queue.Claim):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy import Connection, Engine, bindparam, create_engine, event, select, update
 from sqlalchemy import inspect as inspect_database
 from sqlalchemy import text as sql
 from sqlalchemy.engine import URL, make_url
@@ -29,6 +29,10 @@ from attnlab_storage.tables import Revision
 
 BUSY_SECONDS = 30
 REVISION_SHARDS = 16
+
+# built once: making it takes longer than running it
+_ANNOUNCE = update(Revision).where(Revision.shard == bindparam("at")).values(value=Revision.value + 1)
+_PLAIN = {"synchronize_session": False}
 
 
 class Store:
@@ -74,9 +78,7 @@ class Store:
                 session.flush()
                 # the last statement before the commit, so that no one waits long for the row
                 shard = (os.getpid() ^ threading.get_ident()) % REVISION_SHARDS
-                session.execute(
-                    update(Revision).where(Revision.shard == shard).values(value=Revision.value + 1)
-                )
+                session.execute(_ANNOUNCE, {"at": shard}, execution_options=_PLAIN)
 
     def settle(self) -> None:
         """Copies SQLite's log into the file now, at a moment of one's choosing; PostgreSQL does that by itself."""
@@ -242,8 +244,11 @@ def _sqlite_engine(url: URL, begin: str, *, query_only: bool = False) -> Engine:
         connection.isolation_level = None  # the begin event below says how a transaction starts
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = NORMAL")
-        # 256 MB: copying the log into the file waits for the disk; who writes much settles it when it suits
-        connection.execute("PRAGMA wal_autocheckpoint = 16384")
+        # 1 GB: copying the log into the file waits for the disk; who writes much settles it when it suits
+        connection.execute("PRAGMA wal_autocheckpoint = 65536")
+        # 32 MB: a transaction that fits is written once; of a larger one pages are written, changed and written
+        # again, and then all checksums after them are made anew from what is read back
+        connection.execute("PRAGMA cache_size = -32768")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")
 
