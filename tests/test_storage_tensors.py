@@ -151,7 +151,7 @@ def test_a_tensor_of_a_losing_attempt_is_gone_with_its_bytes(store: Store, claim
 def test_a_layer_of_a_long_capture_goes_into_the_log_once(
     sqlite_store: Store, point: Callable[..., dict[str, Any]]
 ):
-    """Pages that no longer fit the cache are written early, and the log's checksums made anew from what is read back."""
+    """Pages that do not fit the cache are written early, and all checksums then made anew from what is read back."""
     queue.submit(sqlite_store, name="n", spec={}, spec_hash="h", points=[point()])
     claim = queue.claim(sqlite_store, "me")
     assert claim is not None

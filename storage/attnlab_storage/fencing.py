@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
@@ -30,22 +30,27 @@ class Claim:
     gpus: int
 
 
+_MINE = (
+    Run.id == bindparam("claimed"),
+    Run.attempt == bindparam("in_attempt"),
+    Run.owner == bindparam("by"),
+    Run.state == "running",
+)
+# built once: making it takes longer than running it
+_HOLD = select(Run.id).where(*_MINE).with_for_update(key_share=True)
+
+
 def fence(session: Session, claim: Claim, values: dict[str, Any] | None = None) -> None:
     """Holds the claimed run until the session commits, and updates it if values are given.
 
     Raises:
         LostLease: the run is not running under this owner and attempt; nothing has been written.
     """
-    mine = (
-        Run.id == claim.run_id,
-        Run.attempt == claim.attempt,
-        Run.owner == claim.owner,
-        Run.state == "running",
-    )
+    mine = {"claimed": claim.run_id, "in_attempt": claim.attempt, "by": claim.owner}
     if values is None:
-        held = session.scalar(select(Run.id).where(*mine).with_for_update(key_share=True))
+        held = session.scalar(_HOLD, mine)
     else:
-        held = session.scalar(update(Run).where(*mine).values(values).returning(Run.id))
+        held = session.scalar(update(Run).where(*_MINE).values(values).returning(Run.id), mine)
     if held is None:
         raise lost(claim)
 

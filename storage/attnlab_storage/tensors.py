@@ -4,6 +4,7 @@ A tensor is ``[H, S, D]`` (query, key) or ``[H, S]`` (lse, value_norm). bfloat16
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2
 CODEC = "raw"
 MOST_TOKENS = 2**31 - 1
 DERIVED_CHUNK = 2**17  # numbers of a row of a derived tensor: half a megabyte
+AT_ONCE_BYTES = 4 << 20  # that a statement inserts: pieces of a view are copied, and the whole may be large
 
 
 class TensorError(ValueError):
@@ -169,7 +171,9 @@ _INFO = [getattr(Tensor, name) for name in TensorInfo.__dataclass_fields__]
 
 
 _first_token = cast(TensorChunk.block, BigInteger) * Tensor.chunk_tokens
-# built once: making it takes longer than reading the row
+# built once: making one takes longer than reading or writing the row
+_NEW_TENSOR = insert(Tensor.__table__).returning(Tensor.id)  # type: ignore[arg-type]
+_NEW_CHUNKS = insert(TensorChunk.__table__)  # type: ignore[arg-type]
 _READ = (
     select(
         Tensor.tokens,
@@ -248,28 +252,25 @@ def _insert(
 ) -> int:
     _check(array, dtype, chunk_tokens)
     heads, tokens = array.shape[:2]
-    tensor = Tensor(
-        run_id=run_id,
-        attempt=attempt,
-        layer=layer,
-        name=name,
-        heads=heads,
-        tokens=tokens,
-        head_dim=array.shape[2] if array.ndim == 3 else None,
-        dtype=dtype,
-        codec=CODEC,
-        chunk_tokens=chunk_tokens,
-        nbytes=array.nbytes,
-    )
-    session.add(tensor)
-    session.flush()
-    for head in range(heads):  # one at a time: pieces of a view are copied here, and the whole may be large
-        pieces = (array[head, start : start + chunk_tokens] for start in range(0, tokens, chunk_tokens))
+    facts = {"heads": heads, "tokens": tokens, "head_dim": array.shape[2] if array.ndim == 3 else None}
+    facts |= {"dtype": dtype, "codec": CODEC, "chunk_tokens": chunk_tokens, "nbytes": array.nbytes}
+    place = {"run_id": run_id, "attempt": attempt, "layer": layer, "name": name}
+    tensor_id = session.execute(_NEW_TENSOR, place | facts).scalar_one()
+    heads_at_once = max(1, AT_ONCE_BYTES // array[0].nbytes)
+    for first in range(0, heads, heads_at_once):
+        places = itertools.product(
+            range(first, min(first + heads_at_once, heads)), range(0, tokens, chunk_tokens)
+        )
         rows = [
-            {"tensor_id": tensor.id, "head": head, "block": block, "data": _bytes(piece)}
-            for block, piece in enumerate(pieces)
+            {
+                "tensor_id": tensor_id,
+                "head": head,
+                "block": start // chunk_tokens,
+                "data": _bytes(array[head, start : start + chunk_tokens]),
+            }
+            for head, start in places
         ]
-        session.execute(insert(TensorChunk.__table__), rows)  # type: ignore[arg-type]
+        session.execute(_NEW_CHUNKS, rows)
     return array.nbytes
 
 
