@@ -62,6 +62,15 @@ def test_web_process_loads_neither_torch_nor_ray():
     assert run_fresh(code) == "[]"
 
 
+def test_command_line_loads_no_pages():
+    """A health check starts it every minute beside runs that are timed."""
+    code = (
+        "import sys, attnlab_webui.cli\n"
+        "print([name for name in ('gradio', 'pandas', 'uvicorn', 'torch', 'ray') if name in sys.modules])"
+    )
+    assert run_fresh(code) == "[]"
+
+
 def test_kernels_load_with_triton_blocked():
     code = (
         "import sys\n"

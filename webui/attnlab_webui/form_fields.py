@@ -16,12 +16,13 @@ from attnlab.serving.settings import CACHES
 from attnlab.serving.settings import MECHANISMS as SERVED
 from attnlab.sounds import sound_samples
 from attnlab.spec import DTYPES, IMPLEMENTATIONS, RECORDS
-from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter
+from attnlab_kernels.catalog import MECHANISMS, Mechanism
 from attnlab_webui import drafts, new_experiment
 from attnlab_webui.field_problems import beside_fields
 from attnlab_webui.form import AUDIO, BARE_MODULE, FORM_PHASES, IMAGE, RANDOM, TEXT, Form
 from attnlab_webui.form_section_fields import SectionFields, kind_field, make_section_fields, title
 from attnlab_webui.form_sections import FRONTIER, PROCESS, RUN, SERVE, TRACE_FILE
+from attnlab_webui.mechanism_facts import parameter_hint
 
 RECORD_WORDS = {
     "maps": "maps",
@@ -417,26 +418,3 @@ def _record(plain: dict[str, Any], of_kind: dict[str, Any], form: Form) -> None:
 def implementation_choices(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
     """(label, value) of every implementation; one that no known machine has is marked."""
     return [(f"{name} (not here)" if name in reasons else name, name) for name in IMPLEMENTATIONS]
-
-
-def parameter_hint(parameter: Parameter) -> str:
-    """What an empty field means, and what may be typed: `256 (1 to 8,192)`."""
-    return f"{parameter_default(parameter)} ({range_words(parameter)})"
-
-
-def parameter_default(parameter: Parameter) -> str:
-    return "the model's own" if parameter.default is None else str(parameter.default).lower()
-
-
-def range_words(parameter: Parameter) -> str:
-    """`1 to 64`, `from 1`, or the choices."""
-    if parameter.choices:
-        return ", ".join(map(str, parameter.choices))
-    if parameter.kind == "bool":
-        return "true or false"
-    low, high = parameter.minimum, parameter.maximum
-    if low is not None and high is not None:
-        return f"{low:,g} to {high:,g}"
-    if low is not None:
-        return f"from {low:,g}"
-    return f"up to {high:,g}" if high is not None else parameter.kind

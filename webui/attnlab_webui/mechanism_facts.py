@@ -1,11 +1,11 @@
-"""The catalog as documents: what the HTTP API and `attnlab mechanisms --json` give."""
+"""The catalog as documents and in words: what the HTTP API, `attnlab mechanisms` and the form give."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, fields
 from typing import Any
 
-from attnlab_kernels.catalog import Mechanism
+from attnlab_kernels.catalog import Mechanism, Parameter
 
 
 def mechanism_document(mechanism: Mechanism) -> dict[str, Any]:
@@ -17,3 +17,26 @@ def mechanism_document(mechanism: Mechanism) -> dict[str, Any]:
         "use_cases": list(mechanism.use_cases),
         "parameters": parameters,
     }
+
+
+def parameter_hint(parameter: Parameter) -> str:
+    """What an empty field means, and what may be typed: `256 (1 to 8,192)`."""
+    return f"{parameter_default(parameter)} ({range_words(parameter)})"
+
+
+def parameter_default(parameter: Parameter) -> str:
+    return "the model's own" if parameter.default is None else str(parameter.default).lower()
+
+
+def range_words(parameter: Parameter) -> str:
+    """`1 to 64`, `from 1`, or the choices."""
+    if parameter.choices:
+        return ", ".join(map(str, parameter.choices))
+    if parameter.kind == "bool":
+        return "true or false"
+    low, high = parameter.minimum, parameter.maximum
+    if low is not None and high is not None:
+        return f"{low:,g} to {high:,g}"
+    if low is not None:
+        return f"from {low:,g}"
+    return f"up to {high:,g}" if high is not None else parameter.kind

@@ -23,9 +23,7 @@ from attnlab_webui.commands.console import (
     say,
     short_bytes,
 )
-from attnlab_webui.form_fields import range_words
-from attnlab_webui.kernel_view import static_file
-from attnlab_webui.mechanism_facts import mechanism_document
+from attnlab_webui.mechanism_facts import mechanism_document, range_words
 from attnlab_webui.system_facts import model_facts
 
 SURVEY = "import json; from attnlab.environment import describe_environment; print(json.dumps(describe_environment()))"
@@ -115,6 +113,8 @@ def kernels(
 
 def walk_static(every_form: bool) -> dict[str, Any]:
     """Registers, spills and instructions of our kernels, found out by a child process and kept in the home folder."""
+    from attnlab_webui.kernel_view import static_file  # draws pages, so it loads gradio
+
     command = [
         sys.executable,
         "-m",

@@ -14,7 +14,7 @@ from attnlab.views.sample_pictures import sample_png
 from attnlab_kernels.catalog import MECHANISMS, Mechanism, Parameter, validate_parameters
 from attnlab_storage.database import Store
 from attnlab_webui import drawing, pieces
-from attnlab_webui.form_fields import parameter_default, range_words
+from attnlab_webui.mechanism_facts import parameter_default, range_words
 from attnlab_webui.pieces import escape
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
