@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import text
 
 from attnlab_storage.control import dispatcher_beat, pause
-from attnlab_webui import system_panels
+from attnlab_webui import system_facts, system_panels
 from attnlab_webui.pages.system import show_system
 from attnlab_webui.system_facts import alive_dispatchers, implementation_reasons, system_document
 
@@ -140,6 +140,21 @@ def test_a_model_that_is_not_here_says_how_to_fetch_it(sqlite_store, home, monke
     monkeypatch.setenv("ATTNLAB_MODELS", str(home / "none"))
     page = show_system(sqlite_store)
     assert "attnlab models fetch minilm-l6" in page
+
+
+def test_a_node_without_a_slot_takes_no_runs_and_no_survey_is_waited_for(sqlite_store):
+    """The head of a cluster, or a dispatcher's own node."""
+    dispatcher_beat(sqlite_store, "here:1:a", {"nodes": [{"id": "x", "host": "ray-head", "slots": 0}]})
+    page = show_system(sqlite_store)
+    assert "takes no runs" in page
+    assert "survey has not come in" not in page
+
+
+def test_nodes_of_one_name_are_all_shown_and_those_of_an_older_dispatcher_once(sqlite_store):
+    nodes = [{"id": name, "host": "ray-worker", "slots": 1} for name in "xy"]
+    dispatcher_beat(sqlite_store, "here:1:a", {"nodes": nodes})
+    dispatcher_beat(sqlite_store, "here:2:b", {"nodes": nodes})
+    assert [machine["host"] for machine in system_facts.machines(sqlite_store)] == ["ray-worker"] * 2
 
 
 def test_what_a_dispatcher_leaves_out_is_no_error(sqlite_store):

@@ -89,14 +89,18 @@ def alive_dispatchers(store: Store) -> int:
 def machines(store: Store, heard: list[DispatcherRow] | None = None) -> list[dict[str, Any]]:
     """Every machine that a dispatcher surveyed, those of living ones first; else the one of the newest run.
 
+    What several dispatchers see under one name is one machine; nodes of one dispatcher are always several.
+
     Each is {"host", "seen", "seconds", "slots", "gpus", "environment", "survey_error"}.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
     for row in dispatchers(store) if heard is None else heard:
+        known = {machine["host"] for machine in found}
         for node in row.cluster.get("nodes") or []:
             host = str(node.get("host") or node.get("id"))
-            found.setdefault(
-                host,
+            if host in known:
+                continue
+            found.append(
                 {
                     "host": host,
                     "seen": "by a dispatcher" if is_alive(row) else "by a dispatcher that has stopped",
@@ -106,11 +110,11 @@ def machines(store: Store, heard: list[DispatcherRow] | None = None) -> list[dic
                     "gpu_names": node.get("gpu_names") or [],
                     "environment": node.get("environment"),
                     "survey_error": node.get("survey_error"),
-                },
+                }
             )
-    if any(machine["environment"] for machine in found.values()):
-        return list(found.values())
-    return [*found.values(), *_machine_of_newest_run(store)]
+    if any(machine["environment"] for machine in found):
+        return found
+    return [*found, *_machine_of_newest_run(store)]
 
 
 def implementation_reasons(store: Store) -> dict[str, str]:

@@ -86,6 +86,8 @@ def machine(facts: Document) -> str:
     """One machine: device, versions, and each implementation with the reason where it is missing."""
     document = facts["environment"]
     hint = f"seen {facts['seen']}"
+    if document is None and facts.get("slots") == 0:
+        return panel(facts["host"], '<p class="at-muted">takes no runs</p>', hint)
     if document is None:
         problem = facts["survey_error"] or "its survey has not come in yet"
         return panel(facts["host"], pieces.notice(problem, "warning"), hint)
