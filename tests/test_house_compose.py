@@ -4,6 +4,7 @@ import fnmatch
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 import typer
 import yaml
 from ray.scripts.scripts import cli as ray_commands
+from sqlalchemy import make_url
 from typer.testing import CliRunner
 
 from attnlab_storage.control import dispatcher_beat
@@ -24,6 +26,7 @@ from attnlab_workers import dispatcher
 ROOT = Path(__file__).parent.parent
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
+FILES = ("compose.yaml", "compose.cpu.yaml")
 DOCKERFILES = sorted(ROOT.glob("*/Dockerfile"))
 LONG_RUNNING = ["postgres", "ray-head", "ray-worker", "dispatcher", "web"]
 
@@ -35,6 +38,48 @@ def test_the_services_of_the_design_are_there():
 @pytest.mark.parametrize("name", LONG_RUNNING)
 def test_every_long_running_service_has_a_health_check(name):
     assert SERVICES[name]["healthcheck"]["test"]
+
+
+@pytest.mark.parametrize("name", LONG_RUNNING)
+def test_a_health_check_does_not_disturb_what_is_timed(name):
+    """`ray health-check` and `attnlab` take a second of a processor and more; a connection takes 30 ms."""
+    check = SERVICES[name]["healthcheck"]
+    seconds = {
+        key: int(check[key].removesuffix("s")) for key in ("interval", "start_interval", "start_period")
+    }
+    least = {"attnlab": 60, "ray": 60}.get(check["test"][1], 10)
+    assert seconds["interval"] >= least
+    assert seconds["start_interval"] <= 5 < 60 <= seconds["start_period"]
+
+
+def test_a_worker_is_healthy_once_its_node_listens():
+    command, check = SERVICES["ray-worker"]["command"], SERVICES["ray-worker"]["healthcheck"]["test"]
+    (port,) = [option.split("=")[1] for option in command if option.startswith("--node-manager-port")]
+    assert f"(socket.gethostname(), {port})" in check[-1]
+    head = SERVICES["ray-head"]
+    assert "--port=6379" in head["command"]
+    assert f"('{head['hostname']}', 6379)" in head["healthcheck"]["test"][-1]
+
+
+def test_a_worker_that_is_told_to_stop_says_goodbye_before_it_is_killed():
+    """Ray drains a node for 30 s and Docker kills after 10: the cluster would give the dead node another run."""
+    environment = environment_of(ROOT / "workers/Dockerfile")
+    assert float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]) < 10
+    assert "stop_grace_period" not in SERVICES["ray-worker"]
+
+
+@pytest.mark.parametrize("name", ["ray-head", "ray-worker", "dispatcher"])
+def test_rays_object_store_fits_into_shared_memory(name):
+    """Nothing but small documents goes through it; where it does not fit Ray puts it on the disk."""
+    (store,) = set(re.findall(r"--object-store-memory=(\d+)", " ".join(SERVICES[name]["command"])))
+    assert int(store) < int(SERVICES[name]["shm_size"].removesuffix("mb")) * 2**20
+
+
+def test_every_variable_that_is_asked_for_is_explained():
+    asked = set(re.findall(r"\$\{([A-Z_]+)", "".join((ROOT / name).read_text() for name in FILES)))
+    guide = (ROOT / "docs/team.md").read_text()
+    assert {"POSTGRES_PASSWORD", "ATTNLAB_GPUS", "ATTNLAB_PORT"} <= asked
+    assert not {name for name in asked if f"| `{name}` |" not in guide}
 
 
 def test_only_the_web_page_is_published_and_only_on_loopback():
@@ -49,11 +94,65 @@ def test_ray_lives_on_a_network_without_a_way_out():
         assert SERVICES[name]["networks"] == ["internal"]
 
 
-def test_workers_reserve_a_gpu_and_scale():
+def test_one_worker_has_every_gpu():
+    """Docker gives `count: 1` the first GPU, in every container: workers side by side would share it."""
     deploy = SERVICES["ray-worker"]["deploy"]
     (device,) = deploy["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
-    assert "ATTNLAB_WORKERS" in deploy["replicas"]
+    assert device["count"] == "${ATTNLAB_GPUS:-all}"
+    assert "replicas" not in deploy
+    assert not any(option.startswith("--num-") for option in SERVICES["ray-worker"]["command"])
+
+
+class Overlay(yaml.SafeLoader):
+    """Reads `!reset` as the tag and what follows."""
+
+
+Overlay.add_constructor("!reset", lambda _, node: ("reset", node.value))
+
+
+def test_without_a_gpu_only_the_reservation_goes():
+    overlay = yaml.load((ROOT / "compose.cpu.yaml").read_text(), Overlay)
+    assert overlay == {
+        "services": {"ray-worker": {"deploy": {"resources": {"reservations": {"devices": ("reset", [])}}}}}
+    }
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_nothing_in_a_container_gains_rights(name):
+    service = SERVICES[name]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    # the image of PostgreSQL starts as root and becomes its own user
+    assert "build" not in service or service["cap_drop"] == ["ALL"]
+    assert not {"privileged", "cap_add", "pid", "network_mode", "user"} & set(service)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_comes_back_and_what_runs_once_does_not(name):
+    assert SERVICES[name]["restart"] == ("unless-stopped" if name in LONG_RUNNING else "no")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_what_a_service_says_does_not_fill_the_disk(name):
+    assert {"max-size", "max-file"} <= set(SERVICES[name]["logging"]["options"])
+
+
+@pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "build" in service])
+def test_a_password_may_hold_any_sign(name):
+    """In an address `@`, `/` and `%` would have to be escaped; libpq takes the password as it is."""
+    environment = SERVICES[name]["environment"]
+    url = make_url(environment["ATTNLAB_DATABASE_URL"])
+    database = SERVICES["postgres"]["environment"]
+    assert (url.username, url.database) == (database["POSTGRES_USER"], database["POSTGRES_DB"])
+    assert url.password is None
+    assert environment["PGPASSWORD"] == database["POSTGRES_PASSWORD"]
+
+
+def test_the_database_is_ready_once_it_listens_to_others():
+    """While PostgreSQL's image sets the database up, a server answers on the socket and then goes away."""
+    check = SERVICES["postgres"]["healthcheck"]["test"]
+    assert check[:2] == ["CMD", "pg_isready"]
+    assert "--host=127.0.0.1" in check
 
 
 def test_secrets_come_from_the_environment_and_are_required():
@@ -75,15 +174,11 @@ def test_every_built_service_names_a_dockerfile_that_exists(name):
     assert "USER attnlab" in dockerfile.read_text()
 
 
-def text_of(name: str) -> str:
-    return (ROOT / SERVICES[name]["build"]["dockerfile"]).read_text()
-
-
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
     """The instructions of a Dockerfile, continued lines joined: name, rest."""
-    text = dockerfile.read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return [(line.split()[0], line.partition(" ")[2].strip()) for line in lines]
+    lines = [line for line in dockerfile.read_text().splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return [(line.split()[0], line.partition(" ")[2].strip()) for line in joined if line.strip()]
 
 
 def environment_of(dockerfile: Path) -> dict[str, str]:
@@ -140,30 +235,93 @@ def test_a_driver_of_ray_has_a_node_of_its_own():
     assert "--address=auto" in steps[1]
 
 
-@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
-def test_a_dockerfile_copies_what_is_there_and_installs_extras_that_exist(path):
+def test_torch_is_the_one_that_the_worker_asks_for():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    text = path.read_text()
-    for name, rest in instructions(path):
-        if name == "COPY":
-            *sources, _ = [part for part in rest.split() if not part.startswith("--")]
-            assert sources
-            assert all((ROOT / source).exists() for source in sources)
-    for named in re.findall(r"'\.\[([^\]]+)\]'", text):
-        assert set(named.split(",")) <= set(extras)
-    for requirement in re.findall(r"'(torch[^']+)'", text):
-        assert requirement in extras["worker"]
+    (named,) = re.findall(r"'(torch[^']+)'", (ROOT / "workers/Dockerfile").read_text())
+    assert named in extras["worker"]
 
 
-def test_nothing_that_the_build_needs_is_kept_out_of_it():
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_a_change_of_the_sources_installs_no_library_again(path):
+    """Layers are kept up to the first one that differs: the libraries come before the sources, all of them."""
+    steps = [(name, rest) for name, rest in instructions(path) if name in ("COPY", "RUN")]
+    # a list of its own: what else changes in pyproject.toml is no reason either
+    copies = ["pyproject.toml ./", "--from=requirements requirements.txt ./", ". ./"]
+    assert [rest for name, rest in steps if name == "COPY"] == copies
+    sources = steps.index(("COPY", ". ./"))
+    assert any("--requirement requirements.txt" in rest for _, rest in steps[:sources])
+    after = [rest for _, rest in steps[sources + 1 :] if "pip" in rest]
+    assert after == ["pip install --no-cache-dir --no-deps ."]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_an_image_installs_what_the_project_asks_for(path, tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    if path.parent.name == "workers":
+        wanted += project["optional-dependencies"]["worker"]
+    (step,) = [rest for name, rest in instructions(path) if name == "RUN" and "tomllib" in rest]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    lists = step.split("&&")[0].replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    subprocess.run(["sh", "-ec", lists], cwd=tmp_path, check=True)
+    assert (tmp_path / "requirements.txt").read_text().splitlines() == wanted
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_an_image_runs_as_a_person_and_not_as_root(path):
+    steps = instructions(path)
+    assert [rest for name, rest in steps if name == "USER"] == ["attnlab"]
+    assert not any("pip" in rest for _, rest in steps[steps.index(("USER", "attnlab")) :])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_what_is_written_to_belongs_to_who_writes(path):
+    """An empty volume takes its owner from the folder of the image; a folder that is not there is root's."""
+    models = environment_of(path)["ATTNLAB_MODELS"]
+    mounted = [volume.split(":")[1] for volume in SERVICES["models"]["volumes"] + SERVICES["web"]["volumes"]]
+    assert set(mounted) == {models}
+    before = path.read_text().split("USER attnlab")[0]
+    assert re.search(rf"mkdir -p {models} && chown attnlab {models}", before)
+
+
+def kept_out(path: str) -> bool:
+    """Whether .dockerignore keeps a file from the build: the last pattern that matches it or a folder above says so."""
+    above = [path, *(str(folder) for folder in Path(path).parents)][:-1]
+    out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!")
+        if pattern.startswith("**/"):
+            hit = any(fnmatch.fnmatch(Path(one).name, pattern[3:]) for one in above)
+        else:
+            hit = any(fnmatch.fnmatch(one, pattern) for one in above if "/" not in one)
+        if hit:
+            out = not line.startswith("!")
+    return out
+
+
+def test_a_build_gets_what_it_needs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
-    needed += project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    ignored = (ROOT / ".dockerignore").read_text().split()
-    for path in needed:
-        assert (ROOT / path).exists()
-        assert not any(fnmatch.fnmatch(path, pattern) for pattern in ignored)
-        assert path.split("/")[0] not in ignored
+    files = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
+    for package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        found = [path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        assert found
+        files += [str(path.relative_to(ROOT)) for path in found]
+    assert not [path for path in files if kept_out(path)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".env",
+        ".env.production",
+        ".git/config",
+        ".attnlab/attnlab.db",
+        "dump.sql",
+        "lab/attnlab/__pycache__/a.pyc",
+    ],
+)
+def test_a_build_gets_nothing_that_could_be_secret_or_stale(path):
+    assert kept_out(path)
 
 
 def test_every_variable_is_one_that_the_settings_read():
@@ -175,12 +333,9 @@ def test_every_variable_is_one_that_the_settings_read():
     assert all(f'"{name}"' in source for name in ours)
 
 
-def test_what_is_written_to_belongs_to_who_writes():
-    """An empty volume takes its owner from the folder of the image; a folder that is not there is root's."""
-    models = environment_of(ROOT / "workers/Dockerfile")["ATTNLAB_MODELS"]
-    assert SERVICES["models"]["volumes"] == [f"models:{models}"]
-    before = text_of("models").split("USER attnlab")[0]
-    assert re.search(rf"mkdir -p {models} && chown attnlab {models}", before)
+def test_the_page_sees_which_models_are_there():
+    folder = environment_of(ROOT / "webui/Dockerfile")["ATTNLAB_MODELS"]
+    assert SERVICES["web"]["volumes"] == [f"models:{folder}:ro"]
 
 
 def test_the_web_pages_health_check_passes_without_a_token(serve, sqlite_store, monkeypatch):
