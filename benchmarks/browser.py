@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import uvicorn
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from viewport import LONG, peak_bytes, write_long
 
 from attnlab_kernels.masks import Causal, Mask
@@ -33,7 +33,8 @@ from attnlab_storage.database import open_store
 from attnlab_webui.app import build_app
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-READY = "() => window.__attnlab?.idle && window.__attnlab.panels()[0].tile"
+# no object: the driver would hold every tile that it was handed
+READY = "() => window.__attnlab?.idle && window.__attnlab.panels()[0].tile !== null"
 HOVER = """([x, y]) => new Promise((done) => {
   const canvas = document.querySelector("canvas.at-map");
   const box = canvas.getBoundingClientRect();
@@ -116,9 +117,7 @@ def wait_for(address: str, server: Any) -> None:
 
 def look(address: str, title: str, steps: int) -> None:
     """Open the map, move about in it and point at cells; print what it took."""
-    found = next((path for name in NAMES if (path := shutil.which(name))), None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+    with a_browser() as browser:
         page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
         page.goto(f"{address}/experiment")  # styles and scripts are kept
         session = page.context.new_cdp_session(page)
@@ -143,7 +142,7 @@ def look(address: str, title: str, steps: int) -> None:
         hovered = [page.evaluate(HOVER, [0.2 + 0.6 * i / steps, 0.9 - 0.3 * i / steps]) for i in range(steps)]
         heap = {row["name"]: row["value"] for row in metrics(session)}["JSHeapUsedSize"]
         resident = renderer_bytes(browser)
-        browser.close()
+    empty, bare = bare_bytes("about:blank"), bare_bytes(f"{address}/claims")
     print(f"{title}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors")
     print(f"  first picture {first:.2f} s")
     read, exact = np.array(hovered).T
@@ -156,7 +155,29 @@ def look(address: str, title: str, steps: int) -> None:
     for name, taken in figures.items():
         middle, most = np.percentile(taken, [50, 95])
         print(f"  {name:17} p50 {middle:6.1f} p95 {most:6.1f} max {max(taken):6.1f}")
-    print(f"  renderer {resident / 1e6:.0f} MB resident, {heap / 1e6:.0f} MB of JavaScript")
+    print(
+        f"  renderer {resident / 1e6:.0f} MB resident, {heap / 1e6:.0f} MB of JavaScript; "
+        f"a page of the lab without a map {bare / 1e6:.0f} MB, an empty one {empty / 1e6:.0f} MB"
+    )
+
+
+@contextmanager
+def a_browser() -> Iterator[Browser]:
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def bare_bytes(address: str) -> int:
+    """What the renderer of a fresh browser holds once a page has come to rest: most of it is Chromium's own."""
+    with a_browser() as browser:
+        page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.goto(address)
+        if address.startswith("http"):
+            page.get_by_role("link", name="Queue").wait_for()
+        return renderer_bytes(browser)
 
 
 def walk(page: Page, steps: int, asked: list[str], sizes: dict[str, int]) -> tuple[list[float], list[float]]:

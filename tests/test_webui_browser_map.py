@@ -9,6 +9,7 @@ from attnlab.run import run_here
 from attnlab.spec import parse_spec
 from attnlab.views.viewport import viewport
 from attnlab_storage import results
+from attnlab_webui.theme import STATIC_URL
 
 pytestmark = pytest.mark.browser
 
@@ -367,3 +368,19 @@ def test_strips_lie_beside_the_map_and_signed_heads_are_drawn_around_zero(sqlite
           return at(2, 0) > 20 && at(0, 2) > 20; // blue and red
         }"""
     )
+
+
+def test_tiles_are_remembered_within_a_budget_of_memory(served, browse):
+    page = browse(f"{served.address}/claims")
+    kept = page.evaluate(
+        f"""async () => {{
+          const {{ TileCache }} = await import("{STATIC_URL}/js/request.js");
+          const cache = new TileCache();
+          const tile = () => ({{ values: new Float32Array(512 * 512) }});
+          for (let at = 0; at < 40; at++) cache.put(`t${{at % 30}}`, tile());
+          const held = [...cache.tiles.values()].reduce((sum, {{ values }}) => sum + values.byteLength, 0);
+          return [held, cache.bytes, cache.get("t9") !== undefined, cache.get("t10") === undefined];
+        }}"""
+    )
+    assert 8e6 < kept[0] == kept[1] <= 16e6
+    assert kept[2:] == [True, True]

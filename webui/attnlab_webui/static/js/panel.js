@@ -54,6 +54,7 @@ export class Panel {
 
   // Throws away what is shown (another layer, head or run) and asks for the new map.
   restart() {
+    this.release(this.base, this.tile);
     this.base = null;
     this.tile = null;
     this.error = null;
@@ -121,7 +122,9 @@ export class Panel {
         this.shared.onTile(this);
       }
       const region = this.base.exact && !this.base.rounded ? null : this.region();
-      this.tile = region ? await this.load(region.rows, region.cols) : this.base;
+      const tile = region ? await this.load(region.rows, region.cols) : this.base;
+      if (this.tile !== tile && this.tile !== this.base) this.release(this.tile);
+      this.tile = tile;
       this.error = null;
       this.shared.onTile(this);
     } catch (error) {
@@ -266,16 +269,22 @@ export class Panel {
   bitmap(tile) {
     const norm = this.source.signed ? "none" : this.shared.state.get("norm");
     const key = [this.scale.kind, this.scale.top, this.scale.signed, norm, this.table.name].join();
-    tile.bitmaps ??= new Map();
-    if (!tile.bitmaps.has(key)) {
-      const canvas = document.createElement("canvas");
-      canvas.width = tile.width;
-      canvas.height = tile.height;
-      canvas.getContext("2d").putImageData(paint(tile, this.scale, this.table.colours, norm), 0, 0);
-      if (tile.bitmaps.size > 2) tile.bitmaps.clear();
-      tile.bitmaps.set(key, canvas);
+    if (tile.bitmap?.key === key) return tile.bitmap.canvas;
+    const canvas = tile.bitmap?.canvas ?? document.createElement("canvas");
+    canvas.width = tile.width;
+    canvas.height = tile.height;
+    canvas.getContext("2d").putImageData(paint(tile, this.scale, this.table.colours, norm), 0, 0);
+    tile.bitmap = { key, canvas };
+    return canvas;
+  }
+
+  // A picture takes as much as its numbers: those that are not shown go at once, and not when the browser tidies up.
+  release(...tiles) {
+    for (const tile of tiles) {
+      if (!tile?.bitmap) continue;
+      tile.bitmap.canvas.width = 0;
+      tile.bitmap = null;
     }
-    return tile.bitmaps.get(key);
   }
 
   drawGrid(context, ink) {
@@ -390,6 +399,7 @@ export class Panel {
   stop() {
     this.pending?.controller.abort();
     clearTimeout(this.throttle);
+    this.release(this.base, this.tile);
     this.observer.disconnect();
     for (const detach of this.detach) detach();
   }

@@ -94,11 +94,14 @@ export function query(fields) {
   return given.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&");
 }
 
-// Remembers the newest tiles; a tile of a finished run never changes.
+const MOST_TILES = 64;
+const MOST_TILE_BYTES = 16e6;
+
+// Remembers the newest tiles; a tile of a finished run never changes, so the browser keeps older ones on its disk.
 export class TileCache {
-  constructor(limit = 64) {
-    this.limit = limit;
+  constructor() {
     this.tiles = new Map();
+    this.bytes = 0;
   }
 
   get(key) {
@@ -111,11 +114,20 @@ export class TileCache {
   }
 
   put(key, tile) {
+    this.drop(key);
     this.tiles.set(key, tile);
-    if (this.tiles.size > this.limit) this.tiles.delete(this.tiles.keys().next().value);
+    this.bytes += sizeOf(tile);
+    while (this.tiles.size > 1 && (this.tiles.size > MOST_TILES || this.bytes > MOST_TILE_BYTES)) {
+      this.drop(this.tiles.keys().next().value);
+    }
   }
 
-  clear() {
-    this.tiles.clear();
+  drop(key) {
+    if (this.tiles.has(key)) this.bytes -= sizeOf(this.tiles.get(key));
+    this.tiles.delete(key);
   }
+}
+
+function sizeOf(tile) {
+  return tile.values?.byteLength ?? 0;
 }
