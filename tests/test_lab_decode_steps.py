@@ -23,8 +23,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "sliding_window": {"window_size": 6},
     "neighborhood": {"kernel_size": 3},
 }
-ONE_STEP_ONLY = {"differential", "linear", "sparse", "switch_head", "sliding_window"}
-"""whose maps need more than queries, keys and log-sum-exp, or whose cache rolls over"""
+ONE_STEP_ONLY = {"sliding_window"}
+"""whose cache rolls over"""
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,59 @@ def test_a_module_decodes_the_rows_of_its_full_pass_or_says_why_not(
     assert mechanism not in ONE_STEP_ONLY
     (full,) = ran(sqlite_store, values)
     assert_rows_equal(sqlite_store, steps.id, full.id, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "parameters"),
+    [
+        ("linear", {"feature_map": "relu"}),
+        ("linear", {"feature_map": "identity"}),
+        ("linear", {"feature_map": "softmax_kernel", "num_features": 24}),
+        ("differential", {"variant": "v2"}),
+        ("sparse", {"sparsity_pattern": "strided", "stride": 3}),
+        ("sparse", {"sparsity_pattern": "bigbird", "block_size": 2}),
+    ],
+)
+def test_each_form_of_a_mechanism_decodes_its_rows(
+    sqlite_store: Store, mechanism: str, parameters: dict[str, Any]
+) -> None:
+    values = spec_of("", module={"dim": 24, "num_heads": 2}, vary={"mechanism": [{mechanism: parameters}]})
+    del values["model"]
+    (steps,) = ran(sqlite_store, values | {"phase": "decode", "decode": {"steps": STEPS}})
+    assert (steps.state, steps.reason) == ("succeeded", None)
+    (full,) = ran(sqlite_store, values)
+    assert_rows_equal(sqlite_store, steps.id, full.id, 1, 2)
+    (trace,) = results.traces(sqlite_store, steps.id)
+    assert trace.output_defect < 1e-5
+    assert trace.row_sum_defect < 1e-6
+
+
+@pytest.mark.parametrize("features", ["elu", "softmax_kernel"])
+def test_a_model_with_linear_attention_decodes_the_rows_of_its_full_pass(
+    sqlite_store: Store, tiny: str, features: str
+) -> None:
+    record = ["maps", "statistics"]
+    given: dict[str, Any] = {"vary": {"mechanism": [{"linear": {"feature_map": features}}]}, "record": record}
+    (steps,) = ran(sqlite_store, spec_of(tiny, phase="decode", decode={"steps": STEPS}, **given))
+    assert (steps.state, steps.reason) == ("succeeded", None)
+    (full,) = ran(sqlite_store, spec_of(tiny, **given))
+    assert_rows_equal(sqlite_store, steps.id, full.id, LAYERS, HEADS)
+    assert max(trace.output_defect for trace in results.traces(sqlite_store, steps.id)) < 1e-5
+    assert results.measurements(sqlite_store, steps.id, "entropy")
+
+
+def test_sparse_steps_that_would_change_earlier_rows_are_refused_with_the_reason(sqlite_store: Store) -> None:
+    refused = {
+        "holds all 10 global tokens, got 8": ({"sparsity_pattern": "longformer", "global_tokens": 10}, True),
+        "without a causal order": ({"sparsity_pattern": "strided"}, False),
+    }
+    for reason, (parameters, causal) in refused.items():
+        module = {"dim": 24, "num_heads": 2, "causal": causal}
+        values = spec_of("", module=module, vary={"mechanism": [{"sparse": parameters}]})
+        del values["model"]
+        (run,) = ran(sqlite_store, values | {"phase": "decode", "decode": {"steps": STEPS}})
+        assert run.state == "unsupported"
+        assert reason in (run.reason or "")
 
 
 def test_a_step_has_a_token_before_it_and_only_models_write(tiny: str) -> None:

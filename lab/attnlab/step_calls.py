@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,12 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 
 from .hook import LayerCall
 from .probes.maps import element_mask
-from .views.trace_map import SOFTMAX_KINDS
+from .views.trace_map import BY_KEY_HEAD, SOFTMAX_KINDS
+
+BY_ROW = SOFTMAX_KINDS | {"linear", "difference", "sparse"}
+"""maps whose every row follows from its own query, from keys that stay, and from numbers of the row"""
+FEATURE_TOLERANCE = 1e-6
+"""by which features of the same key may differ, relative to the largest: they may be made anew at every step"""
 
 
 @dataclass
@@ -45,21 +50,19 @@ class StepCalls:
         Raises:
             Unsupported: the mechanism has no map over a cache that grows.
         """
-        kind = "softmax" if call.attention is None else call.attention.kind
-        if kind not in SOFTMAX_KINDS or (call.attention is not None and call.attention.extra):
-            raise Unsupported(
-                f"decode.steps: must be 1 for {call.name}, whose {kind} map is kept of one step"
-            )
+        _check_kind(call)
         kept = self._layers.get(call.layer)
         if kept is None:
-            kept = self._layers[call.layer] = _Steps(call, {name: [] for name in ("query", "output", "lse")})
+            kept = self._layers[call.layer] = _Steps(call, {})
         else:
             _check_kept(kept.newest, call)
         kept.newest = call
-        for name, rows in kept.rows.items():
-            rows.append(getattr(call, name))
+        rows = {name: getattr(call, name) for name in ("query", "output", "lse")}
+        rows |= {name: tensor for name, tensor in _extra(call).items() if name not in BY_KEY_HEAD}
         if "bias" in call.extras:
-            kept.rows.setdefault("bias", []).append(call.extras["bias"])
+            rows["bias"] = call.extras["bias"]
+        for name, row in rows.items():
+            kept.rows.setdefault(name, []).append(row)
         kept.masks.append((element_mask(call.mask, 0), call.key.shape[2]))
 
     def calls(self) -> list[LayerCall]:
@@ -83,6 +86,10 @@ class StepCalls:
         attention = newest.attention
         if attention is not None:
             told: dict[str, Any] = {"query": query, "output": output, "normaliser": lse, "mask": mask}
+            told["extra"] = {
+                name: tensor if name in BY_KEY_HEAD else torch.cat(kept.rows[name], 2)
+                for name, tensor in attention.extra.items()
+            }
             operands = (query, newest.key, newest.value)
             run = _alone(newest.name)
             attention = replace(
@@ -100,13 +107,38 @@ class StepCalls:
         )
 
 
+def _extra(call: LayerCall) -> Mapping[str, Tensor]:
+    return {} if call.attention is None else call.attention.extra
+
+
+def _check_kind(call: LayerCall) -> None:
+    """Refuses a map whose rows do not stand alone."""
+    kind = "softmax" if call.attention is None else call.attention.kind
+    if kind not in BY_ROW:
+        raise Unsupported(f"decode.steps: must be 1 for {call.name}, whose {kind} map is kept of one step")
+
+
 def _check_kept(before: LayerCall, now: LayerCall) -> None:
     """One cache has to hold the keys of all steps: none is dropped or changed."""
-    held = before.key.shape[2]
-    if now.key.shape[2] < held or not torch.equal(now.key[:, :, :held], before.key):
+    old, new = _extra(before), _extra(now)
+    pairs = [(before.key, now.key)]
+    pairs += [(old[name], new[name]) for name in BY_KEY_HEAD & old.keys() & new.keys()]
+    features = now.attention is not None and now.attention.kind == "linear"
+    if old.keys() != new.keys() or not all(_holds(*pair, exactly=not features) for pair in pairs):
         raise Unsupported(
             f"decode.steps: must be 1 for {now.name}, whose cache does not keep earlier keys as they were"
         )
+
+
+def _holds(before: Tensor, now: Tensor, *, exactly: bool) -> bool:
+    """Whether keys [B, H, m, D] begin with those that were there a step before."""
+    held = before.shape[2]
+    if now.shape[2] < held:
+        return False
+    if exactly:
+        return torch.equal(now[:, :, :held], before)
+    apart = (now[:, :, :held] - before).abs().max()
+    return bool(apart <= FEATURE_TOLERANCE * before.abs().max())
 
 
 def _common_mask(masks: list[tuple[Mask, int]], name: str) -> Mask:

@@ -12,6 +12,7 @@ from attnlab_kernels.linear_state import LinearState
 from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
 from attnlab_kernels.mechanisms.linear_attention import LinearAttention
 from attnlab_kernels.mechanisms.paged import PagedAttention
+from attnlab_kernels.mechanisms.sparse_attention import SparseAttention
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_kernels.output import AttentionOutput
 
@@ -55,6 +56,8 @@ class ModuleCall:
         reason = no_cache(self.mechanism, self.parameters)
         if reason:
             raise Unsupported(f"phase: {self.mechanism} cannot decode: {reason}")
+        if isinstance(self.module, SparseAttention):
+            _check_sparse(self.module, hidden.shape[1])
         keywords = _extra(self, hidden.shape[1])
         if isinstance(self.module, PagedAttention):
             keywords["past_key_value"] = self.module.new_cache(hidden.shape[0])
@@ -99,6 +102,18 @@ def no_cache(mechanism: str, parameters: dict[str, Any]) -> str:
     if mechanism == "efficient" and variant != "memory_efficient":
         return "a new token changes every key"
     return reasons.get(mechanism, "")
+
+
+def _check_sparse(module: SparseAttention, prompt: int) -> None:
+    """Raises Unsupported where a cached row would have to change with a later token."""
+    if not module.causal:
+        raise Unsupported(
+            "phase: sparse cannot decode without a causal order: cached tokens would attend to later ones"
+        )
+    if module.sparsity_pattern == "longformer" and prompt < module.global_tokens:
+        raise Unsupported(
+            f"phase: sparse decodes after a prompt that holds all {module.global_tokens} global tokens, got {prompt}"
+        )
 
 
 def prompt_is_causal(mechanism: str, parameters: dict[str, Any], causal: bool) -> bool:
