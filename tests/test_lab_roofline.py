@@ -235,4 +235,10 @@ def test_a_timed_run_stands_under_its_ceilings(sqlite_store: Any, monkeypatch: p
     assert roof["y"][1] == roof["y"][2] == 1e12
     assert roof["x"][1] == pytest.approx(100)
     assert [point["y"][0] for point in points] == [point.speed for point in info.points]
+    assert [point["name"] for point in points] == [
+        "multi_head · sdpa_flash", "linear · chunked", "sparse · fused",
+    ]  # fmt: skip
+    again = roofline_figure(roofline_info([plain, linear, plain])).to_plotly_json()["data"][1:]
+    assert [point["showlegend"] for point in again] == [True, True, False]
+    assert again[0]["marker"]["color"] == again[2]["marker"]["color"] != again[1]["marker"]["color"]
     assert f"{100 * found['share']:.0f} % of its ceiling, bound by memory" in points[0]["hovertemplate"]

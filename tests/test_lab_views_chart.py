@@ -74,6 +74,33 @@ def test_a_line_ends_where_a_run_gave_no_number_and_says_why() -> None:
     assert "multi_head · n^2.00 ± 0.00" in [trace["name"] for trace in traces]
 
 
+def test_a_run_that_never_came_to_choose_ends_the_line_of_those_asked_alike() -> None:
+    documents = [
+        *GRID,
+        document(9, 2048, None, chosen=None),
+        document(10, 512, None, chosen=None, mechanism="linear"),
+    ]
+    info = chart_info(documents, SCALING)
+    assert {line.label: [end.run for end in line.ends] for line in info.lines} == {
+        "multi_head": [5, 9], "linear": [10],
+    }  # fmt: skip
+    assert len({trace.marker.color for trace in chart_figure(info).data}) == 2
+    # where those asked alike chose differently, nobody knows what it would have been
+    unclear = [*GRID, document(11, 32, 1.0, chosen="banded"), document(9, 2048, None, chosen=None)]
+    assert "multi_head · auto" in [line.label for line in chart_info(unclear, SCALING).lines]
+
+
+def test_words_at_the_right_edge_stand_to_the_left_of_their_mark() -> None:
+    documents = [*GRID, document(9, 512, None, mechanism="linear")]
+    ends = [
+        trace for trace in chart_figure(chart_info(documents, SCALING)).data if trace.marker.symbol == "x"
+    ]
+    assert [list(zip(trace.x, trace.textposition, strict=True)) for trace in ends] == [
+        [(1024, "middle left")],
+        [(512, "middle right")],
+    ]
+
+
 @pytest.mark.parametrize("name", [*PRESETS])
 def test_every_outcome_stays_in_every_chart(name: str) -> None:
     outcomes = ("out_of_memory", "unsupported", "timed_out", "failed", "cancelled")
@@ -146,6 +173,13 @@ def test_an_ecdf_is_the_share_of_samples_up_to_each() -> None:
     times, shares = ecdf([3.0, 1.0, 2.0, 2.0])
     assert times.tolist() == [1, 2, 2, 3]
     assert shares.tolist() == [0.25, 0.5, 0.75, 1]
+
+
+@pytest.mark.parametrize(("apart", "kind"), [(3.0, None), (300.0, "log")])
+def test_samples_that_are_far_apart_have_their_shares_on_a_logarithmic_axis(apart: float, kind: str) -> None:
+    figure = samples_figure(samples_info([document(1, 64, 1.0), document(2, 64, apart)]))
+    assert figure.layout.xaxis2.type == kind
+    assert figure.layout.xaxis.type is None
 
 
 def test_samples_stand_as_histogram_and_ecdf_beside_each_other() -> None:

@@ -142,14 +142,15 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
     """Group runs that are alike in everything but their number, and lines that are alike in everything but x."""
     check_axes(axes)
     rows = chart_rows(documents)
-    apart = [name for name in varying(rows) if name not in (axes.x, axes.facet)]
+    alike = _as_the_others_chose(rows, documents)
+    apart = [name for name in varying(alike) if name not in (axes.x, axes.facet)]
     if axes.x in MEASURES:  # a scatter: lengths and batches are its points, not its colours
         apart = [name for name in apart if name not in NUMERIC_FIELDS]
     named = [name for name in dict.fromkeys((axes.colour, *apart)) if name]
     if axes.x == "run":
         named = [axes.colour] if axes.colour else []
     groups: dict[tuple[str, str], list[int]] = {}
-    for index, row in enumerate(rows):
+    for index, row in enumerate(alike):
         label = " · ".join(str(row[name]) for name in named) or "all runs"
         groups.setdefault((label, _text(row, axes.facet)), []).append(index)
     numeric = axes.x in NUMERIC_FIELDS or axes.x in MEASURES
@@ -172,6 +173,27 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
         facets=list(dict.fromkeys(line.facet for line in lines)),
         labels=labels,
     )
+
+
+def _as_the_others_chose(
+    rows: Sequence[dict[str, Any]], documents: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows with what never came to choose an implementation under the one that all runs asked alike chose.
+
+    So a line ends where its own run gave no number, and not as a line of its own.
+    """
+    asked = [
+        (row["mechanism"], document["implementation"]) for row, document in zip(rows, documents, strict=True)
+    ]
+    chosen: dict[tuple[str, str], set[str]] = {}
+    for key, document in zip(asked, documents, strict=True):
+        chosen.setdefault(key, set()).update({document.get("chosen")} - {None})
+    return [
+        row | {"implementation": next(iter(chosen[key]))}
+        if document.get("chosen") is None and len(chosen[key]) == 1
+        else row
+        for row, key, document in zip(rows, asked, documents, strict=True)
+    ]
 
 
 def _line(

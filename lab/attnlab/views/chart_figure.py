@@ -14,6 +14,7 @@ from attnlab.views.labels import OUTCOME_WORDS, format_bytes
 
 MOST_FACETS = 4
 LABEL_CHARS = 26
+LEVEL_LABELS = 6
 
 
 def chart_figure(info: ChartInfo) -> go.Figure:
@@ -87,7 +88,7 @@ def _draw(
     else:
         mode = "lines+markers" if info.axes.x in FIELDS else "markers"
         figure.add_trace(go.Scatter(mode=mode, marker=look, line_color=color(index), **common), **place)
-    _mark_conditions(figure, line, marked, place)
+    _mark_conditions(figure, info, line, marked, place)
     ends = [end for end in line.ends if end.x is not None]
     if ends:
         figure.add_trace(
@@ -102,7 +103,7 @@ def _draw(
                     else OUTCOME_WORDS.get(end.outcome, end.outcome)
                     for end in ends
                 ],
-                textposition="top center" if info.labels else "middle right",
+                textposition=[_beside(info, end.x) for end in ends],
                 customdata=[plain(outcome_words(end)) for end in ends],
                 hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
                 name=name,
@@ -117,7 +118,18 @@ def _draw(
 CONDITIONS = {True: ("throttled", "diamond-tall-open"), False: ("disturbed", "circle-open")}
 
 
-def _mark_conditions(figure: go.Figure, line: Line, marked: set[str], place: dict[str, Any]) -> None:
+def _beside(info: ChartInfo, x: Any) -> str:
+    """Where the words of a mark stand: at the right edge of the panel they would be cut off."""
+    if info.labels:
+        return "top center"
+    places = [point.x for line in info.lines for point in line.points]
+    places += [end.x for line in info.lines for end in line.ends if end.x is not None]
+    return "middle left" if x == max(places) else "middle right"
+
+
+def _mark_conditions(
+    figure: go.Figure, info: ChartInfo, line: Line, marked: set[str], place: dict[str, Any]
+) -> None:
     """A ring around every time that is not the kernel's alone; what was throttled is named where it stands."""
     for throttled, (word, mark) in CONDITIONS.items():
         points = [point for point in line.points if point.conditions and point.throttled == throttled]
@@ -129,7 +141,7 @@ def _mark_conditions(figure: go.Figure, line: Line, marked: set[str], place: dic
                 y=[point.y for point in points],
                 mode="markers+text" if throttled else "markers",
                 text=[word] * len(points) if throttled else None,
-                textposition="middle right",
+                textposition=[_beside(info, point.x) for point in points],
                 marker={"color": FONT, "symbol": mark, "size": 16, "line": {"width": 2}},
                 customdata=[plain("; ".join(point.conditions)) for point in points],
                 hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
@@ -180,6 +192,8 @@ def _scales(figure: go.Figure, info: ChartInfo) -> None:
             type="category", tickmode="array", tickvals=info.labels, ticktext=texts, categoryarray=info.labels
         )
         figure.update_yaxes(rangemode="tozero")
+        if len(info.labels) > LEVEL_LABELS:  # the rest are slanted, and need the room below them
+            figure.update_layout(height=520, legend={"y": -0.55})
     elif info.log_x:
         figure.update_xaxes(type="log")
         if info.axes.x in FIELDS:

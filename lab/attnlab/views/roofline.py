@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from attnlab.views.chart_style import FONT, color, plain, styled, symbol
-from attnlab.views.labels import OUTCOME_WORDS, run_label
+from attnlab.views.labels import OUTCOME_WORDS, mechanism_label, ran_as, run_label
 
 _DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -25,6 +25,7 @@ class RoofPoint(NamedTuple):
     """The attention of one run under its roof."""
 
     label: str
+    kind: str  # mechanism and implementation: one colour
     roof: str
     intensity: float  # FLOP a byte
     speed: float  # FLOP a second
@@ -57,6 +58,7 @@ def roofline_info(documents: Sequence[Mapping[str, Any]]) -> RooflineInfo:
         points.append(
             RoofPoint(
                 run_label(document),
+                f"{mechanism_label(document)} · {ran_as(document)}",
                 label,
                 found["intensity"],
                 found["flops_per_s"],
@@ -72,6 +74,12 @@ def _why(document: Mapping[str, Any]) -> str:
         return "no count of operations, or no time"
     word = OUTCOME_WORDS.get(document["state"], str(document["state"]))
     return f"{word}: {document['reason']}" if document.get("reason") else word
+
+
+def _step(speeds: list[float], roofs: list[Roof]) -> str | int:
+    """Between two ticks: at 1, 2 and 5 of a decade where there are few, else a decade."""
+    values = [*speeds, *(roof.matmul for roof in roofs)]
+    return "D2" if not values or max(values) < 100 * min(values) else 1
 
 
 def roofline_figure(info: RooflineInfo) -> go.Figure:
@@ -94,13 +102,17 @@ def roofline_figure(info: RooflineInfo) -> go.Figure:
                 f"<extra>{plain(roof.label)}</extra>"
             ),
         )
-    for i, point in enumerate(info.points):
+    kinds = list(dict.fromkeys(point.kind for point in info.points))
+    for at, point in enumerate(info.points):
+        i = kinds.index(point.kind)
         figure.add_scatter(
             x=[point.intensity],
             y=[point.speed],
             mode="markers",
             marker={"color": color(i), "symbol": symbol(i), "size": 10},
-            name=plain(point.label),
+            name=plain(point.kind),
+            legendgroup=point.kind,
+            showlegend=point.kind not in [before.kind for before in info.points[:at]],
             hovertemplate=(
                 f"{point.speed / 1e9:.3g} GFLOP/s at {point.intensity:.3g} FLOP/byte<br>"
                 f"{100 * point.share:.0f} % of its ceiling, bound by {point.bound}"
@@ -115,5 +127,7 @@ def roofline_figure(info: RooflineInfo) -> go.Figure:
         height=440,
     )
     figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log", tickformat=".1s")
+    figure.update_yaxes(
+        type="log", tickformat=".1s", dtick=_step([point.speed for point in info.points], info.roofs)
+    )
     return figure

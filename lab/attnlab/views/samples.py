@@ -16,6 +16,8 @@ from attnlab.views.labels import OUTCOME_WORDS
 DASHES = ("solid", "dash", "dot", "dashdot")
 MOST_RUNS = 12
 """whose samples are drawn; more would hide each other"""
+WIDE = 20
+"""times that are further apart than this are drawn on a logarithmic axis"""
 ROW_HEIGHT = 300
 
 
@@ -99,6 +101,10 @@ def samples_figure(info: SamplesInfo) -> go.Figure:
     styled(figure, title="Every sample", x="", y="", height=80 + ROW_HEIGHT * len(info.rows))
     figure.update_layout(barmode="overlay", margin={"t": 72}, showlegend=True)
     figure.update_xaxes(title_text="milliseconds")
+    for place, row in enumerate(info.rows, 1):
+        times = [value for one in row.series for value in one.samples]
+        if min(times) > 0 and max(times) > WIDE * min(times):
+            figure.update_xaxes(type="log", row=place, col=2)
     figure.update_yaxes(title_text="samples", col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02], col=2)
     return figure

@@ -46,7 +46,7 @@ def reproduce(run: RunArgument, here: HereOption = False, json: JsonOption = Fal
             experiment = run_here(store, spec, created_by="command line")
     else:
         experiment = enqueue(store, spec).experiment_id
-        say_if_nothing_serves(store)
+        say_if_nothing_serves(store, f", and `attnlab reproduce {old.id} --here` needs none")
     try:
         watch(store, lambda: runs_of(store, experiment_id=experiment))
     except KeyboardInterrupt:

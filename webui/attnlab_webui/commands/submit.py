@@ -145,12 +145,14 @@ def refuse_if_too_large(store: Store, spec: ExperimentSpec) -> None:
         refuse("; ".join(refusals))
 
 
-def say_if_nothing_serves(store: Store) -> None:
-    """Says on stderr why the runs just queued will not start, if they will not."""
+def say_if_nothing_serves(store: Store, instead: str = "") -> None:
+    """Says on stderr why the runs just queued will not start, if they will not, and what starts them ``instead``."""
     if paused(store):
         say("the queue is paused, so nothing will start until it is resumed on the queue page")
     elif not any(dispatcher.silent_seconds <= lease_seconds() for dispatcher in dispatchers(store)):
-        say("no dispatcher is running, so nothing will start: `attnlab up` or `attnlab dispatch` starts one")
+        say(
+            f"no dispatcher is running, so nothing will start: `attnlab up` or `attnlab dispatch` starts one{instead}"
+        )
 
 
 def report(experiment: int, runs: list[RunRow], json: bool) -> None:
