@@ -7,8 +7,8 @@ about its speed. The interpreter multiplies bfloat16 bit patterns as whole numbe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -20,6 +20,8 @@ from attnlab_kernels.operations.softmax.support import Support
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIMULATED = "simulated by Triton's interpreter: right, and far too slow to time"
+# programs along each axis of a launch; NVIDIA, "CUDA C++ Programming Guide", compute capabilities
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
 
 def triton_support(
@@ -37,6 +39,14 @@ def triton_support(
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return Support(False, f"the Triton kernel needs {names}; got {tensor.dtype}")
     return Support(True, "" if tensor.device.type == "cuda" else SIMULATED)
+
+
+def grid_refusal(tensor: Tensor) -> str:
+    """Why one launch cannot have a program for every head of ``[B, H, ...]``, its second axis or its third."""
+    batch, heads = tensor.shape[:2]
+    if batch * heads <= GRID_LIMITS[1]:
+        return ""
+    return f"a Triton kernel starts at most {GRID_LIMITS[1]:,} heads of a batch; got {batch} x {heads}: cut the batch"
 
 
 Launch = dict[str, Any]
@@ -60,25 +70,39 @@ def noting_launches() -> Iterator[list[Launch]]:
 
 
 @dataclass(frozen=True)
-class _Noted:
-    """A module of kernels, or one of them, whose launches are kept."""
+class _Launcher:
+    """A module of kernels, or one of them, which starts on the card of its first tensor."""
 
     loaded: Any
-    found: list[Launch]
     name: str = ""
 
     def __getattr__(self, name: str) -> Any:
         part = getattr(self.loaded, name)
-        return _Noted(part, self.found, name) if hasattr(part, "__getitem__") and callable(part) else part
+        return _Launcher(part, name) if hasattr(part, "__getitem__") and callable(part) else part
 
-    def __getitem__(self, grid: Any) -> Any:
+    def __getitem__(self, grid: Sequence[int]) -> Any:
         def launch(*given: Any, **constants: Any) -> Any:
-            numbers = {name.lower(): value for name, value in constants.items() if isinstance(value, int)}
-            if (one := {"kernel": self.name, **numbers}) not in self.found:
-                self.found.append(one)
-            return self.loaded[grid](*given, **constants)
+            if any(size > most for size, most in zip(grid, GRID_LIMITS, strict=False)):
+                raise ValueError(
+                    f"{self.name} starts at most {GRID_LIMITS} programs along its axes; got {tuple(grid)}"
+                )
+            _note(self.name, constants)
+            with _card_of(given):
+                return self.loaded[grid](*given, **constants)
 
         return launch
+
+
+def _note(kernel: str, constants: dict[str, Any]) -> None:
+    numbers = {name.lower(): value for name, value in constants.items() if isinstance(value, int)}
+    if _noting and (one := {"kernel": kernel, **numbers}) not in _noting[-1]:
+        _noting[-1].append(one)
+
+
+def _card_of(given: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Triton starts a kernel on the current card, whatever card its tensors are on."""
+    first = given[0] if given else None
+    return torch.cuda.device(first.device) if isinstance(first, Tensor) and first.is_cuda else nullcontext()
 
 
 def load_kernels(module: str) -> Any:
@@ -92,7 +116,7 @@ def load_kernels(module: str) -> Any:
         raise RuntimeError(
             "TRITON_INTERPRET was changed after the kernel was loaded; set it before the process starts"
         )
-    return _Noted(loaded, _noting[-1]) if _noting else loaded
+    return _Launcher(loaded)
 
 
 def padded(size: int, least: int = 16) -> int:

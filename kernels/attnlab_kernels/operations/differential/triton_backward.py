@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.differential.reference import Pair
-from attnlab_kernels.operations.differential.triton_forward import Config, forward, ranges_of_keys
+from attnlab_kernels.operations.differential.triton_forward import Config, forward
+from attnlab_kernels.operations.softmax.triton_forward import all_ranges_of
 from attnlab_kernels.operations.triton_platform import load_kernels, padded
 
 KERNELS = "attnlab_kernels.operations.differential.triton_backward_kernel"
@@ -91,7 +92,7 @@ def _gradients(
     strides = [step for part in (*parts, rows[0]) for step in part.stride()[:3]]
     numbers = [heads // kv_heads, num_queries, num_keys, band.left or 0, band.right or 0]
     numbers += [scale, scale * math.log2(math.e)]
-    ranges = ranges_of_keys(mask, batch, num_keys, q1.device)
+    ranges = all_ranges_of(mask, batch, num_keys, q1.device)
     sizes = (padded(dim), padded(value_dim), q1.element_size())
     dq1, dq2, dk1, dk2, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in parts)
     constants = {

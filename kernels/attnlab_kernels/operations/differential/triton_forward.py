@@ -11,8 +11,8 @@ from torch import Tensor
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.differential.reference import Pair
 from attnlab_kernels.operations.softmax.support import Support
-from attnlab_kernels.operations.softmax.triton_forward import capability_of
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.softmax.triton_forward import all_ranges_of, capability_of
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.differential.triton_kernel"
 MAX_HEAD_DIM = 256
@@ -91,7 +91,7 @@ def forward(
     )
     weights = weight.float().expand(batch, heads, num_queries)
     band = mask.band()
-    ranges = ranges_of_keys(mask, batch, k1.shape[2], q1.device)
+    ranges = all_ranges_of(mask, batch, k1.shape[2], q1.device)
     config = choose_config(padded(dim), padded(value_dim), q1.element_size(), capability_of(q1))
     kernels.difference_forward_kernel[(-(-num_queries // config.block_m), batch * heads)](
         q1, q2, k1, k2, v, weights, out, *lse, second_output, ranges,
@@ -103,13 +103,6 @@ def forward(
         KEEP_SECOND=second_output is not None, **config.launch,
     )  # fmt: skip
     return out, lse
-
-
-def ranges_of_keys(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor:
-    """Keys ``[start, stop)`` of each batch element, int32 ``[B, 2]``."""
-    band = mask.band()
-    intervals = [band.key_interval(num_keys, index if band.ranges else 0) for index in range(batch)]
-    return torch.tensor(intervals, dtype=torch.int32, device=device)
 
 
 def supports(
@@ -131,6 +124,8 @@ def supports(
             f"the Triton kernel holds float32 queries to {MAX_FLOAT32_QUERY} dimensions in registers; "
             f"got {query.first.shape[-1]}",
         )
+    if refusal := grid_refusal(query.first):
+        return Support(False, refusal)
     if bias is not None:
         return Support(False, "the Triton kernel takes no bias")
     if 0 in (query.first.shape[0], query.first.shape[2], value.shape[2]):

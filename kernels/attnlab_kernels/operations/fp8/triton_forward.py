@@ -15,7 +15,7 @@ from attnlab_kernels.operations.softmax import lower
 from attnlab_kernels.operations.softmax.support import Support
 from attnlab_kernels.operations.softmax.triton_config import Config
 from attnlab_kernels.operations.softmax.triton_forward import ranges_of
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.fp8.triton_kernel"
 BLOCK_SIZES = (32, 64, 128)
@@ -80,6 +80,8 @@ def supports(q: Tensor, v: Tensor, *, bias: Tensor | None, block_size: int | Non
         return Support(
             False, "256 dimensions leave the FP8 kernel no registers for scales of 128 rows; use 64"
         )
+    if refusal := grid_refusal(q):
+        return Support(False, refusal)
     if bias is not None:
         return Support(False, "the FP8 kernel takes no bias")
     return Support(True, able.reason or "e4m3 on the tensor cores")

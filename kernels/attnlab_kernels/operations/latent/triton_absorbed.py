@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax.support import Support
+from attnlab_kernels.operations.softmax.triton_forward import all_ranges_of
 from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.latent.triton_kernel"
@@ -69,8 +70,7 @@ def run(
         torch.empty(nope.shape[:3], **wide),
     )
     band = mask.band()
-    intervals = [band.key_interval(num_keys, index if band.ranges else 0) for index in range(batch)]
-    ranges = torch.tensor(intervals, dtype=torch.int32, device=nope.device)
+    ranges = all_ranges_of(mask, batch, num_keys, nope.device)
     kernels.latent_decode_kernel[(blocks, batch, splits)](
         nope.contiguous(), rope.contiguous(), latent, key_rope, parts, part_lse, ranges,
         *latent.stride()[:2], *key_rope.stride()[:2], parts.stride(0), part_lse.stride(0),

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from attnlab_kernels.operations.linear.reference import LinearSums, Raw
 from attnlab_kernels.operations.softmax.support import Support
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.linear.triton_kernel"
 CHUNKS = (16, 32, 64)
@@ -56,6 +56,8 @@ def supports(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, chunk: 
         return Support(False, f"the Triton kernel takes chunks of {', '.join(map(str, CHUNKS))}; got {chunk}")
     if max(query.shape[3], value.shape[3]) > MAX_WIDTH:
         return Support(False, f"the Triton kernel holds widths to {MAX_WIDTH}; got {query.shape[3]}")
+    if refusal := grid_refusal(query):
+        return Support(False, refusal)
     if value.dtype != query.dtype or key.dtype != query.dtype:
         return Support(
             False, f"the Triton kernel needs one dtype; got {query.dtype}, {key.dtype} and {value.dtype}"

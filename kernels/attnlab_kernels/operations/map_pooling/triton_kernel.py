@@ -88,7 +88,8 @@ def map_row_kernel(
         sink += tl.sum(tl.where(keys[None, :] < lo + sinks, weights, 0.0), 1)
         previous += tl.sum(tl.where(away == 1.0, weights, 0.0), 1)
     live = rows < num_queries
-    plane = stride_out.to(tl.int64)
+    # a number that is 1 at the launch has no method
+    plane = tl.zeros([], tl.int64) + stride_out
     tl.store(out_ptr + place, total, mask=live)
     tl.store(out_ptr + plane + place, entropy * 0.6931471805599453, mask=live)
     tl.store(out_ptr + 2 * plane + place, highest, mask=live)

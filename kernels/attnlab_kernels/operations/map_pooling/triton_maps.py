@@ -12,7 +12,8 @@ from torch import Tensor
 from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.map_pooling.results import ROWS, MapStatistics, PooledMap
 from attnlab_kernels.operations.softmax.support import Support
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.softmax.triton_forward import all_ranges_of
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.map_pooling.triton_kernel"
 MAX_HEAD_DIM = 256
@@ -105,6 +106,8 @@ def supports(q: Tensor, k: Tensor, *, bias: Tensor | None, cell: tuple[int, int]
         return Support(
             False, f"the Triton map kernels hold head dimensions to {MAX_HEAD_DIM}; got {q.shape[-1]}"
         )
+    if refusal := grid_refusal(q):
+        return Support(False, refusal)
     if k.dtype != q.dtype:
         return Support(False, f"the Triton map kernels need one dtype; got {q.dtype} and {k.dtype}")
     if cell is not None and any(side & (side - 1) for side in cell):
@@ -131,7 +134,6 @@ def _tile(q: Tensor, config: Config) -> dict[str, int]:
 def _mask_arguments(q: Tensor, k: Tensor, mask: Mask) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
     """Key ranges int32 ``[B, 2]``, how far a query sees to the left and right, and which of these bounds it."""
     band = mask.band()
-    rows = [band.key_interval(k.shape[2], index if band.ranges else 0) for index in range(q.shape[0])]
-    ranges = torch.tensor(rows, dtype=torch.int32, device=q.device)
+    ranges = all_ranges_of(mask, q.shape[0], k.shape[2], q.device)
     flags = {"HAS_LEFT": band.left is not None, "HAS_RIGHT": band.right is not None}
     return ranges, (band.left or 0, band.right or 0), flags

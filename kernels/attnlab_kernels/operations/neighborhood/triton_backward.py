@@ -68,6 +68,6 @@ def _gradients(
         *(*given, dq, *grid.tables(q.device), seen, *numbers), **constants
     )
     kernels.neighborhood_key_gradient_kernel[size](
-        *(*given, dk, dv, *grid.inverse().tables(q.device), seen, *numbers), **constants
+        *(*given, dk, dv, *grid.inverse.tables(q.device), seen, *numbers), **constants
     )
     return dq, dk, dv

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from attnlab_kernels.neighborhood import Indices, Neighborhood, inverse_limits
 from attnlab_kernels.operations.neighborhood.reference import Result
 from attnlab_kernels.operations.softmax.support import Support
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 
 KERNELS = "attnlab_kernels.operations.neighborhood.triton_kernel"
 MAX_HEAD_DIM = 256
@@ -49,8 +49,9 @@ def choose_gradient_config(axes: int, block_d: int, element_size: int) -> Config
     return Config(*tile, 32, 4 if block_d <= 128 else 8, 1)
 
 
-class Grid(NamedTuple):
-    """One or two axes as the kernels see them: a line is a grid of height 1."""
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """One or two axes as the kernels see them: a line is a grid of height 1. What is made of it is made once."""
 
     height: int
     width: int
@@ -58,6 +59,7 @@ class Grid(NamedTuple):
     limits: tuple[tuple[Indices, Indices], ...]
 
     @classmethod
+    @lru_cache(maxsize=16)
     def of(cls, neighborhood: Neighborhood) -> Grid:
         """The grid with the windows of its queries."""
         if len(neighborhood.space) == 2:
@@ -67,21 +69,28 @@ class Grid(NamedTuple):
         line = (np.zeros(1, np.int64), np.ones(1, np.int64))
         return cls(1, neighborhood.space[0], (1, neighborhood.dilation[0]), (line, *neighborhood.limits))
 
+    @cached_property
     def inverse(self) -> Grid:
         """The grid with the queries of each key for windows."""
         pairs = zip(self.limits, self.dilation, strict=True)
-        return self._replace(limits=tuple(inverse_limits(*limits, step) for limits, step in pairs))
+        return replace(self, limits=tuple(inverse_limits(*limits, step) for limits, step in pairs))
 
     def tables(self, device: torch.device) -> list[Tensor]:
         """First and count of each axis, int32."""
-        parts = (np.ascontiguousarray(table, np.int32) for axis in self.limits for table in axis)
-        return [torch.from_numpy(part).to(device) for part in parts]
+        return _tables(self, device)
 
     def tiles(self, config: Config) -> tuple[int, int]:
         """Rectangles of a residue class: how many, and how many side by side."""
         down = math.ceil(math.ceil(self.height / self.dilation[0]) / config.tile_y)
         beside = math.ceil(math.ceil(self.width / self.dilation[1]) / config.tile_x)
         return down * beside, beside
+
+
+@lru_cache(maxsize=32)
+def _tables(grid: Grid, device: torch.device) -> list[Tensor]:
+    """Kept: to copy them anew would be timed with the attention."""
+    parts = (np.ascontiguousarray(table, np.int32) for axis in grid.limits for table in axis)
+    return [torch.from_numpy(part).to(device) for part in parts]
 
 
 def run(
@@ -146,6 +155,8 @@ def supports(
         return Support(False, f"the Triton kernel has 1 or 2 axes; got {len(neighborhood.space)}")
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return Support(False, f"the Triton kernel holds head dimensions to {MAX_HEAD_DIM}; got {q.shape[-1]}")
+    if refusal := grid_refusal(q):
+        return Support(False, refusal)
     if bias is not None:
         return Support(False, "the Triton kernel takes no table of relative positions")
     if dropout or need_windows:

@@ -130,7 +130,13 @@ def triton_supports(
             f"queries and pools must share a dtype; got {q.dtype}, {key_pool.dtype} and {value_pool.dtype}",
         )
     return triton_forward.supports(
-        q[None], key_pool, value_pool, mask=Full(), bias=None, modifiers=modifiers, need_grad=False
+        q.transpose(0, 1)[None],
+        key_pool,
+        value_pool,
+        mask=Full(),
+        bias=None,
+        modifiers=modifiers,
+        need_grad=False,
     )
 
 

@@ -29,7 +29,7 @@ def find(module: str, symbol: str) -> tuple[Callable[..., Any] | None, str]:
     """The function itself, or None and why it cannot be imported; a package that is there but broken says so."""
     try:
         return getattr(import_module(module), symbol), ""
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of a package that was built for another torch it may be anything
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, f"{module}.{symbol} cannot be imported: {words}"
 
@@ -131,7 +131,7 @@ def settle_rows(
     output: Tensor, lse: Tensor, dead_rows: NDArray[np.bool_], sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same, told which of the n rows see no key."""
-    dead = torch.from_numpy(dead_rows).to(output.device)
-    if dead.any():
+    if dead_rows.any():
+        dead = torch.from_numpy(dead_rows).to(output.device)
         output, lse = output.masked_fill(dead[:, None], 0), lse.masked_fill(dead, -torch.inf)
     return lower.add_sinks(output, lse, sinks)

@@ -1,7 +1,7 @@
 """FlashAttention-4 of its authors (package flash-attn-4, module ``flash_attn.cute``). Not run on a GPU here.
 
-See ``external``. https://arxiv.org/abs/2603.05451, written in CuTe DSL and compiled on first use. Soft cap and sinks
-are its own.
+See ``external``. https://arxiv.org/abs/2603.05451, written in CuTe DSL and compiled on first use. The soft cap is
+its own; its own sinks are bfloat16 alone, so ours join afterwards.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ def run(
         softmax_scale=scale,
         causal=causal,
         window_size=(None, None) if causal else sides,
-        learnable_sink=None if modifiers.sinks is None else modifiers.sinks.float(),
         softcap=modifiers.softcap or 0.0,
         return_lse=True,
     )
-    return external.settle(output.transpose(1, 2), lse, mask, k.shape[2])
+    return external.settle(output.transpose(1, 2), lse, mask, k.shape[2], modifiers.sinks)
 
 
 def supports(
@@ -53,14 +52,12 @@ def supports(
     name = "flash-attn 4"
     largest = 256 if external.card(q) == (9, 0) else 128
     _, missing = external.find(MODULE, SYMBOL)
-    dead = mask.dead_rows(q.shape[2], k.shape[2]).any() and modifiers.sinks is not None
     reasons = [
         missing,
         external.shape_refusal(q, v, name=name, oldest=(9, 0), dims=range(8, largest + 1, 8)),
         external.call_refusal(
             name=name, mask=mask, bias=bias, modifiers=modifiers, need_grad=need_grad, softcap=True
         ),
-        f"{name} is not asked for sinks of rows that see no key" if dead else "",
         f"{name} is not asked to train with a soft cap" if need_grad and modifiers.softcap else "",
     ]
     return external.verdict(reasons, f"{external.version('flash-attn-4')}; compiles on first use")

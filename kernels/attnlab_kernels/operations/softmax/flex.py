@@ -21,6 +21,10 @@ from attnlab_kernels.operations.softmax import lower
 from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
 
 BLOCK = 128
+LEAST_HEAD = 16
+"""of its kernel on CUDA: the least side of a matrix product there"""
+FORMS = 4096
+"""shapes, dtypes and masks of one process; past its limit of 8 dynamo would run the operator unfused, without a word"""
 
 
 def run(
@@ -72,6 +76,12 @@ def supports(
         return Support(False, f"FlexAttention is wired for cpu and cuda; got {q.device.type}")
     if q.dtype == torch.float64:
         return Support(False, "FlexAttention on CUDA needs float32, float16 or bfloat16; got float64")
+    if min(q.shape[-1], v.shape[-1]) < LEAST_HEAD:
+        return Support(
+            False,
+            f"FlexAttention's kernel needs head dimensions from {LEAST_HEAD}; "
+            f"got {q.shape[-1]} and {v.shape[-1]}",
+        )
     if need_grad and any(part is not None and part.requires_grad for part in (bias, modifiers.alibi)):
         return Support(
             False, "a bias or slopes that need a gradient are not wired through FlexAttention; use eager"
@@ -169,7 +179,14 @@ def _score_mod(
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(torch_flex.flex_attention)
+    fused = torch.compile(torch_flex.flex_attention, fullgraph=True)
+    limits = {"recompile_limit": FORMS, "accumulated_recompile_limit": FORMS}
+
+    def attend(*given: Tensor, **arguments: Any) -> Any:
+        with torch._dynamo.config.patch(limits):
+            return fused(*given, **arguments)
+
+    return attend
 
 
 @contextmanager

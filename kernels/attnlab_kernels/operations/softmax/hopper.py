@@ -28,7 +28,7 @@ def available() -> Support:
         )
     try:
         import_module(KERNEL_MODULE)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # of a package that was built for another torch it may be anything
         return Support(False, f"the module {KERNEL_MODULE} does not import: {error}")
     return Support(True)
 

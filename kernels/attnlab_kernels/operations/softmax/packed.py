@@ -103,7 +103,11 @@ def triton_supports(q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers, scale
     if not scale > 0:
         return Support(False, f"triton folds the scale into its exponent and needs it above 0; got {scale}")
     return triton_forward.supports(
-        q[None], k[None], v[None], mask=Full(), bias=None, modifiers=modifiers, need_grad=False
+        *(part.transpose(0, 1)[None] for part in (q, k, v)),
+        mask=Full(),
+        bias=None,
+        modifiers=modifiers,
+        need_grad=False,
     )
 
 

@@ -224,7 +224,7 @@ def supports_flash(
     if v.shape[-1] != q.shape[-1]:
         return Support(False, f"flash needs Dv equal to D; got D = {q.shape[-1]} and Dv = {v.shape[-1]}")
     refusal = _refusal(bias, modifiers, need_grad)
-    dense = _needs_tile(q, k, mask, bias, modifiers, need_grad)
+    dense = _dense(_blocks(q, k, mask, bias, modifiers, need_grad))
     if q.device.type == "cpu":
         return Support(not refusal, refusal or _dense_note(dense))
     if dense:
@@ -265,7 +265,7 @@ def supports_efficient(
         )
     if q.dtype == torch.float64:
         return Support(False, "memory-efficient attention needs float32, float16 or bfloat16; got float64")
-    dense = _needs_tile(q, k, mask, bias, modifiers, need_grad)
+    dense = _dense(_blocks(q, k, mask, bias, modifiers, need_grad))
     refusal = _refusal(bias, modifiers, need_grad) or _half_alibi(q, modifiers)
     if refusal:
         return Support(False, refusal)
@@ -287,17 +287,21 @@ def supports_cudnn(
         return Support(False, f"cuDNN attention has no {q.device.type} kernel, it needs a CUDA device")
     if q.dtype not in HALF:
         return Support(False, f"cuDNN attention needs float16 or bfloat16; got {_name(q)}")
-    dense = _needs_tile(q, k, mask, bias, modifiers, need_grad)
+    blocks = _blocks(q, k, mask, bias, modifiers, need_grad)
     refusal = _refusal(bias, modifiers, need_grad) or _half_alibi(q, modifiers)
     if refusal:
         return Support(False, refusal)
-    return _ask_torch("cudnn", q, k, v, _dense_note(dense))
+    if any(block.keys.stop - block.keys.start == 1 for block in blocks):
+        return Support(
+            False, f"cuDNN attention takes no single key, which a part of {mask.describe()} has here"
+        )
+    return _ask_torch("cudnn", q, k, v, _dense_note(_dense(blocks)))
 
 
-def _needs_tile(
+def _blocks(
     q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, modifiers: Modifiers, need_grad: bool
-) -> bool:
-    blocks = lower.plan(
+) -> list[lower.Block]:
+    return lower.plan(
         mask,
         num_queries=q.shape[2],
         num_keys=k.shape[2],
@@ -305,6 +309,9 @@ def _needs_tile(
         has_bias=bias is not None or modifiers.alibi is not None,
         merge=_merges(q, k, need_grad),
     )
+
+
+def _dense(blocks: list[lower.Block]) -> bool:
     return any(block.kind == "masked" for block in blocks)
 
 

@@ -24,7 +24,7 @@ from attnlab_kernels.operations.softmax.triton_config import (
     choose_config,
     choose_splits,
 )
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 
 MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
@@ -274,6 +274,8 @@ def supports(
         return able
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return Support(False, f"the Triton kernel holds head dimensions to {MAX_HEAD_DIM}; got {q.shape[-1]}")
+    if refusal := grid_refusal(q):
+        return Support(False, refusal)
     if need_grad and any(part is not None and part.requires_grad for part in (bias, modifiers.alibi)):
         return Support(False, "the Triton backward gives no gradient of a bias or of slopes; use eager")
     if q.device.type != "cuda":
@@ -282,19 +284,26 @@ def supports(
 
 
 def capability_of(q: Tensor) -> int:
-    """Compute capability of the tensor's card as 10 * major + minor; the oldest that we compile for on a CPU."""
+    """Compute capability whose tiles the tensor's card takes, as 10 * major + minor; 80 on a CPU.
+
+    Cards of 12.x (RTX 50, GB10) have the matrix instructions and the 99 KiB of shared memory of 8.6, not 10.0's.
+    """
     if q.device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(q.device)
-    return 10 * major + minor
+    return 80 if major >= 12 else 10 * major + minor
 
 
 def ranges_of(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor | None:
     """Keys ``[start, stop)`` that exist for each batch element, int32 ``[B, 2]``; None where all do."""
+    return None if mask.form().ranges is None else all_ranges_of(mask, batch, num_keys, device)
+
+
+@lru_cache(maxsize=16)
+def all_ranges_of(mask: Mask, batch: int, num_keys: int, device: torch.device) -> Tensor:
+    """The same also where every key exists. Kept: to copy it anew would wait for the card, and end a graph capture."""
     band = mask.form()
-    if band.ranges is None:
-        return None
-    rows = [band.key_interval(num_keys, index) for index in range(batch)]
+    rows = [band.key_interval(num_keys, index if band.ranges else 0) for index in range(batch)]
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 

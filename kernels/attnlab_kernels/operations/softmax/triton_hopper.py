@@ -12,7 +12,7 @@ from attnlab_kernels.masks import Mask
 from attnlab_kernels.operations.softmax import lower
 from attnlab_kernels.operations.softmax.support import PLAIN, Modifiers, Support
 from attnlab_kernels.operations.softmax.triton_config import Config
-from attnlab_kernels.operations.triton_platform import load_kernels, triton_support
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, triton_support
 
 HEAD_DIMS = (64, 128)
 HALF = (torch.float16, torch.bfloat16)
@@ -97,5 +97,5 @@ def supports(
         "the Hopper kernel has no backward": need_grad,
         "the Hopper kernel needs rows that start at multiples of 16 bytes": not aligned,
     }
-    reason = next((words for words, refused in refusals.items() if refused), "")
+    reason = next((words for words, refused in refusals.items() if refused), "") or grid_refusal(q)
     return Support(not reason, reason or able.reason)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from attnlab_kernels.operations.softmax.support import Support
 from attnlab_kernels.operations.softmax.triton_config import Config
 from attnlab_kernels.operations.softmax.triton_forward import ranges_of
 from attnlab_kernels.operations.sparse.reference import Result, check
-from attnlab_kernels.operations.triton_platform import load_kernels, padded, triton_support
+from attnlab_kernels.operations.triton_platform import grid_refusal, load_kernels, padded, triton_support
 from attnlab_kernels.patterns import Pattern
 
 KERNELS = "attnlab_kernels.operations.sparse.triton_kernel"
@@ -96,8 +98,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tens
     batch, heads, num_queries, _ = q.shape
     config, launch = _launched(choose_config, q, v, kernels.INTERPRETED)
     parts = []
-    passes = query_lists(*_listed(call, q, k), (config.block_m, config.block_n))
-    for lists in passes:
+    passes = _passes(query_lists, *_listed(call, q, k), (config.block_m, config.block_n), q.device)
+    for lists, on_card in passes:
         out = torch.empty(
             batch,
             heads,
@@ -108,7 +110,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tens
         )
         lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
         kernels.sparse_forward_kernel[(lists.rows.shape[1], batch * heads)](
-            *(q, k, v, out, lse, *_on(lists, q), _ranges(call, q, k)),
+            *(q, k, v, out, lse, *on_card, _ranges(call, q, k)),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             *(heads, heads // k.shape[1], len(lists.rows), num_queries, *_band(call)),
             call.scale * math.log2(math.e),
@@ -141,17 +143,19 @@ def _backward(
     constants, group = _constants(call, q, v), heads // kv_heads
     config, launch = _launched(choose_query_config, q, v, kernels.INTERPRETED)
     dqs = []
-    for lists in query_lists(*_listed(call, q, k), (config.block_m, config.block_n)):
+    tile = (config.block_m, config.block_n)
+    for lists, on_card in _passes(query_lists, *_listed(call, q, k), tile, q.device):
         dqs.append(torch.empty(q.shape, dtype=torch.float32, device=q.device))
         kernels.sparse_query_gradient_kernel[(lists.rows.shape[1], batch * heads)](
-            *(*given, dqs[-1], *_on(lists, q), _ranges(call, q, k), *strides),
+            *(*given, dqs[-1], *on_card, _ranges(call, q, k), *strides),
             *(heads, group, len(lists.rows), num_queries, *last),
             **constants,
             **launch,
         )
     config, launch = _launched(choose_key_config, q, v, kernels.INTERPRETED)
     dks, dvs = [], []
-    for lists in key_lists(*_listed(call, q, k), (config.block_n, config.block_m)):
+    tile = (config.block_n, config.block_m)
+    for lists, on_card in _passes(key_lists, *_listed(call, q, k), tile, q.device):
         members = group if len(lists.rows) == 1 else 1
         programs = heads // members
         dk, dv = (
@@ -159,7 +163,7 @@ def _backward(
             for size in (dim, value_dim)
         )
         kernels.sparse_key_gradient_kernel[(lists.rows.shape[1], batch * programs)](
-            *(*given, dk, dv, *_on(lists, q), _ranges(call, q, k), *strides),
+            *(*given, dk, dv, *on_card, _ranges(call, q, k), *strides),
             *(programs, members, group, len(lists.rows), num_queries, num_keys, *last),
             **constants,
             **launch,
@@ -211,8 +215,20 @@ def _ranges(call: _Call, q: Tensor, k: Tensor) -> Tensor | None:
     return ranges_of(call.mask, q.shape[0], k.shape[2], q.device)
 
 
-def _on(lists: BlockLists, q: Tensor) -> list[Tensor]:
-    return [torch.from_numpy(part).to(q.device) for part in lists]
+@lru_cache(maxsize=16)
+def _passes(
+    find: Callable[..., tuple[BlockLists, ...]],
+    pattern: Pattern,
+    start: int,
+    stop: int,
+    num_keys: int,
+    heads: int,
+    tile: tuple[int, int],
+    device: torch.device,
+) -> list[tuple[BlockLists, list[Tensor]]]:
+    """The lists of each pass, and the same on the device: to copy them anew would be timed with the attention."""
+    passes = find(pattern, start, stop, num_keys, heads, tile)
+    return [(lists, [torch.from_numpy(part).to(device) for part in lists]) for lists in passes]
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, dropout: float) -> Support:
@@ -222,6 +238,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, dropout: f
         return able
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return Support(False, f"the Triton kernel holds head dimensions to {MAX_HEAD_DIM}; got {q.shape[-1]}")
+    if refusal := grid_refusal(q):
+        return Support(False, refusal)
     if bias is not None:
         return Support(False, "the Triton kernel takes no bias; use tiled")
     if dropout:
