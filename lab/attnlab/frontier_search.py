@@ -69,7 +69,7 @@ def name_kernels(trials: Trials, fitting: list[int]) -> Trial | None:
 def check_budget(memory_bytes: int, device: torch.device) -> None:
     """Raises Unsupported where a trial could take the memory that everything else on the machine lives from."""
     if device.type == "cuda":
-        free = torch.cuda.get_device_properties(device).total_memory
+        free = torch.cuda.mem_get_info(device)[0]
     else:
         free = int(SAFE_SHARE * available())
     if memory_bytes > free:

@@ -11,6 +11,11 @@ from attnlab_kernels.operations.softmax.api import Unsupported
 _ASKED = re.compile(
     r"(?:tried|unable) to allocate (?P<amount>[\d.]+) ?(?P<unit>bytes|[KMGT]i?B|B)", re.IGNORECASE
 )
+# how the host's allocator, CUDA itself, its libraries and Triton say it; torch's own allocator has a class for it
+_EXHAUSTED = re.compile(
+    r"can't allocate memory|not enough memory: you tried to allocate|CUDA error: out of memory"
+    r"|CU[A-Z]+_STATUS_ALLOC_FAILED|\[CUDA\]: out of memory"
+)
 _SIZES = {"B": 1, "BYTES": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 REASON_CHARS = 500
 
@@ -43,12 +48,10 @@ def ending_of(error: BaseException) -> Ending:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether device or host had no more memory to give (torch reports the host by RuntimeError)."""
+    """Say whether device or host had no more memory to give (some report it by RuntimeError)."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory: you tried to allocate" in str(error)
-    )
+    return isinstance(error, RuntimeError) and _EXHAUSTED.search(str(error)) is not None
 
 
 def _asked(text: str) -> str:

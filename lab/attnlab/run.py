@@ -3,6 +3,7 @@
 Nothing is returned but the outcome. Whatever the run learns goes into the store as it happens, fenced by the claim.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -79,20 +80,40 @@ def run_here(
         delay_seconds=RUN_HERE_DELAY * len(points),
     )
     owner = f"here-{threading.get_ident()}-{time.time_ns()}"
+    fault: int | None = None
     for run_id in submitted.run_ids:
         claim = queue.claim(store, owner, run_id=run_id)
         if claim is None:
             continue
+        if fault is not None:
+            reason = f"not started: run {fault} left this process without its CUDA device; retry this one"
+            queue.finish(store, claim, "failed", reason=reason, error_kind="device_lost")
+            continue
         with _Beating(store, owner):
-            execute(store, claim)
+            outcome = execute(store, claim)
+        if outcome == "failed" and device_is_lost():
+            fault = run_id
     return submitted.experiment_id
+
+
+def device_is_lost() -> bool:
+    """Say whether a fault has ended this process's CUDA context: everything that it is asked then fails alike."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _release() -> None:
     """Give back what the failed run held on the device, so that the next one starts with all of it."""
     give_back_free_heap()
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        # a fault may have ended the context: the run still has to be told of, and the process has nothing to give
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 class _Beating:

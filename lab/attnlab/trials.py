@@ -176,7 +176,8 @@ def hold_to(memory_bytes: int, device: Any) -> None:
         import torch
 
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total), device)
+        # a device without an index is the current one, which only its absence says here
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total), device.index)
         return
     from .probes.memory import resident
 

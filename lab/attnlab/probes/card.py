@@ -35,6 +35,7 @@ class CardWindow:
     def __init__(self, read: Callable[[], Reading], every: float = EVERY) -> None:
         self._read, self._every = read, every
         self._readings: list[Reading] = []
+        self._failure = ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="attnlab-card", daemon=True)
         self.found: dict[str, Any] = {}
@@ -47,17 +48,27 @@ class CardWindow:
     def __exit__(self, *raised: object) -> None:
         self._done.set()
         self._thread.join()
-        self._readings.append(self._read())
-        self.found = _summary(self._readings)
+        self._look()
+        self.found = _summary(self._readings) | ({"not_known": self._failure} if self._failure else {})
 
     def is_cool(self) -> bool:
-        """Whether nothing slows the card down now, and it is no hotter than when the window began."""
-        now = self._read()
+        """Whether nothing slows the card down now, and it is no hotter than when the window began, or does not say."""
+        try:
+            now = self._read()
+        except OSError:
+            return True
         return not int(now["reasons"]) & sum(SLOWED) and now["celsius"] <= self._readings[0]["celsius"]
 
     def _sample(self) -> None:
-        while not self._done.wait(self._every):
+        while not self._done.wait(self._every) and not self._failure:
+            self._look()
+
+    def _look(self) -> None:
+        """What cannot be read costs the run its conditions, not its times."""
+        try:
             self._readings.append(self._read())
+        except OSError as error:
+            self._failure = str(error)
 
 
 def _summary(readings: list[Reading]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def window_of(device: torch.device) -> Window:
     try:
         read = nvml_reader(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         read()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # no driver, a part of a card, or a driver without the call
         return UnknownWindow(str(error))
     return CardWindow(read)
 
