@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def main() -> int:
     torch.manual_seed(options.seed)
     rows: list[Row] = []
     for shape in grid(options):
-        rows += measure(shape, options, device)
+        try:
+            rows += measure(shape, options, device)
+        except RuntimeError as error:
+            rows.append(Row(shape, "inputs", "error", str(error).splitlines()[0]))
         show([row for row in rows if row.shape == shape], options.baseline)
     document = {
         "command": " ".join(sys.argv),
@@ -184,14 +188,15 @@ def guarded(row: Row, step: Callable[[], Any]) -> None:
     """Run a step; what goes wrong becomes the row's status."""
     try:
         step()
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:  # a compiler's or another package's own, too: the other rows go on
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
             part in words.lower() for part in OUT_OF_MEMORY_WORDS
         )
         row.status, row.reason = ("out_of_memory" if ran_out else "error"), words
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a fault has ended the context, and every row after it says so
+                torch.cuda.empty_cache()
 
 
 def call(row: Row, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Any:
