@@ -52,6 +52,12 @@ def test_a_health_check_does_not_disturb_what_is_timed(name):
     assert seconds["start_interval"] <= 5 < 60 <= seconds["start_period"]
 
 
+def test_what_serves_has_a_limit_of_memory_and_a_run_has_none():
+    limited = {name for name, service in SERVICES.items() if "mem_limit" in service}
+    # PostgreSQL's memory is mostly the file cache, which the kernel gives back
+    assert limited == set(LONG_RUNNING) - {"postgres", "ray-worker"}
+
+
 def test_a_worker_is_healthy_once_its_node_listens():
     command, check = SERVICES["ray-worker"]["command"], SERVICES["ray-worker"]["healthcheck"]["test"]
     (port,) = [option.split("=")[1] for option in command if option.startswith("--node-manager-port")]
