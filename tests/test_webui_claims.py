@@ -46,6 +46,20 @@ def test_a_run_that_failed_stands_in_its_verdict_with_a_link(sqlite_store):
     assert 'href="/experiment?id=1&amp;run=1"' in table
 
 
+def test_a_stack_shows_how_each_run_of_its_newest_round_ended_and_why(sqlite_store):
+    for _ in range(2):
+        page.on_run(sqlite_store, "stack-vision", "cpu")
+    assert count_runs(sqlite_store) == 24
+    claim = queue.claim(sqlite_store, "tests", run_id=14)
+    assert claim is not None
+    queue.finish(sqlite_store, claim, "out_of_memory", reason="asked for <b> 64 bytes")
+    _, table, *_ = page.on_choice(sqlite_store, "stack-vision")
+    assert table.count("<tr>") == 2 + 13  # the grid, then twelve runs; each table with its head
+    assert "asked for &lt;b&gt; 64 bytes" in table
+    assert 'href="/experiment?id=2&amp;run=14"' in table
+    assert 'run=1"' not in table
+
+
 def test_nothing_changes_while_nothing_happens(sqlite_store):
     *_, seen = page.on_draw(sqlite_store, "cache-sizes", (-1, ""))
     assert page.on_draw(sqlite_store, "cache-sizes", seen)[-1] == page.gr.skip()

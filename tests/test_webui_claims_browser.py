@@ -106,6 +106,27 @@ def test_every_claim_of_every_preset_has_its_verdict_and_the_reason(
     assert "batch-serving" in {preset.name for preset in every_preset}
 
 
+def test_every_stack_shows_its_runs_and_what_they_took(serve, browse, sqlite_store):
+    stacks = [preset for preset in PRESETS.values() if not preset.claims]
+    for preset in stacks:
+        for submitted in submit_preset(sqlite_store, preset, "cpu", "tests"):
+            claim = queue.claim(sqlite_store, "tests", run_id=submitted.run_ids[0])
+            assert claim is not None
+            row_of = results.MeasurementRow("latency", 10.0, "ms", samples=[9.9, 10.0, 10.1])
+            with results.recording(sqlite_store, claim) as session:
+                results.record_measurements(session, claim, [row_of])
+            queue.finish(sqlite_store, claim, "succeeded")
+    page = browse(serve(sqlite_store) + "/claims", dark=True)
+    for preset in stacks:
+        page.locator("#claims-preset").get_by_label(f"Stack: {preset.title}").check()
+        expect(page.locator("#claims-head h1")).to_have_text(preset.title)
+        ended = page.get_by_role("table", name="how its runs ended")
+        points = sum(len(spec.points()) for spec in preset.specs("cpu"))
+        expect(ended.locator("tbody tr")).to_have_count(points)
+        expect(ended.get_by_text("succeeded", exact=True)).to_have_count(len(preset.grids))
+        expect(ended.get_by_text("10 ms", exact=True)).to_have_count(len(preset.grids))
+
+
 def test_the_button_queues_the_preset_and_the_page_follows_it(serve, browse, sqlite_store):
     page = browse(serve(sqlite_store) + "/claims", dark=True)
     expect(page.locator("#claims-head h1")).to_have_text("Memory relative to multi-head")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlencode
 
 from attnlab.presets import PRESETS, Claim, Preset, Verdict
 from attnlab.presets.outcome import PresetState
 from attnlab.presets.verdict import KIND_WORDS
+from attnlab.views.labels import mechanism_label, ran_as
 from attnlab_webui import pieces
 from attnlab_webui.pieces import Raw, escape
 
@@ -55,11 +57,36 @@ def claims_table(preset: Preset, state: PresetState) -> str:
     """A row a claim: what is said, of what, how it is measured, and the verdict with its reason."""
     if not preset.claims:
         names = [(grid.name, ", ".join(map(_entry, grid.mechanisms)), grid.phase) for grid in preset.grids]
-        return pieces.table(("experiment", "mechanisms", "phase"), names, label="experiments")
+        grids = pieces.table(("experiment", "mechanisms", "phase"), names, label="experiments")
+        return grids + stack_table(preset, state)
     homes = {document["id"]: document["experiment"] for document in state.documents}
     rows = [_row(claim, state.verdicts[claim.id], homes) for claim in preset.claims]
     columns = ("claim", "said of", "verdict", "why", "runs")
     return pieces.table(columns, rows, label="claims", css="at-claims")
+
+
+def stack_table(preset: Preset, state: PresetState) -> str:
+    """How the runs of a stack's newest round ended, with what they took; empty where there are none."""
+    newest = state.experiments[: len(preset.grids)]
+    runs = [document for document in state.documents if document["experiment"] in newest]
+    rows = [_ended(document) for document in sorted(runs, key=lambda document: document["id"])]
+    columns = ("run", "mechanism", "tokens", "batch", "outcome", "forward pass", "attention's peak", "why")
+    return pieces.table(columns, rows, label="how its runs ended", css="at-claims") if rows else ""
+
+
+def _ended(document: dict[str, Any]) -> tuple[object, ...]:
+    address = escape(urlencode({"id": document["experiment"], "run": document["id"]}))
+    timing, peak = document["latency_ms"], document["attention_peak_memory_bytes"]
+    return (
+        Raw(f'<a href="/experiment?{address}">{document["id"]}</a>'),
+        f"{mechanism_label(document)} {ran_as(document)}",
+        f"{document['sequence_length']:,}",
+        document["batch_size"],
+        Raw(pieces.chip(document["state"])),
+        "—" if timing is None else pieces.milliseconds(timing["median"]),
+        "—" if peak is None else pieces.size_in_bytes(peak),
+        document["reason"] or document["speed_withheld"] or "",
+    )
 
 
 def _row(claim: Claim, verdict: Verdict, homes: dict[int, int]) -> tuple[object, ...]:
