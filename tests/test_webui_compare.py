@@ -96,6 +96,14 @@ def test_an_empty_page_offers_the_latest_pair(traced, sqlite_store):
     assert rest[0] == ""
 
 
+def test_one_run_alone_can_be_opened_by_itself(traced, sqlite_store):
+    run = traced.run_ids[0]
+    text = compare.page_values(traced.store, compare.chosen_runs([run], None, None))[0]
+    assert f'href="/experiment?id={traced.experiment_id}&amp;run={run}"' in text
+    assert f"Open #{run} alone" in text
+    assert f"Run #{run} is chosen. Choose another beside it" in text
+
+
 def test_an_empty_store_says_what_to_do_first(sqlite_store):
     text = compare.page_values(sqlite_store, Asked())[0]
     assert "Queue an experiment with two mechanisms first" in text

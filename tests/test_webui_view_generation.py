@@ -130,3 +130,12 @@ def test_decoding_steps_stand_over_the_cache_as_it_grew(decoded, browse):
 def test_a_run_of_one_decoded_token_says_how_to_keep_more(decoded, browse):
     page = browse(decoded.link("one", "view=generation"))
     page.get_by_text("decode: {steps: 32}").wait_for()
+
+
+def test_the_page_opens_at_its_top_and_the_log_scrolls_within_itself(open_steps):
+    page = open_steps()
+    log = page.locator("#experiment-log")
+    assert (
+        log.evaluate("log => getComputedStyle(log).overflowY") == "auto"
+    )  # else Gradio scrolls the page to its end
+    assert page.evaluate("() => scrollY") == 0

@@ -38,8 +38,8 @@ TABLE_FORMATS = {"csv": "CSV", "parquet": "Parquet", "json": "JSON"}
 DEFECTS = ("row_sum_defect", "output_defect", "logit_error", "attention_error", "lse_error", "kl")
 
 
-def empty(runs: Sequence[RunRow]) -> str:
-    """The page before two runs are chosen; the latest pairs that make sense are one click away."""
+def empty(runs: Sequence[RunRow], alone: RunRow | None = None) -> str:
+    """The page before two runs are chosen; the latest pair that makes sense, or the one chosen, is a click away."""
     text = "Choose two or more runs above: their maps move together, and only what differs is listed."
     actions = [("Open the queue", "/queue"), ("New experiment", "/")]
     pair = latest_pair(runs)
@@ -48,6 +48,11 @@ def empty(runs: Sequence[RunRow]) -> str:
         names = [f"#{run.id} {mechanism_label(run_brief(run))}" for run in (a, b)]
         actions.insert(0, (f"Compare the latest: {names[0]} and {names[1]}", f"/compare?runs={a.id},{b.id}"))
     title = "Nothing to compare yet" if not runs else "Which runs?"
+    if alone is not None:
+        title = "Which other run?"
+        text = f"Run #{alone.id} is chosen. Choose another beside it: their maps move together."
+        link = f"/experiment?id={alone.experiment_id}&run={alone.id}"
+        actions.insert(0, (f"Open #{alone.id} alone", link))
     if not runs:
         text = "Runs that ended well can be compared here. Queue an experiment with two mechanisms first."
     return pieces.empty_state(title, text, actions)

@@ -201,7 +201,8 @@ def page_values(store: Store, asked: Asked) -> list[Any]:
         ]
     if len(asked.runs) < 2:
         rows = results.list_runs(store, filters={"state": "succeeded"}, limit=50).rows
-        empty = compare_view.empty(rows)
+        chosen = results.runs_of(store, run_ids=asked.runs) if asked.runs else []
+        empty = compare_view.empty(rows, chosen[0] if chosen else None)
         return [problem + empty, "", *nothing]
     try:
         comparison = compare_runs(store, asked.runs)

@@ -50,7 +50,11 @@ def build(store: Store) -> None:
         )
         dtype = gr.Dropdown(list(DTYPES), value=ANY, label="dtype", min_width=90, elem_id="kernels-dtype")
         words = gr.Textbox(
-            label="Name or form has", placeholder="gradient D 128", min_width=160, elem_id="kernels-words"
+            label="Name or form has",
+            placeholder="gradient D 128",
+            max_lines=1,
+            min_width=160,
+            elem_id="kernels-words",
         )
         spilling = gr.Checkbox(label="only with spills", min_width=130, elem_id="kernels-spilling")
     head = gr.HTML(js_on_load=None, apply_default_css=False, elem_id="kernels-head")

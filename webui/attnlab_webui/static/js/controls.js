@@ -14,6 +14,8 @@ import { StatGrid } from "./statgrid.js";
 
 const BLINK_MS = 700;
 const FILE_WORDS = { parquet: "Parquet", safetensors: "safetensors" };
+const ROUNDED =
+  "The picture is rounded to travel fast: a weight by less than 1 %, in a dense map by up to 6 %. What you point at is exact.";
 const TOOLS = '<div class="at-tools" data-part="tools"></div>';
 
 export class Controls {
@@ -160,6 +162,8 @@ export class Controls {
     const words = signed ? signedWords(this.view) : norm === "row" ? "share of the row's maximum" : "weight";
     const how = pooled ? `, ${signed && reduce === "max" ? "largest" : reduce} of the cells in a pixel` : "";
     const bar = signed ? this.differenceBar : this.bar;
+    const rounded = this.view.panels.some((panel) => panel.source.signed === signed && panel.tile?.rounded);
+    bar.root.title = rounded ? ROUNDED : "";
     bar.root.hidden = false;
     bar.show(scale, table, words + how, clip < 100);
     if (!signed || !this.view.panels.some((panel) => !panel.source.signed)) this.minimap?.draw();

@@ -183,7 +183,7 @@ export class Panel {
     const again = document.createElement("button");
     again.type = "button";
     again.textContent = "Try again";
-    again.addEventListener("click", () => this.restart());
+    again.addEventListener("click", () => this.shared.again());
     this.veil.append(words, again);
   }
 

@@ -56,8 +56,15 @@ export class Picker {
       chip.setAttribute("aria-checked", String(chosen));
       chip.tabIndex = chosen ? 0 : -1;
       chip.title = `L${layer}H${chip.dataset.head}`;
-      if (chosen) chip.scrollIntoView({ block: "nearest", inline: "nearest" });
+      if (chosen) this.reveal(chip);
     }
+  }
+
+  // Scrolls the strip of heads, and not the page.
+  reveal(chip) {
+    const [strip, at] = [this.chips.getBoundingClientRect(), chip.getBoundingClientRect()];
+    if (at.left < strip.left) this.chips.scrollLeft -= strip.left - at.left;
+    else if (at.right > strip.right) this.chips.scrollLeft += at.right - strip.right;
   }
 
   makeChips(heads) {

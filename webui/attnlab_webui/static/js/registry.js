@@ -11,7 +11,7 @@ const NO_CROSS = "No layer of this run reads another sequence. Encoder-decoders 
 const NO_STEPS = "No step follows another in this run: its attention is not causal, so there is no cache that grows.";
 const ONE_STEP =
   "This run decoded one token, so it keeps one row and no step after another. Give an experiment of phase decode `decode: {steps: 32}`, and each step is a row.";
-const ONE_TEXT = "The way through the layers needs every layer, all of them attending over one text; this run has not.";
+const ONE_TEXT = "The way through the layers needs the maps of every layer, all over one text; this run did not record them.";
 
 export const VIEWS = [
   { key: "map", title: "Map", help: "the weights of one head", load: async () => (await import("./view.js")).View },

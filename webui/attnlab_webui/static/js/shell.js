@@ -8,9 +8,6 @@ const LIVE_MS = 5000;
 function applyTheme(theme) {
   document.body.classList.toggle("dark", theme === "dark");
   document.documentElement.style.colorScheme = theme;
-  for (const button of document.querySelectorAll("[data-attnlab-theme]")) {
-    button.textContent = theme === "dark" ? "☀" : "☾";
-  }
 }
 
 function wantedTheme() {

@@ -79,6 +79,7 @@ export class View {
       cache: this.cache,
       actions: this.actions,
       cross: (panel) => this.cellIn(panel),
+      again: () => this.restart(),
       onTile: () => this.recolour(),
       over: (context, panel, ink) => this.overlays.draw(context, panel, ink),
       pad: (panel) => this.overlays.pad(panel),
