@@ -49,10 +49,10 @@ class OnCard(TorchFunctionMode):
         self.forbidden = forbidden
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.device.__get__:
-            return torch.device("cuda", 1)
-        if func == Tensor.is_cuda.__get__:
-            return True
+        asked = getattr(getattr(func, "__self__", None), "__name__", "")
+        answers = {"device": torch.device("cuda", 1), "is_cuda": True}
+        if getattr(func, "__name__", "") == "__get__" and asked in answers:
+            return answers[asked]
         if func in self.forbidden and not _of_a_type(func, args, kwargs or {}):
             raise AssertionError(f"{func.__name__} in a launch")
         given = {name: _meta(value) for name, value in (kwargs or {}).items()}

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from attnlab import frontier_search, run, trials
 from attnlab.outcomes import ending_of
 from attnlab.probes import windows
+from attnlab.probes.accuracy import compare_logits
 from attnlab.probes.card import CardWindow
 from attnlab.probes.conditions import UnknownWindow
+from attnlab.probes.score_rules import ScoreRules
 from attnlab.run import device_is_lost, run_here
 from attnlab.spec import parse_spec
 from attnlab_kernels.operations.softmax.api import Unsupported
@@ -145,6 +148,36 @@ def test_a_driver_without_the_call_leaves_the_conditions_unknown(monkeypatch: py
     window = windows.window_of(CUDA)
     assert isinstance(window, UnknownWindow)
     assert "undefined symbol" in window.found["not_known"]
+
+
+class IndexedAtHome(TorchFunctionMode):
+    """Refuses what CUDA refuses: a tensor of the host indexed by one of the card, which is meta's here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.__getitem__:
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            away = any(isinstance(one, torch.Tensor) and one.is_meta for one in places)
+            assert args[0].is_meta or not away, "indices should be on the same device as the indexed tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kept", [{"bias": torch.zeros(2, 3, 4)}, {"table": torch.zeros(2, 6)}], ids=list)
+def test_a_stored_bias_goes_to_the_card_that_a_map_is_refined_on(kept: dict[str, torch.Tensor]) -> None:
+    rules = ScoreRules(3, 4, **kept)
+    rows, cols = (torch.arange(count, device="meta") for count in (2, 4))
+    with IndexedAtHome():
+        made = rules.apply(torch.zeros(2, 2, 4, device="meta"), rows, cols)
+    assert made.shape == (2, 2, 4)
+
+
+def test_logits_of_a_model_that_writes_nothing_are_compared_without_tokens() -> None:
+    ours, theirs = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lost = compare_logits(ours, theirs, lambda states: states, None)
+    wanted = torch.nn.functional.kl_div(
+        ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert lost.kl == pytest.approx(float(wanted), rel=1e-5)
+    assert (lost.perplexity, lost.reference_perplexity) == (1.0, 1.0)
 
 
 @pytest.fixture

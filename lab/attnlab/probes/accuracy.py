@@ -177,13 +177,13 @@ class LogitLoss:
 
 
 def compare_logits(
-    ours: Tensor, reference: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor
+    ours: Tensor, reference: Tensor, head: Callable[[Tensor], Tensor], ids: Tensor | None
 ) -> LogitLoss:
     """Compare final hidden states [T, hidden] as logits, in blocks of positions.
 
     Args:
         head: hidden states to logits.
-        ids: the tokens [T], for the perplexity of each next one.
+        ids: the tokens [T], for the perplexity of each next one; None where nothing is written: then it is 1.
     """
     worst = divergence = ours_nll = reference_nll = 0.0
     for start in range(0, len(ours), LOGIT_ROWS):
@@ -192,11 +192,13 @@ def compare_logits(
         worst = max(worst, float((mine - theirs).abs().max()))
         mine, theirs = mine.log_softmax(-1), theirs.log_softmax(-1)
         divergence += float((theirs.exp() * (theirs - mine)).sum(dtype=torch.float64))
+        if ids is None:
+            continue
         following = ids[start + 1 : start + 1 + LOGIT_ROWS]
         picked = following[:, None]
         ours_nll -= float(mine[: len(following)].gather(-1, picked).sum(dtype=torch.float64))
         reference_nll -= float(theirs[: len(following)].gather(-1, picked).sum(dtype=torch.float64))
-    predicted = max(len(ids) - 1, 1)
+    predicted = 1 if ids is None else max(len(ids) - 1, 1)
     return LogitLoss(
         worst,
         max(divergence, 0.0) / len(ours),

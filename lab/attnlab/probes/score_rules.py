@@ -65,7 +65,7 @@ class ScoreRules:
         if self.table is not None:
             scores += self.table.to(scores)[:, distance + self.num_keys - 1]
         elif self.bias is not None:
-            scores += self.bias[:, rows][:, :, cols].to(scores)
+            scores += self.bias.to(scores.device)[:, rows][:, :, cols].to(scores)
         return scores
 
     def with_sinks(self, lse: Tensor) -> Tensor:

@@ -164,9 +164,7 @@ class ForwardSubject:
         yield MeasurementRow("logit_error", error, "absolute", detail=detail)
         if self._what != "logits":
             return
-        lost = compare_logits(
-            hidden, reference, _same, torch.zeros(1, dtype=torch.long) if ids is None else ids
-        )
+        lost = compare_logits(hidden, reference, _same, ids)
         yield MeasurementRow("kl", lost.kl, "nats", detail=detail)
         if predicts:
             compared = detail | {"reference_perplexity": lost.reference_perplexity}

@@ -179,7 +179,7 @@ def _score_mod(
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    fused = torch.compile(torch_flex.flex_attention, fullgraph=True)
+    fused: Callable[..., Any] = torch.compile(torch_flex.flex_attention, fullgraph=True)
     limits = {"recompile_limit": FORMS, "accumulated_recompile_limit": FORMS}
 
     def attend(*given: Tensor, **arguments: Any) -> Any:

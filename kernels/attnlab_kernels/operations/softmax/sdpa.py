@@ -6,7 +6,7 @@ Every operator here also returns the log-sum-exp (natural log), except math, whi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -300,7 +300,7 @@ def supports_cudnn(
 
 def _blocks(
     q: Tensor, k: Tensor, mask: Mask, bias: Tensor | None, modifiers: Modifiers, need_grad: bool
-) -> list[lower.Block]:
+) -> Sequence[lower.Block]:
     return lower.plan(
         mask,
         num_queries=q.shape[2],
@@ -311,7 +311,7 @@ def _blocks(
     )
 
 
-def _dense(blocks: list[lower.Block]) -> bool:
+def _dense(blocks: Sequence[lower.Block]) -> bool:
     return any(block.kind == "masked" for block in blocks)
 
 
