@@ -8,7 +8,7 @@ import pytest
 from attnlab.describe import run_document
 from attnlab.intervals import median_interval
 from attnlab.views import figures
-from attnlab.views.chart import BARS, PRESETS, Axes, best_axes, chart_info
+from attnlab.views.chart import BARS, PRESETS, Axes, ChartInfo, best_axes, chart_info
 from attnlab.views.chart_figure import chart_figure
 from attnlab.views.chart_table import FIELDS, MEASURES, TEXTS, chart_rows
 from attnlab.views.errors import ViewError
@@ -74,6 +74,10 @@ def test_a_line_ends_where_a_run_gave_no_number_and_says_why() -> None:
     assert "multi_head · n^2.00 ± 0.00" in [trace["name"] for trace in traces]
 
 
+def drawn(info: ChartInfo) -> list[dict[str, Any]]:
+    return list(chart_figure(info).to_plotly_json()["data"])
+
+
 def test_a_run_that_never_came_to_choose_ends_the_line_of_those_asked_alike() -> None:
     documents = [
         *GRID,
@@ -84,7 +88,7 @@ def test_a_run_that_never_came_to_choose_ends_the_line_of_those_asked_alike() ->
     assert {line.label: [end.run for end in line.ends] for line in info.lines} == {
         "multi_head": [5, 9], "linear": [10],
     }  # fmt: skip
-    assert len({trace.marker.color for trace in chart_figure(info).data}) == 2
+    assert len({trace["marker"]["color"] for trace in drawn(info)}) == 2
     # where those asked alike chose differently, nobody knows what it would have been
     unclear = [*GRID, document(11, 32, 1.0, chosen="banded"), document(9, 2048, None, chosen=None)]
     assert "multi_head · auto" in [line.label for line in chart_info(unclear, SCALING).lines]
@@ -92,10 +96,8 @@ def test_a_run_that_never_came_to_choose_ends_the_line_of_those_asked_alike() ->
 
 def test_words_at_the_right_edge_stand_to_the_left_of_their_mark() -> None:
     documents = [*GRID, document(9, 512, None, mechanism="linear")]
-    ends = [
-        trace for trace in chart_figure(chart_info(documents, SCALING)).data if trace.marker.symbol == "x"
-    ]
-    assert [list(zip(trace.x, trace.textposition, strict=True)) for trace in ends] == [
+    ends = [trace for trace in drawn(chart_info(documents, SCALING)) if trace["marker"]["symbol"] == "x"]
+    assert [list(zip(trace["x"], trace["textposition"], strict=True)) for trace in ends] == [
         [(1024, "middle left")],
         [(512, "middle right")],
     ]

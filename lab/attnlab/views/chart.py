@@ -187,10 +187,11 @@ def _as_the_others_chose(
     ]
     chosen: dict[tuple[str, str], set[str]] = {}
     for key, document in zip(asked, documents, strict=True):
-        chosen.setdefault(key, set()).update({document.get("chosen")} - {None})
+        if (name := document.get("chosen")) is not None:
+            chosen.setdefault(key, set()).add(str(name))
     return [
         row | {"implementation": next(iter(chosen[key]))}
-        if document.get("chosen") is None and len(chosen[key]) == 1
+        if document.get("chosen") is None and len(chosen.get(key, ())) == 1
         else row
         for row, key, document in zip(rows, asked, documents, strict=True)
     ]
