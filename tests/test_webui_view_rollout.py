@@ -134,7 +134,7 @@ def test_a_run_without_every_layer_says_why_there_is_none(served, browse):
     page = browse("about:blank")
     changing_the_map(page, lambda layers: layers[1:])
     page.goto(address(served))
-    page.get_by_text("The way through the layers needs every layer").wait_for()
+    page.get_by_text("The way through the layers needs the maps of every layer").wait_for()
     page.get_by_role("button", name="Open the map").click()
     page.locator("canvas.at-map").wait_for()
 
