@@ -1,6 +1,7 @@
 """The difference of two wide maps: every pixel is what the cells under it say, whichever mask allows them."""
 
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from attnlab.views import overview, viewport, wide_difference
+from attnlab.views import aligned_difference, overview, viewport, wide_difference
 from attnlab.views.difference import REDUCTIONS, difference, difference_progress
 from attnlab.views.jobs import Jobs
 from attnlab.views.overview import build_pyramid
@@ -19,6 +20,7 @@ from attnlab.views.wide_difference import EitherMask, is_wide_pair
 from attnlab_kernels.difference_map import DifferenceMap
 from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Causal, Documents, Full, Mask, Padding, Window
+from attnlab_storage.database import Store
 from attnlab_webui import api
 
 REGIONS = [((0, 77), (0, 77)), ((13, 77), (2, 76)), ((3, 70), (11, 77))]
@@ -35,6 +37,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (viewport, wide_difference):
         monkeypatch.setattr(module, "PYRAMIDS", Pyramids(1 << 20))
     monkeypatch.setattr(wide_difference, "LARGEST", Jobs(keep=4))
+    monkeypatch.setattr(aligned_difference, "BLOCKS", Jobs(keep=2))
+    monkeypatch.setattr(aligned_difference, "MOST_BLOCKS", 20)
+    monkeypatch.setattr(aligned_difference, "STRIP_CELLS", 600)
 
 
 def by_the_book(gap: np.ndarray, edges: tuple[np.ndarray, np.ndarray], reduce: str) -> np.ndarray:
@@ -65,6 +70,40 @@ def test_every_pixel_of_a_wide_difference_is_exact(traced, reduce: str, order: i
             assert view.values.shape[1] <= width
             assert (view.edges[0][0], view.edges[1][0]) <= (rows[0], cols[0])
             np.testing.assert_allclose(view.values, by_the_book(gap, view.edges, reduce), atol=4e-6)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_a_wide_difference_over_another_text_is_that_of_the_cells_both_have(
+    sqlite_store: Store, make_traced: Callable[..., Any], reduce: str
+) -> None:
+    long, short = make_traced(sqlite_store, tokens=77), make_traced(sqlite_store, tokens=60, seed=1)
+    a, b = long.run_ids[0], short.run_ids[0]
+    # token0 to token57 come first in both, then two tokens of the end
+    there = np.array([*range(58), 75, 76])
+    gap = np.full((77, 77), np.nan)
+    gap[np.ix_(there, there)] = long.reference(a, 0, 1)[np.ix_(there, there)] - short.reference(b, 0, 1)
+    for rows, cols in REGIONS:
+        for height, width in SIZES:
+            view = difference(sqlite_store, a, b, 0, 1, rows, cols, height, width, reduce)
+            assert view.edges is not None
+            assert (view.edges[0][0], view.edges[1][0]) <= (rows[0], cols[0])
+            assert (view.edges[0][-1], view.edges[1][-1]) >= (rows[1], cols[1])
+            known = known_by_the_book(gap, view.edges, reduce)
+            np.testing.assert_allclose(view.values, known, atol=4e-6)
+    assert np.isnan(view.values).sum() == np.isnan(known).sum()
+    assert difference_progress(sqlite_store, a, b, 0, 1, reduce=reduce) == 1.0
+
+
+def known_by_the_book(gap: np.ndarray, edges: tuple[np.ndarray, np.ndarray], reduce: str) -> np.ndarray:
+    """As `by_the_book`, of the cells that are no NaN; NaN where there are none."""
+    rows, cols = edges
+    out = np.full((len(rows) - 1, len(cols) - 1), np.nan)
+    for y, x in np.ndindex(out.shape):
+        cells = gap[rows[y] : rows[y + 1], cols[x] : cols[x + 1]]
+        cells = cells[~np.isnan(cells)]
+        if cells.size:
+            out[y, x] = cells.mean() if reduce == "mean" else cells[np.abs(cells).argmax()]
+    return out
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from attnlab.views.aligned_difference import (
+    aligned_progress,
+    aligned_viewport,
+    furthest,
+    known_mean,
+    pixel_edges,
+)
 from attnlab.views.aligned_map import AlignedMap, needed_alignment
 from attnlab.views.alignment import Alignment
 from attnlab.views.errors import ViewError
+from attnlab.views.overview import is_wide
 from attnlab.views.trace_map import AttentionMap, is_signed
 from attnlab.views.viewport import Region, Viewport, check_size, find_trace, head_map, recorded, region_of
 from attnlab.views.wide_difference import Side, is_wide_pair, pair_progress, pair_viewport
@@ -45,8 +53,7 @@ def difference(
     Where the inputs differ, the region is of A's tokens, and a pixel is NaN where B has none of them.
 
     A region of more cells than can be computed at once comes from blocks, as of one map (see `wide_difference`); what
-    that takes is built on first look, and `difference_progress` says how far it is. Where the inputs differ
-    there are no blocks: every cell is computed.
+    that takes is built on first look, and `difference_progress` says how far it is.
 
     Raises ViewError where a map lacks the layer, head or region, or the two maps differ in shape without tokens to
     align them by.
@@ -58,7 +65,10 @@ def difference(
     region = region_of(a.shape, rows, cols)
     aligned = _alignment(store, side_a, side_b)
     if aligned is not None:
-        values = _streamed(a, AlignedMap(b, *aligned), *region, height, width, reduce)
+        moved = AlignedMap(b, *aligned)
+        if is_wide(a.shape, a.mask, *region):
+            return aligned_viewport(store, side_a, side_b, moved, *region, height, width, reduce)
+        values = _streamed(a, moved, *region, height, width, reduce)
     elif is_wide_pair(a, b, *region, reduce):
         return pair_viewport(store, side_a, side_b, *region, height, width, reduce)
     else:
@@ -86,7 +96,11 @@ def difference_progress(
     _check_reduction(reduce)
     a, b = _side(store, run_a, layer, head), _second(store, run_b, layer, head, layer_b, head_b)
     region = region_of(a.full_map.shape, rows, cols)
-    if _alignment(store, a, b) is not None or not is_wide_pair(a.full_map, b.full_map, *region, reduce):
+    if (aligned := _alignment(store, a, b)) is not None:
+        if not is_wide(a.full_map.shape, a.full_map.mask, *region):
+            return 1.0
+        return aligned_progress(store, a, b, AlignedMap(b.full_map, *aligned))
+    if not is_wide_pair(a.full_map, b.full_map, *region, reduce):
         return 1.0
     return pair_progress(store, a, b, reduce)
 
@@ -116,8 +130,8 @@ def _streamed(
     width: int,
     reduce: str,
 ) -> np.ndarray:
-    fold = _furthest if reduce == "signed_max" else _mean
-    row_edges, col_edges = _edges(*rows, height), _edges(*cols, width)
+    fold = furthest if reduce == "signed_max" else known_mean
+    row_edges, col_edges = pixel_edges(*rows, height), pixel_edges(*cols, width)
     out = np.empty((len(row_edges) - 1, len(col_edges) - 1), np.float32)
     per_block = max(1, BLOCK_CELLS // ((cols[1] - cols[0]) * int(np.diff(row_edges).max())))
     for top in range(0, len(out), per_block):
@@ -258,26 +272,6 @@ def _plogp(p: np.ndarray) -> float:
     return -float((p * np.log2(np.maximum(p, np.finfo(np.float64).tiny))).sum())
 
 
-def _furthest(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
-    """The value furthest from 0 under each pixel; NaN counts nowhere, and stands where there is nothing else."""
-    pixels = []
-    for fold in (np.fmax, np.fmin):
-        by_row = fold.reduceat(gap, row_edges[:-1], axis=0)
-        pixels.append(fold.reduceat(by_row, col_edges[:-1], axis=1))
-    highest, lowest = pixels
-    return np.where(highest >= -lowest, highest, lowest)
-
-
-def _mean(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
-    """The mean of what is no NaN under each pixel."""
-    known = ~np.isnan(gap)
-    sums, counts = (
-        np.add.reduceat(np.add.reduceat(part, row_edges[:-1], axis=0), col_edges[:-1], axis=1)
-        for part in (np.where(known, gap, 0.0), known.astype(np.float64))
-    )
-    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-
-
 def _side(store: Store, run_id: int, layer: int, head: int) -> Side:
     run, trace = find_trace(store, run_id, layer)
     return Side(run, layer, head, head_map(store, run, trace, head))
@@ -302,11 +296,6 @@ def _alignment(store: Store, a: Side, b: Side) -> tuple[Alignment, Alignment] | 
 def _check_reduction(reduce: str) -> None:
     if reduce not in REDUCTIONS:
         raise ViewError(f"reduce of a difference must be one of {', '.join(REDUCTIONS)}; got {reduce!r}")
-
-
-def _edges(start: int, stop: int, pixels: int) -> np.ndarray:
-    count = min(pixels, stop - start)
-    return start + np.arange(count + 1) * (stop - start) // count
 
 
 def _same_shape(run_a: int, run_b: int, shape_a: tuple[int, int], shape_b: tuple[int, int]) -> None:

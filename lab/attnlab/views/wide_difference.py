@@ -92,7 +92,7 @@ def pair_progress(store: Store, a: Side, b: Side, reduce: str) -> float:
     """1.0 where `pair_viewport` can answer at once; else how far its pyramids are, which this call starts."""
     if reduce == "mean":
         return sum(PYRAMIDS.progress(store, *side) for side in (a, b)) / 2
-    return LARGEST.ask(_key(store, a, b), _largest(a, b)).done
+    return LARGEST.ask(pair_key(store, a, b), _largest(a, b)).done
 
 
 def pair_viewport(
@@ -110,7 +110,7 @@ def pair_viewport(
         pixels = means[0]._replace(values=means[0].values - means[1].values)
     else:
         pair = PairMap(a.full_map, b.full_map)
-        flat = LARGEST.wait(_key(store, a, b), _largest(a, b))
+        flat = LARGEST.wait(pair_key(store, a, b), _largest(a, b))
         pixels = pyramid_pixels(Layout(pair.shape, pair.mask), flat, rows, cols, height, width, "max")
     return viewport_of_blocks(pixels, a.full_map.shape, reduce)
 
@@ -120,7 +120,8 @@ def _largest(a: Side, b: Side) -> Work[Pyramid]:
     return lambda progress: build_pyramid(pair, progress, reductions=("max",))
 
 
-def _key(store: Store, a: Side, b: Side) -> Hashable:
+def pair_key(store: Store, a: Side, b: Side) -> Hashable:
+    """What a result of two maps is kept under."""
     # as for tensors: a retry moves the attempt, and a purged id may come back with another creation time
     sides = [(one.run.id, one.run.created_at, one.run.attempt, one.layer, one.head) for one in (a, b)]
     return (store.url, *sides)
