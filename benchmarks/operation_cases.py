@@ -236,9 +236,15 @@ def masked(q: Tensor, k: Tensor, v: Tensor, dense: Tensor, flex: bool) -> dict[s
         heads, tokens = dense.shape[:2]
 
         def seen(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            return dense[head if heads > 1 else 0, row, column]
+            return dense[head, row, column]
 
-        blocks = create_block_mask(seen, None, heads if heads > 1 else None, tokens, tokens, q.device.type)
+        def seen_by_all(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            return dense[row, column]
+
+        # a number among the indices is C++ that does not compile
+        dense = dense if heads > 1 else dense[0]
+        mask = seen if heads > 1 else seen_by_all
+        blocks = create_block_mask(mask, None, heads if heads > 1 else None, tokens, tokens, q.device.type)
         theirs["compiled flex"] = compiled_flex(q, k, v, blocks)
     return theirs
 

@@ -11,6 +11,7 @@ import torch
 from attnlab_kernels.masks import Causal, Documents, Full, Mask, Padding, Window
 from attnlab_kernels.operations.softmax import lower, sdpa
 from attnlab_kernels.operations.softmax.api import attend
+from attnlab_kernels.operations.softmax.support import Modifiers
 
 MASKS = [
     Full(),
@@ -78,3 +79,28 @@ def test_a_chunk_is_the_same_in_parts_and_in_one_small_tile(mask, dtype, limit, 
     atol = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found[0].double(), want.output, atol=atol, rtol=0)
     torch.testing.assert_close(found[1].double(), want.lse, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [24], [8, 8, 8, 8], [9, 8, 7]], ids=str)
+@pytest.mark.parametrize("mask", [Full(), Causal()], ids=lambda mask: mask.describe())
+def test_documents_of_one_length_are_one_call_and_the_same_as_one_after_the_other(mask, lengths):
+    """The last document goes on to the last key, so that a fourth of eight holds nothing of 24 tokens."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 24, 6)
+    k, v = (torch.randn(1, 2, 24, 6) for _ in range(2))
+    calls = []
+
+    def listened(*call):
+        calls.append(len(call[0]))
+        return sdpa.FLASH.call(*call)
+
+    packed, sinks = mask & Documents(lengths), torch.randn(4)
+    modifiers = Modifiers(sinks=sinks)
+    found = sdpa.run(
+        sdpa.Kernel("sdpa_flash", listened), q, k, v, mask=packed, scale=0.4, modifiers=modifiers
+    )
+    assert calls == ([1, 1, 1] if lengths == [9, 8, 7] else [1] if lengths == [24] else [3])
+    wide = (part.double() for part in (q, k, v))
+    want = attend(*wide, mask=packed, scale=0.4, sinks=sinks, implementation="eager")
+    torch.testing.assert_close(found[0].double(), want.output, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found[1].double(), want.lse, atol=2e-6, rtol=0)

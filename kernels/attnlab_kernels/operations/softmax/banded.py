@@ -36,7 +36,8 @@ def run(
     assert band.left is not None
     assert band.right is not None
     step = block_rows(band.left + band.right + 1)
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    # token after token, as the fused kernel writes
+    out = q.new_zeros(q.shape[0], num_queries, q.shape[1], v.shape[-1]).transpose(1, 2)
     lse = q.new_full(
         q.shape[:3], -torch.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
     )

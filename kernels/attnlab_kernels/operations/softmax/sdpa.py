@@ -75,7 +75,10 @@ def run(
     if list(groups) == [(0, batch, 0, num_queries)]:
         done = lower.merge([_attend(kernel, q, k, v, block, scale, added) for block in blocks])
         return lower.add_sinks(*done, modifiers.sinks)
-    out = q.new_zeros(batch, heads, num_queries, v.shape[-1])
+    if batch == 1 and num_queries == num_keys and _are_equal_runs(blocks, num_queries):
+        return lower.add_sinks(*_attend_runs(kernel, q, k, v, blocks, scale), modifiers.sinks)
+    # token after token, as the fused kernels write
+    out = q.new_zeros(batch, num_queries, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_full((batch, heads, num_queries), -torch.inf, dtype=_lse_dtype(q))
     for parts in groups.values():
         place = (parts[0].batch, slice(None), parts[0].rows)
@@ -111,6 +114,25 @@ def _attend(
     # kernels disagree on the log-sum-exp of a row that the bias forbids altogether
     dead = torch.isneginf(tile).all(dim=-1)
     return out.masked_fill(dead[..., None], 0), lse.masked_fill(dead, -torch.inf)
+
+
+def _are_equal_runs(blocks: tuple[lower.Block, ...], tokens: int) -> bool:
+    """Whether they are squares of one kind and length, side by side on the diagonal: packed documents of one length."""
+    length, rest = divmod(tokens, max(1, len(blocks)))
+    starts = range(0, tokens, max(1, length))
+    return not rest and all(
+        block.kind == blocks[0].kind != "masked" and block.rows == block.keys == slice(start, start + length)
+        for block, start in zip(blocks, starts, strict=False)
+    )
+
+
+def _attend_runs(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[lower.Block, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Equal runs of one sequence as a batch of one call."""
+    query, key, value = (part[0].unflatten(1, (len(blocks), -1)).transpose(0, 1) for part in (q, k, v))
+    out, lse = kernel.call(query, key, value, blocks[0].kind == "causal", None, scale)
+    return out.transpose(0, 1).flatten(1, 2)[None], lse.transpose(0, 1).flatten(1, 2)[None]
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
