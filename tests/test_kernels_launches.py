@@ -1,8 +1,8 @@
 """What our launchers start on a card is what the static panel compiles: the same tiles, neither more nor fewer.
 
 Nothing runs: tensors are on torch's meta device and say that they are on a card, and a stand-in for each module of
-kernels keeps what it is launched with. A form of the panel has equal head dimensions: two unequal ones take
-the tile of the wider and hold less.
+kernels keeps what it is launched with. Two unequal head dimensions take the tile of the wider and hold less: the panel
+has two such pairs of the plain softmax kernels and of FP8's, besides all equal ones.
 """
 
 from __future__ import annotations
@@ -128,8 +128,14 @@ def launch_softmax(dtype: torch.dtype, dim: int) -> None:
         given = (empty(rows, 1, dim, dtype=dtype), pool, pool, empty(1, 8, dtype=torch.int32), starts, size)
         paged._run_triton(*given, Causal(), 0.1, PLAIN)
     write._launch(empty(3, 1, dim, dtype=dtype), pool, empty(3, dtype=torch.int64))
+    if dim in UNEQUAL:
+        q, k, v = (empty(1, 1, 4096, width, dtype=dtype) for width in (dim, dim, UNEQUAL[dim]))
+        triton_forward.forward(q, k, v, mask=Causal(), scale=0.1)
+        triton_backward.backward(q, k, v, v, empty(1, 1, 4096), v, mask=Causal(), scale=0.1, softcap=None)
 
 
+# dimensions of queries -> of values that take other blocks
+UNEQUAL = {64: 128, 256: 128}
 MASKED: tuple[Mask, ...] = (Causal(), Documents([4096]))
 CAPPED = Modifiers(softcap=2.0)
 
@@ -141,13 +147,16 @@ def launch_hopper(dtype: torch.dtype, dim: int) -> None:
 
 
 def launch_fp8(dtype: torch.dtype, dim: int) -> None:
-    # queries are padded to 32 at least, so that 16 are unequal; a float32 output changes no tile
-    if dtype not in HALF or dim == 16 or torch.cuda.get_device_capability() < (9, 0):
+    # queries are padded to 32 at least, so that 16 are unequal
+    if dim == 16 or torch.cuda.get_device_capability() < (9, 0):
         return
     q = empty(1, 1, 128, dim, dtype=dtype)
+    call = {"mask": Causal(), "scale": 0.1, "rotated": False}
     for block in fp8.BLOCK_SIZES:
         if fp8.supports(q, q, bias=None, block_size=block):
-            fp8.run(q, q, q, mask=Causal(), scale=0.1, block_size=block, rotated=False)
+            fp8.run(q, q, q, **call, block_size=block)
+    if dim in UNEQUAL:
+        fp8.run(q, q, empty(1, 1, 128, UNEQUAL[dim], dtype=dtype), **call, block_size=64)
 
 
 def launch_linear(dtype: torch.dtype, width: int) -> None:

@@ -32,7 +32,7 @@ def choose_key_config(block_d: int, block_dv: int, element_size: int) -> Config:
     """Tile of the kernel of dK1, dK2 and dV: ``block_n`` keys, ``block_m`` queries at a time."""
     widest = max(block_d, block_dv)
     if element_size == 4:
-        return Config(16, 16, 4 if widest <= 64 else 8, 1)
+        return Config(16, 16, 4 if widest <= 32 else 8, 1)
     if min(block_d, block_dv) > 128:
         return Config(16, 32, 8, 1)
     return Config(32, 32, 4 if widest <= 64 else 8, 1)

@@ -38,7 +38,7 @@ def split_case(dtype: str, rank: int) -> StaticCase:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores=dtype == "bf16",
-        spill_bound=32 if dtype == "bf16" else 256,
+        spill_bound=32,
         typical=rank == 512,
     )
 

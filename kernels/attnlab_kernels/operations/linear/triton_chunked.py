@@ -32,8 +32,9 @@ class Config:
 
 def choose_config(inner: int, outer: int, element_size: int) -> Config:
     """Blocks for the two widths and the bytes of a number; a test compiles some for every target."""
-    widest = 32 if element_size == 4 else 64
-    return Config(min(widest, padded(inner)), min(widest, padded(outer)), 4, 2)
+    # full float32 products keep whole rows alive: four warps would spill them
+    widest, crowded = (32, max(inner, outer) > 16) if element_size == 4 else (64, False)
+    return Config(min(widest, padded(inner)), min(widest, padded(outer)), 8 if crowded else 4, 2)
 
 
 def run(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, past: LinearSums, chunk: int) -> Raw:

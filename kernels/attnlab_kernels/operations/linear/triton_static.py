@@ -78,5 +78,5 @@ def _case(
         typical=(width, chunk) == (64, 64),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        spill_bound=96 if dtype == "fp32" else 32,
+        spill_bound=32,
     )

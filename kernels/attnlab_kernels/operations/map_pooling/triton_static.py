@@ -61,7 +61,7 @@ def _case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores=dtype == "bf16",
-        spill_bound=32 if dtype == "bf16" else 64,
+        spill_bound=32,
         typical=dim == 128 and more.get("CELL_M", 64) == 64,
     )
 

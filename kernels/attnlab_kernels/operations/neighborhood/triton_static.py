@@ -54,6 +54,6 @@ def window_case(kind: str, dtype: str, axes: int, dim: int, config: Config) -> S
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores=dtype == "bf16",
-        spill_bound=32 if dtype == "bf16" and dim < 256 else 64,
+        spill_bound=64 if dtype == "bf16" and dim == 256 else 32,
         typical=axes == 2 and dim == 64,
     )

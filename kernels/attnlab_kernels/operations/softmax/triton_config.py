@@ -108,7 +108,7 @@ QUERY_FLOAT32 = {
     128: Config(16, 16, 4, 1),
     256: Config(16, 16, 8, 1),
 }
-KEY_FLOAT32 = QUERY_FLOAT32 | {64: Config(16, 16, 4, 1)}
+KEY_FLOAT32 = QUERY_FLOAT32 | {dim: Config(16, 16, 4, 1) for dim in (16, 64)}
 QUERY_HALF = {
     80: {dim: Config(64, 64, 4, 2) for dim in _SMALL}
     | {128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
@@ -118,13 +118,12 @@ QUERY_HALF = {
 # two sums, of dK and of dV, stay in registers
 KEY_HALF = {
     80: {dim: Config(32, 64, 4, 2) for dim in _SMALL}
-    | {128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    | {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
     90: {dim: Config(64, 64, 8, 2) for dim in _SMALL}
     | {128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
     100: {dim: Config(64, 64, 8, 2) for dim in _SMALL}
     | {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
 }
-KEY_HALF_LIMITED = KEY_HALF[80] | {128: Config(32, 64, 8, 1)}
 KEY_HALF_MODIFIED = {dim: Config(32, 32, 4, 1) for dim in (*_SMALL, 128)} | {256: Config(32, 32, 8, 1)}
 
 
@@ -145,7 +144,7 @@ def choose_key_config(
         return KEY_FLOAT32[block_d]
     if modified:
         return KEY_HALF_MODIFIED[block_d]
-    return (KEY_HALF_LIMITED if limited else KEY_HALF[min(100, max(80, capability // 10 * 10))])[block_d]
+    return KEY_HALF[80 if limited else min(100, max(80, capability // 10 * 10))][block_d]
 
 
 def choose_splits(programs: int, num_tiles: int, multiprocessors: int) -> int:

@@ -19,6 +19,8 @@ from attnlab_kernels.static_facts import StaticCase
 
 Dtype = Literal["bf16", "fp32"]
 BLOCK_DIMS = (16, 32, 64, 128, 256)
+# of queries and of values, padded: DIFF's values are twice as wide, DeepSeek's heads have 192 and 128 dimensions
+UNEQUAL = ((64, 128), (256, 128))
 # query rows that stand for the launcher's three classes
 ROW_COUNTS = (4096, 64, 16)
 ELEMENT_SIZE: dict[Dtype, int] = {"bf16": 2, "fp32": 4}
@@ -46,7 +48,8 @@ _MODIFIED = {"HAS_SOFTCAP": True, "HAS_ALIBI": True, "HAS_BIAS": True}
 _PLAIN = dict.fromkeys(_MODIFIED, False)
 _DOCUMENTS = {"HAS_LEFT": False, "HAS_RIGHT": False, "HAS_RANGES": False, "HAS_LIMITS": True}
 # what a call asks for, the words of the tables of tiles for it, and the kernels' flags
-KINDS: tuple[tuple[str, dict[str, bool], dict[str, Any]], ...] = (
+Kind = tuple[str, dict[str, bool], dict[str, Any]]
+KINDS: tuple[Kind, ...] = (
     ("", {}, {}),
     ("modified", {"modified": True}, _MODIFIED),
     ("documents", {"limited": True}, _DOCUMENTS),
@@ -66,8 +69,12 @@ def cases(capability: int) -> list[StaticCase]:
                 for name, chosen, flags in KINDS[1:]:
                     config = choose_config(block_d, size, rows, capability, **chosen)
                     made.append(forward_case(dtype, block_d, config, name, flags))
-            made += backward_cases(dtype, block_d, capability)
+            made += backward_cases(dtype, (block_d, block_d), capability)
             made += small_cases(dtype, block_d)
+        for dims in UNEQUAL:
+            config = choose_config(max(dims), size, ROW_COUNTS[0], capability)
+            made.append(forward_case(dtype, dims[0], config, block_dv=dims[1]))
+            made += backward_cases(dtype, dims, capability, KINDS[:1])
     if capability == 90:
         made += [
             hopper_case(block_d, causal) for block_d in triton_hopper.HEAD_DIMS for causal in (False, True)
@@ -88,21 +95,28 @@ def launchable(capability: int) -> list[tuple[Dtype, int, Config]]:
 
 
 def forward_case(
-    dtype: Dtype, block_d: int, config: Config, kind: str = "", flags: dict[str, Any] | None = None
+    dtype: Dtype,
+    block_d: int,
+    config: Config,
+    kind: str = "",
+    flags: dict[str, Any] | None = None,
+    block_dv: int | None = None,
 ) -> StaticCase:
-    """The forward for one head dimension, a power of two; the value dimension is the same."""
+    """The forward for one head dimension, a power of two; by default the value dimension is the same."""
     own = {"PACK": 1, "PAGE": 0, "VARLEN": False, "HAS_SINKS": True}
-    constants = _shape(block_d, config) | own | (flags or {})
+    constants = _shape((block_d, block_dv or block_d), config) | own | (flags or {})
     return _case(
         f"softmax forward{kind and ' ' + kind}", FORWARD, "softmax_forward_kernel", dtype, config, constants
     )
 
 
-def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCase]:
-    """dQ, and dK with dV, of every kind of call."""
-    size = ELEMENT_SIZE[dtype]
+def backward_cases(
+    dtype: Dtype, dims: tuple[int, int], capability: int, kinds: tuple[Kind, ...] = KINDS
+) -> list[StaticCase]:
+    """dQ, and dK with dV, of every kind of call; ``dims`` of queries and of values."""
+    size, block_d = ELEMENT_SIZE[dtype], max(dims)
     made = []
-    for kind, chosen, flags in KINDS:
+    for kind, chosen, flags in kinds:
         for name in ("query", "key"):
             config = (
                 choose_key_config(block_d, size, capability, **chosen)
@@ -116,7 +130,7 @@ def backward_cases(dtype: Dtype, block_d: int, capability: int) -> list[StaticCa
                     f"softmax_{name}_gradient_kernel",
                     dtype,
                     config,
-                    _shape(block_d, config) | flags,
+                    _shape(dims, config) | flags,
                 )
             )
     return made
@@ -156,14 +170,14 @@ def hopper_case(block_d: int, causal: bool) -> StaticCase:
     return _case(name, triton_hopper.KERNELS, "softmax_hopper_kernel", "bf16", config, tile | flags, types)
 
 
-def _shape(block_d: int, config: Config) -> dict[str, Any]:
+def _shape(dims: tuple[int, int], config: Config) -> dict[str, Any]:
     return {
-        "D": block_d,
-        "DV": block_d,
+        "D": dims[0],
+        "DV": dims[1],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_d,
+        "BLOCK_D": dims[0],
+        "BLOCK_DV": dims[1],
         "HAS_LEFT": True,
         "HAS_RIGHT": True,
         "HAS_RANGES": True,
@@ -188,10 +202,11 @@ def _case(
             unused = ("sinks_ptr", "starts_q_ptr", "starts_k_ptr", "table_ptr")
             unused += ("reach_ptr",) if "query" in function else ()
         types = {name: kind for name, kind in _TYPES.items() if name not in unused}
+    dim = constants.get("BLOCK_D") or constants.get("BLOCK_DV") or constants["D"]
+    wide = constants.get("BLOCK_DV", dim)
     return StaticCase(
         kernel=kernel,
-        form=f"{dtype} D {constants.get('BLOCK_D') or constants.get('BLOCK_DV') or constants['D']}, "
-        f"tile {config.block_m} x {config.block_n}",
+        form=f"{dtype} D {dim}{f', Dv {wide}' if wide != dim else ''}, tile {config.block_m} x {config.block_n}",
         module=module,
         function=function,
         dtype=dtype,
@@ -200,5 +215,5 @@ def _case(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_cores=tensor_cores and dtype == "bf16",
-        spill_bound=SPILL_BOUND if dtype == "bf16" else 2 * SPILL_BOUND,
+        spill_bound=SPILL_BOUND,
     )
