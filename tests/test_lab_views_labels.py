@@ -165,3 +165,19 @@ def _run_with_streams(store, streams):
             )  # fmt: skip
             results.record_trace(session, claim, row)
     return claim.run_id
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (3.14159, "3.142"),
+        (9999.0, "9999"),
+        (30172.4, "30,172"),
+        (-24610.0, "-24,610"),
+        (1.2e12, "1.2e+12"),
+        (0.0, "0"),
+        (2.5e-7, "2.5e-07"),
+    ],
+)
+def test_a_number_of_a_chart_is_read_without_counting_its_digits(value: float, shown: str) -> None:
+    assert labels.plain_number(value) == shown

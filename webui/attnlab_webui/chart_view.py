@@ -21,7 +21,7 @@ from attnlab.views.chart import (
 from attnlab.views.chart_figure import chart_figure
 from attnlab.views.chart_table import FIELDS, MEASURES, chart_rows, varying
 from attnlab.views.errors import ViewError
-from attnlab.views.labels import TIMINGS
+from attnlab.views.labels import TIMINGS, plain_number
 from attnlab.views.roofline import roofline_figure, roofline_info
 from attnlab.views.samples import samples_figure, samples_info
 from attnlab_webui import pieces
@@ -183,4 +183,4 @@ def _cell(name: str, value: float | None) -> str:
         return "—"
     if MEASURES[name].unit == "bytes":
         return pieces.size_in_bytes(value)
-    return f"{value:,.0f}" if MEASURES[name].unit == "tokens" else f"{value:.4g}"
+    return f"{value:,.0f}" if MEASURES[name].unit == "tokens" else plain_number(value)

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from attnlab.views.chart import ChartInfo, Line, Point, outcome_words
 from attnlab.views.chart_style import FONT, color, plain, styled, symbol
 from attnlab.views.chart_table import FIELDS, MEASURES
-from attnlab.views.labels import OUTCOME_WORDS, format_bytes
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes, plain_number
 
 MOST_FACETS = 4
 LABEL_CHARS = 26
@@ -179,7 +179,7 @@ def _value(name: str, value: float) -> str:
     if name not in MEASURES:
         return f"{value:,}"
     unit = MEASURES[name].unit
-    return format_bytes(value) if unit == "bytes" else f"{value:.4g} {unit}".strip()
+    return format_bytes(value) if unit == "bytes" else f"{plain_number(value)} {unit}".strip()
 
 
 def _scales(figure: go.Figure, info: ChartInfo) -> None:

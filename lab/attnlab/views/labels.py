@@ -99,3 +99,8 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def plain_number(value: float) -> str:
+    """At least four significant digits, whole and with commas from ten thousand on: 3.142, 30,170, 1.2e+12."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
