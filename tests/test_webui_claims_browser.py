@@ -125,6 +125,8 @@ def test_every_stack_shows_its_runs_and_what_they_took(serve, browse, sqlite_sto
         expect(ended.locator("tbody tr")).to_have_count(points)
         expect(ended.get_by_text("succeeded", exact=True)).to_have_count(len(preset.grids))
         expect(ended.get_by_text("10 ms", exact=True)).to_have_count(len(preset.grids))
+        # the last column is on the page, not cut off
+        assert ended.locator("th").last.evaluate("cell => cell.getBoundingClientRect().right <= innerWidth")
 
 
 def test_the_button_queues_the_preset_and_the_page_follows_it(serve, browse, sqlite_store):

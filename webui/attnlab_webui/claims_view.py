@@ -71,7 +71,9 @@ def stack_table(preset: Preset, state: PresetState) -> str:
     runs = [document for document in state.documents if document["experiment"] in newest]
     rows = [_ended(document) for document in sorted(runs, key=lambda document: document["id"])]
     columns = ("run", "mechanism", "tokens", "batch", "outcome", "forward pass", "attention's peak", "why")
-    return pieces.table(columns, rows, label="how its runs ended", css="at-claims") if rows else ""
+    if not rows:
+        return ""
+    return f"<h3>How its runs ended</h3>{pieces.table(columns, rows, label='how its runs ended')}"
 
 
 def _ended(document: dict[str, Any]) -> tuple[object, ...]:
