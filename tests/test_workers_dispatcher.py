@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -234,7 +235,38 @@ def test_a_lost_worker_gives_the_run_back(sqlite_store, submit):
     run = run_of(sqlite_store, run_id)
     assert (run.state, run.error_kind) == ("queued", "worker_lost")
     assert "WorkerCrashedError" in (run.reason or "")
+
+
+def test_nothing_starts_on_another_machine_that_lost_a_run_until_it_is_missed(sqlite_store, submit):
+    executor = NoExecutor(Node("a", "elsewhere", 1, 0))
+    dispatcher = Dispatcher(sqlite_store, executor, job=JOB, survey=None)
+    (lost,) = submit({})
+    dispatcher.tick(0)
+    (other,) = submit({})
+    executor.ended = [Ended(f"run-{lost}:1", error="WorkerCrashedError: gone")]
+    dispatcher.tick(0)
+    dispatcher.tick(0)
+    assert executor.started == [f"run-{lost}:1"]
+    assert not dispatcher.capacity.has_room()
+    executor.there.append(Node("b", "beside", 1, 0))
+    dispatcher.capacity.replace_nodes(executor.there)
+    dispatcher.tick(0)
+    assert dispatcher.held[f"run-{other}:1"].share.node.id == "b"
+    assert not dispatcher.capacity.has_room()
+    dispatcher.capacity.doubt(executor.there[0], 0.0)
     assert dispatcher.capacity.has_room()
+
+
+def test_the_own_machine_that_lost_a_run_takes_the_next_at_once(sqlite_store, submit):
+    executor = NoExecutor(Node("a", socket.gethostname(), 1, 0))
+    dispatcher = Dispatcher(sqlite_store, executor, job=JOB, survey=None)
+    (lost,) = submit({})
+    dispatcher.tick(0)
+    (other,) = submit({})
+    executor.ended = [Ended(f"run-{lost}:1", error="WorkerCrashedError: gone")]
+    dispatcher.tick(0)
+    dispatcher.tick(0)
+    assert executor.started == [f"run-{lost}:1", f"run-{other}:1"]
 
 
 def test_a_worker_that_does_not_answer_a_cancel_is_ended_by_force(sqlite_store, submit, monkeypatch):

@@ -5,6 +5,7 @@ takes one slot and the GPUs it asks for. A timed run shares nothing that it coul
 it owns them, and without it takes every slot of its node.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class Capacity:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.held: dict[str, Share] = {}
+        self._doubted: dict[str, float] = {}
 
     def place(self, waiting: Waiting) -> Share | None:
         """Where the run can start now; the node with the fewest GPUs to spare is taken first."""
@@ -75,13 +77,22 @@ class Capacity:
 
     def has_room(self) -> bool:
         """Whether any node has a free slot."""
-        return any(self.free_slots(node) > 0 for node in self.nodes)
+        return any(self.free_slots(node) > 0 and not self._doubts(node) for node in self.nodes)
+
+    def doubt(self, node: Node, seconds: float) -> None:
+        """Start nothing on the node for a while: it may be gone, which the cluster has not noticed yet."""
+        self._doubted[node.id] = time.monotonic() + seconds
 
     def replace_nodes(self, nodes: Sequence[Node]) -> None:
         """Take over what the cluster looks like now; what is held stays held until it ends."""
         self.nodes = list(nodes)
 
+    def _doubts(self, node: Node) -> bool:
+        return time.monotonic() < self._doubted.get(node.id, 0.0)
+
     def _fits(self, node: Node, waiting: Waiting) -> bool:
+        if self._doubts(node):
+            return False
         slots = _slots(node, waiting)
         return 0 < slots <= self.free_slots(node) and waiting.gpus <= self.free_gpus(node)
 

@@ -38,6 +38,8 @@ HEARTBEAT_SECONDS = 2.0
 FORCE_SECONDS = 5.0
 """how long a supervisor may take to end a run that was cancelled, lost or is overdue, before Ray ends both"""
 STOP_SECONDS = 3.0
+DOUBT_SECONDS = 20.0
+"""how long nothing starts on another machine that lost a run: Ray takes some ten seconds to miss a dead node"""
 
 
 @dataclass
@@ -186,6 +188,9 @@ class Dispatcher:
     def _settled(self, held: Held, ended: Ended) -> str:
         if ended.answer is not None:
             return settle.settle(self.store, held.claim, exit_from_dict(ended.answer))
+        node = held.share.node
+        if not held.forced and node.host != socket.gethostname():
+            self.capacity.doubt(node, DOUBT_SECONDS)
         return settle.worker_lost(self.store, held.claim, ended.error or "no answer")
 
     def _look_at_nodes(self) -> None:
