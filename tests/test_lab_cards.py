@@ -162,7 +162,7 @@ class IndexedAtHome(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("kept", [{"bias": torch.zeros(2, 3, 4)}, {"table": torch.zeros(2, 6)}], ids=list)
-def test_a_stored_bias_goes_to_the_card_that_a_map_is_refined_on(kept: dict[str, torch.Tensor]) -> None:
+def test_a_stored_bias_goes_to_the_card_that_a_map_is_refined_on(kept: dict[str, Any]) -> None:
     rules = ScoreRules(3, 4, **kept)
     rows, cols = (torch.arange(count, device="meta") for count in (2, 4))
     with IndexedAtHome():
