@@ -81,6 +81,13 @@ def test_a_chunk_is_the_same_in_parts_and_in_one_small_tile(mask, dtype, limit, 
     torch.testing.assert_close(found[1].double(), want.lse, atol=atol, rtol=0)
 
 
+def test_a_sequence_without_a_live_row_is_zeros():
+    q = torch.randn(1, 2, 5, 4)
+    output, lse = sdpa.run_flash(q, q, q, mask=Causal() & Padding(((0, 0),)), scale=0.5)
+    assert not output.any()
+    assert torch.isneginf(lse).all()
+
+
 @pytest.mark.parametrize("lengths", [[8, 8, 8], [24], [8, 8, 8, 8], [9, 8, 7]], ids=str)
 @pytest.mark.parametrize("mask", [Full(), Causal()], ids=lambda mask: mask.describe())
 def test_documents_of_one_length_are_one_call_and_the_same_as_one_after_the_other(mask, lengths):

@@ -118,11 +118,13 @@ def _attend(
 
 def _are_equal_runs(blocks: tuple[lower.Block, ...], tokens: int) -> bool:
     """Whether they are squares of one kind and length, side by side on the diagonal: packed documents of one length."""
-    length, rest = divmod(tokens, max(1, len(blocks)))
-    starts = range(0, tokens, max(1, length))
-    return not rest and all(
+    if not blocks or tokens % len(blocks):
+        return False
+    length = tokens // len(blocks)
+    starts = range(0, tokens, length)
+    return all(
         block.kind == blocks[0].kind != "masked" and block.rows == block.keys == slice(start, start + length)
-        for block, start in zip(blocks, starts, strict=False)
+        for block, start in zip(blocks, starts, strict=True)
     )
 
 
