@@ -11,7 +11,8 @@ from attnlab.estimate import estimate
 from attnlab.probes.frontier import Trial, find_frontier, frontier_detail
 from attnlab.problems import SpecError
 from attnlab.run import run_here
-from attnlab.spec import FrontierSpec, RunPoint, parse_spec
+from attnlab.spec import RunPoint, parse_spec
+from attnlab.spec_sections import FrontierSpec
 from attnlab.trials import Trials
 from attnlab_storage import results
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.documents import write_document
+from attnlab.files import MAX_TEXT_BYTES
 from attnlab.serving.settings import CACHES
-from attnlab.spec import DTYPES, IMPLEMENTATIONS, MAX_TEXT_BYTES, RECORDS
+from attnlab.spec_sections import DTYPES, IMPLEMENTATIONS, RECORDS
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_webui import drafts
 from attnlab_webui.form import AUDIO, BARE_MODULE, FORM_PHASES, IMAGE, RANDOM, TEXT, Form, form_of, merge

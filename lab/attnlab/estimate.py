@@ -12,7 +12,8 @@ from attnlab.probes.warming import expected_calls
 from attnlab.serving.metrics import REQUEST_FIELDS, STEP_FIELDS
 from attnlab.serving.settings import ServingSpec
 from attnlab.serving.workload import draw_requests
-from attnlab.spec import ExperimentSpec, FrontierSpec, RunPoint
+from attnlab.spec import ExperimentSpec, RunPoint
+from attnlab.spec_sections import FrontierSpec
 from attnlab.views.labels import format_bytes
 from attnlab.views.statistics import STATISTICS
 from attnlab_kernels.catalog import MECHANISMS

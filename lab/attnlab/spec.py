@@ -13,69 +13,51 @@ A spec as YAML::
 import hashlib
 import itertools
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, cast
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
-    StrictBool,
     StrictInt,
     ValidationError,
-    model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
-
-from attnlab_kernels.catalog import MECHANISMS, validate_parameters
 
 from .bundled import describe_model
 from .documents import read_document, write_document
 from .files import MAX_TEXT_BYTES, with_files_read, with_trace_read
 from .inputs import count_tokens
-from .pictures import PictureError, open_picture, picture_samples
 from .problems import Problem, SpecError, shown
-from .serving.settings import CACHES, Arrivals, Lengths, ServingSpec, Workload
+from .serving.settings import ServingSpec
 from .serving.workload import draw_requests
-from .sounds import SoundError, open_sound, sound_samples
-
-IMPLEMENTATIONS = (
-    "auto",
-    "eager",
-    "sdpa_math",
-    "sdpa_flash",
-    "sdpa_efficient",
-    "sdpa_cudnn",
-    "flex",
-    "triton",
-    "triton_hopper",
-    "banded",
-    "flash_attn_2",
-    "flash_attn_3",
-    "flash_attn_4",
-    "flash_attn_hub",
-    "flashinfer",
-    "xformers",
+from .spec_problems import problem_of
+from .spec_sections import (
+    PHASES,
+    RECORDS,
+    REFERENCES,
+    Choices,
+    DecodeSpec,
+    FrontierSpec,
+    InputSpec,
+    ModuleSpec,
+    Resources,
+    Strict,
+    VarySpec,
+    as_tuple,
+    broken,
+    choice,
 )
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-PHASES = ("prefill", "decode", "train", "serving")
-RECORDS = ("maps", "timing", "memory", "accuracy", "statistics")
 
 SERVING_PASSES = 3
 """default repeats of phase serving: each is a whole pass over the workload"""
-REFERENCES = ("sdpa",)
 
 MAX_SPEC_BYTES = 2 * MAX_TEXT_BYTES
 MAX_RUNS = 512
-MAX_SEQUENCE = 1 << 20
 MAX_CELLS = 1 << 22
 """tokens in one run: batch_size x sequence_length"""
 
@@ -101,186 +83,12 @@ class RunPoint:
         return asdict(self)
 
 
-def _choice(choices: tuple[str, ...]) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise _broken("must be one of the choices", value, choices)
-        return value
-
-    return check
-
-
-def _broken(rule: str, value: Any, choices: tuple[str, ...] = ()) -> PydanticCustomError:
-    # rule and choices go through ctx, as pydantic would read braces in the text as a template
-    return PydanticCustomError("attnlab", "{rule}", {"rule": rule, "shown": shown(value), "choices": choices})
-
-
-def _opened(open_: Callable[[str], Any]) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        try:
-            open_(value)
-        except (PictureError, SoundError) as error:
-            choices = tuple(picture_samples() if open_ is open_picture else sound_samples())
-            raise _broken(str(error), value[:64], choices) from None
-        return value
-
-    return check
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _some_and_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not values:
-        raise _broken("must name at least one value (an empty grid has no runs)", [])
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise _broken("names the same value twice", value)
-    return values
-
-
-T = TypeVar("T")
-Choices = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), AfterValidator(_some_and_distinct)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModuleSpec(_Strict):
-    """A bare attention module, run on synthetic hidden states."""
-
-    dim: Annotated[StrictInt, Field(ge=1, le=65_536)]
-    num_heads: Annotated[StrictInt, Field(ge=1, le=1024)]
-    num_kv_heads: Annotated[StrictInt, Field(ge=1, le=1024)] | None = None
-    """key and value heads of grouped_query and sliding_window, where the mechanism does not say itself"""
-    causal: StrictBool = True
-    """no query sees a later key, in every mechanism alike"""
-
-
-class NeedleSpec(_Strict):
-    """A sentence hidden in the text, asked for at its end and said again as the answer (Wu et al. 2024)."""
-
-    sentence: Annotated[str, Field(min_length=1, max_length=2000)]
-    depth: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """where in the haystack it stands: 0 at its beginning, 1 at its end"""
-    question: Annotated[str, Field(max_length=2000)] = ""
-    """asked after the haystack"""
-
-
-class InputSpec(_Strict):
-    """What goes in: exactly one of text, file, image, audio and synthetic."""
-
-    text: str | None = None
-    file: str | None = None
-    """a text file; read when the spec is parsed, by the command line and by Python only"""
-    image: Annotated[str, AfterValidator(_opened(open_picture))] | None = None
-    """a sample's name or a data URI; a file becomes one when the spec is parsed (command line and Python only)"""
-    size: Annotated[StrictInt, Field(ge=1, le=4096)] | None = None
-    """pixels a side that the picture is brought to; None: what the model was trained on"""
-    audio: Annotated[str, AfterValidator(_opened(open_sound))] | None = None
-    """a sample's name or a data URI, as with image"""
-    target: str | None = None
-    """what the decoder of an encoder-decoder has written; None: what it writes itself, greedily"""
-    synthetic: Annotated[str, AfterValidator(_choice(("random",)))] | None = None
-    """random tokens from the model's vocabulary; the only input of a bare module (normal hidden states)"""
-    max_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)] | None = None
-    """cut the text after this many tokens"""
-    repeat: StrictBool = False
-    """repeat the text until sequence_length is reached"""
-    needle: NeedleSpec | None = None
-    """a sentence to hide in the text, which becomes the haystack"""
-
-
-class MechanismChoice(_Strict):
-    """A mechanism and all its parameters; written as its name, or ``{name: {parameter: value}}``."""
-
-    name: str
-    parameters: dict[str, Any]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, value: Any) -> Any:
-        name, given = _mechanism_entry(value)
-        if name not in MECHANISMS:
-            raise _broken("must be a mechanism of the catalog", name, tuple(MECHANISMS))
-        try:
-            return {"name": name, "parameters": validate_parameters(name, given)}
-        except ValueError as error:
-            raise _broken(str(error), "") from None
-
-    @model_serializer
-    def _write(self) -> str | dict[str, dict[str, Any]]:
-        if self.parameters == validate_parameters(self.name, {}):
-            return self.name
-        return {self.name: dict(self.parameters)}
-
-
-def _mechanism_entry(value: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(value, MechanismChoice):
-        return value.name, dict(value.parameters)
-    if isinstance(value, str):
-        return value, {}
-    if isinstance(value, Mapping) and len(value) == 1:
-        name, given = next(iter(value.items()))
-        if isinstance(name, str) and isinstance(given, Mapping | None):
-            return name, {str(key): item for key, item in (given or {}).items()}
-    raise _broken("must be a name or {name: {parameter: value}}", value)
-
-
-class VarySpec(_Strict):
-    """The grid: every combination becomes one run."""
-
-    mechanism: Choices[MechanismChoice]
-    implementation: Choices[Annotated[str, AfterValidator(_choice(IMPLEMENTATIONS))]] = ("auto",)
-    sequence_length: Choices[Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)]] | None = None
-    dtype: Choices[Annotated[str, AfterValidator(_choice(DTYPES))]] = ("float32",)
-    batch_size: Choices[Annotated[StrictInt, Field(ge=1, le=4096)]] = (1,)
-    cache: Choices[Annotated[str, AfterValidator(_choice(CACHES))]] | None = None
-    """of phase serving: room for the longest sequence each, or pages; default paged"""
-
-
-class Resources(_Strict):
-    gpus: Annotated[StrictInt, Field(ge=0, le=64)] = 0
-
-
-class DecodeSpec(_Strict):
-    """Of phase decode: the last tokens are decoded one after another, and each is a row of the maps."""
-
-    steps: Annotated[StrictInt, Field(ge=1, le=4096)]
-    """how many; without this section one"""
-    generate: StrictBool = False
-    """the model writes these tokens itself, greedily and through its own attention; false: they are the input's"""
-
-
-class FrontierSpec(_Strict):
-    """A search for the longest sequence that fits: every run of the grid doubles its length, then bisects."""
-
-    up_to: Annotated[StrictInt, Field(ge=2, le=MAX_SEQUENCE)]
-    """the longest that is tried"""
-    memory_bytes: Annotated[StrictInt, Field(ge=1 << 20, le=1 << 44)]
-    """what one trial may allocate: weights, inputs, cache and everything that the step takes"""
-    first: Annotated[StrictInt, Field(ge=2, le=MAX_SEQUENCE)] = 256
-    """the length that is tried first"""
-    resolution: Annotated[StrictInt, Field(ge=1, le=MAX_SEQUENCE)] = 64
-    """tokens between the longest that fits and the first that does not, at most"""
-    seconds: Annotated[float, Field(gt=0, le=3600)] = 60
-    """a trial that takes longer does not fit"""
-
-    def trials(self) -> int:
-        """Return how many lengths a search tries at most."""
-        doublings = math.ceil(math.log2(self.up_to / self.first)) + 1
-        gap = max(self.up_to - self.up_to // 2, self.first)
-        return doublings + max(0, math.ceil(math.log2(gap / self.resolution)))
-
-
 def _layers(value: Any) -> str | tuple[int, ...]:
     if value == "all":
         return "all"
-    layers = _as_tuple(value)
+    layers = as_tuple(value)
     if not layers or any(type(layer) is not int or layer < 0 for layer in layers):
-        raise _broken("must be 'all' or a list of zero-based layers", value, ("all", "[0, 1, ...]"))
+        raise broken("must be 'all' or a list of zero-based layers", value, ("all", "[0, 1, ...]"))
     return tuple(sorted(set(layers)))
 
 
@@ -288,7 +96,7 @@ def _plain_layers(layers: str | tuple[int, ...]) -> Any:
     return layers if isinstance(layers, str) else list(layers)
 
 
-class ExperimentSpec(_Strict):
+class ExperimentSpec(Strict):
     """An experiment: a model or module, an input, a grid and what to record."""
 
     name: Annotated[str, Field(min_length=1, max_length=120)]
@@ -299,16 +107,16 @@ class ExperimentSpec(_Strict):
     vary: VarySpec
     frontier: FrontierSpec | None = None
     """search the longest sequence that fits instead of running given ones"""
-    phase: Annotated[str, AfterValidator(_choice(PHASES))] = "prefill"
+    phase: Annotated[str, AfterValidator(choice(PHASES))] = "prefill"
     decode: DecodeSpec | None = None
     """of phase decode: how many tokens are decoded, and who writes them"""
     serving: ServingSpec | None = None
     """of phase serving: the workload and the engine"""
-    record: Choices[Annotated[str, AfterValidator(_choice(RECORDS))]] = RECORDS
+    record: Choices[Annotated[str, AfterValidator(choice(RECORDS))]] = RECORDS
     layers: Annotated[str | tuple[int, ...], PlainValidator(_layers), PlainSerializer(_plain_layers)] = "all"
     """``all``, or the zero-based layers whose maps are kept"""
     repeats: Annotated[StrictInt, Field(ge=1, le=1000)] = 20
-    reference: Annotated[str, AfterValidator(_choice(REFERENCES))] | None = None
+    reference: Annotated[str, AfterValidator(choice(REFERENCES))] | None = None
     """timed in turn with the attention, sample by sample: ``sdpa`` is plain causal attention of the same shape"""
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] = 0
     resources: Resources = Resources()
@@ -431,7 +239,7 @@ def parse_spec(source: str | bytes | Mapping[str, Any], *, folder: Path | None =
     try:
         spec = ExperimentSpec.model_validate(values)
     except ValidationError as error:
-        raise SpecError([_problem(detail) for detail in error.errors()]) from None
+        raise SpecError([problem_of(detail, ExperimentSpec) for detail in error.errors()]) from None
     if problems := broken_rules(spec):
         raise SpecError(problems)
     return spec
@@ -451,46 +259,3 @@ def _document(source: str | bytes | Mapping[str, Any]) -> dict[str, Any]:
         fields = tuple(ExperimentSpec.model_fields)
         raise SpecError([Problem("spec", "must be a mapping of fields to values", shown(source), fields)])
     return {str(key): value for key, value in source.items()}
-
-
-def _problem(detail: Any) -> Problem:
-    argument = _path(detail["loc"])
-    context = detail.get("ctx") or {}
-    match detail["type"]:
-        case "attnlab":
-            value = context["shown"] if context["shown"] != "''" else ""
-            return Problem(argument, context["rule"], value, tuple(context["choices"]))
-        case "extra_forbidden":
-            fields = tuple(_fields_at(detail["loc"][:-1]))
-            return Problem(argument, "is not a field of a spec", shown(str(detail["loc"][-1])), fields)
-        case "missing":
-            return Problem(argument, "must be given")
-        case _:
-            message = detail["msg"].removeprefix("Input should be ")
-            return Problem(argument, f"must be {message}", shown(detail["input"]))
-
-
-def _path(location: tuple[Any, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    return path or "spec"
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    nested: dict[tuple[Any, ...], type[BaseModel]] = {
-        ("module",): ModuleSpec,
-        ("input",): InputSpec,
-        ("input", "needle"): NeedleSpec,
-        ("vary",): VarySpec,
-        ("decode",): DecodeSpec,
-        ("frontier",): FrontierSpec,
-        ("resources",): Resources,
-        ("serving",): ServingSpec,
-        ("serving", "workload"): Workload,
-        ("serving", "workload", "arrivals"): Arrivals,
-        ("serving", "workload", "prompt_tokens"): Lengths,
-        ("serving", "workload", "output_tokens"): Lengths,
-    }
-    kind = nested.get(location, ExperimentSpec)
-    return list(kind.model_fields)

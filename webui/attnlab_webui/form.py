@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from attnlab.serving.settings import CACHES
-from attnlab.spec import DTYPES, IMPLEMENTATIONS, PHASES, RECORDS
+from attnlab.spec_sections import DTYPES, IMPLEMENTATIONS, PHASES, RECORDS
 from attnlab_kernels.catalog import MECHANISMS
 from attnlab_webui import form_sections
 from attnlab_webui.form_sections import FRONTIER, RUN, SERVE, Sections

@@ -15,7 +15,7 @@ from attnlab.problems import Problem
 from attnlab.serving.settings import CACHES
 from attnlab.serving.settings import MECHANISMS as SERVED
 from attnlab.sounds import sound_samples
-from attnlab.spec import DTYPES, IMPLEMENTATIONS, RECORDS
+from attnlab.spec_sections import DTYPES, IMPLEMENTATIONS, RECORDS
 from attnlab_kernels.catalog import MECHANISMS, Mechanism
 from attnlab_webui import drafts, new_experiment
 from attnlab_webui.field_problems import beside_fields

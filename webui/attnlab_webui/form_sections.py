@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnlab.serving.settings import ServingSpec, Workload
-from attnlab.spec import SERVING_PASSES, FrontierSpec
+from attnlab.spec import SERVING_PASSES
+from attnlab.spec_sections import FrontierSpec
 from attnlab_webui.form_values import Document, mapping, text_of, text_of_bytes, typed, typed_bytes
 
 RUN, SERVE, FRONTIER = "run", "serve", "frontier"

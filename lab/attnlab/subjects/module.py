@@ -17,7 +17,8 @@ from attnlab_storage.results import InputRow, MeasurementRow
 from ..hook import LayerCall, Listener
 from ..models import TORCH_DTYPES
 from ..outcomes import CheckFailed
-from ..spec import ExperimentSpec, ModuleSpec, RunPoint
+from ..spec import ExperimentSpec, RunPoint
+from ..spec_sections import ModuleSpec
 from .module_call import (
     ModuleCall,
     count_parameters,

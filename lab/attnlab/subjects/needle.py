@@ -2,7 +2,7 @@
 
 from ..inputs import Tokens, token_strings
 from ..models import LoadedModel, ModelError
-from ..spec import InputSpec
+from ..spec_sections import InputSpec
 
 
 def read_needle(loaded: LoadedModel, given: InputSpec, length: int) -> Tokens:
