@@ -173,6 +173,7 @@ def test_a_card_is_cool_when_nothing_slows_it_and_it_is_no_hotter_than_before():
 
 def test_the_driver_is_asked_for_the_card_by_its_uuid():
     asked: list[bytes] = []
+    running = [4_000_001]  # the test itself, by the number that it has outside a container
 
     def store(value: int):
         def answer(*given) -> int:
@@ -186,8 +187,9 @@ def test_the_driver_is_asked_for_the_card_by_its_uuid():
         return 0 if uuid == b"GPU-1" else 6
 
     def processes(card: object, count, found) -> int:
-        ctypes.cast(count, ctypes.POINTER(ctypes.c_uint)).contents.value = 1
-        found[0].pid = 1
+        ctypes.cast(count, ctypes.POINTER(ctypes.c_uint)).contents.value = len(running)
+        for place, pid in enumerate(running):
+            found[place].pid = pid
         return 0
 
     nvml = SimpleNamespace(
@@ -199,8 +201,13 @@ def test_the_driver_is_asked_for_the_card_by_its_uuid():
         nvmlDeviceGetCurrentClocksThrottleReasons=store(0x4),
         nvmlDeviceGetComputeRunningProcesses_v3=processes,
     )
-    state = {"sm_mhz": 1500, "memory_mhz": 1500, "watts": 350, "celsius": 61, "reasons": 4, "others": 1}
-    assert nvml_reader("GPU-1", nvml)() == state
+    state = {"sm_mhz": 1500, "memory_mhz": 1500, "watts": 350, "celsius": 61, "reasons": 4, "others": 0}
+    read = nvml_reader("GPU-1", nvml)
+    assert read() == state
+    running.append(4_000_002)
+    assert read() == state | {"others": 1}
+    running.clear()
+    assert read() == state
     with pytest.raises(OSError, match="answered 6"):
         nvml_reader("GPU-2", nvml)
 

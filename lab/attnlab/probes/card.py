@@ -4,7 +4,6 @@ Read through the driver's own library (NVML), in a thread, every 20 ms.
 """
 
 import ctypes
-import os
 import statistics
 import threading
 from collections.abc import Callable, Mapping
@@ -115,7 +114,8 @@ def nvml_reader(uuid: str, library: Any = None) -> Callable[[], Reading]:
     def others() -> int:
         found, count = (_Process * 64)(), ctypes.c_uint(64)
         _ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, card, ctypes.byref(count), found)
-        return sum(process.pid != os.getpid() for process in found[: count.value])
+        # one is this process, which a container knows by another number than the driver
+        return max(0, count.value - 1)
 
     return lambda: {
         "sm_mhz": number(nvml.nvmlDeviceGetClockInfo, SM_CLOCK),
