@@ -448,7 +448,7 @@ def test_linformer_ignores_padding():
         (lambda: make(eps=-1.0), r"eps must be between 0 and 1; got -1.0"),
         (
             lambda: make(implementation="eager"),
-            r"one of auto, parallel, recurrent, chunked, triton; got 'eager'",
+            r"one of auto, parallel, recurrent, chunked, triton, fla; got 'eager'",
         ),
         (lambda: make(use_rotary=True), r"rotary positions do not stay relative"),
         (lambda: make()(hidden(3), hidden(3), causal=True), r"causal must be False with a context"),

@@ -432,7 +432,7 @@ def test_dropout_acts_in_training_only():
         ({"relative_position_bias": True}, "relative_position_bias needs the number of axes"),
         ({"num_heads": 5}, "multiple of num_heads"),
         ({"dropout": 1.0}, "dropout must be"),
-        ({"implementation": "natten"}, "implementation must be one of auto, fused, tiled"),
+        ({"implementation": "flex"}, "implementation must be one of auto, fused, natten, tiled"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changes, message):

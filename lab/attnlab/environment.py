@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import attnlab_kernels
-from attnlab_kernels.operations.softmax.api import survey
+from attnlab_kernels.operations.survey import survey
 
 PACKAGES = (
     "attnlab",

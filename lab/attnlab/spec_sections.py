@@ -41,6 +41,13 @@ IMPLEMENTATIONS = (
     "flash_attn_hub",
     "flashinfer",
     "xformers",
+    "tiled",
+    "fused",
+    "natten",
+    "parallel",
+    "recurrent",
+    "chunked",
+    "fla",
 )
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PHASES = ("prefill", "decode", "train", "serving")

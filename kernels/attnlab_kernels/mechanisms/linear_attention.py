@@ -38,7 +38,7 @@ class LinearAttention(base.SoftmaxModule):
         num_features: random features of "softmax_kernel", default ``floor(d ln d)``.
         ortho_features: orthogonal random rows.
         redraw_features: new random rows in every training pass.
-        implementation: "auto", "parallel" (quadratic), "recurrent" or "chunked".
+        implementation: "auto", "parallel" (quadratic), "recurrent", "chunked", "triton" or "fla".
     """
 
     legacy_returns: ClassVar[int] = 2

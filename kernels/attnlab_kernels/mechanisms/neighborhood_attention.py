@@ -132,7 +132,7 @@ class NeighborhoodAttention(nn.Module):
             output_attentions: also return the weights of the windows, before dropout, detached.
             spatial_shape: the axes of a flat ``[B, N, C]``.
             causal: overrides the module's setting.
-            implementation: "tiled", "fused" (a CPU, every pixel visible) or "auto".
+            implementation: "tiled", "fused" (a CPU, every pixel visible), "triton", "natten" or "auto".
 
         Raises:
             ValueError: an input or a mask that does not fit, or an axis shorter than its window.

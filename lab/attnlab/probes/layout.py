@@ -1,8 +1,12 @@
 """What it costs to bring tensors into the layout that a kernel of another package takes, apart from the kernel."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from attnlab_kernels.operations.linear import fla
+from attnlab_kernels.operations.neighborhood import natten
 from attnlab_kernels.operations.softmax.registry import IMPLEMENTATIONS
 from attnlab_storage.results import MeasurementRow
 
@@ -17,10 +21,10 @@ def layout_latency(call: KernelCall, repeats: int, device: torch.device) -> Meas
 
     ``detail`` has the ``copied_bytes``. The time of the attention includes these copies.
     """
-    implementation = IMPLEMENTATIONS.get(call.implementation)
-    if implementation is None or implementation.arrange is None or len(call.operands) != 3:
+    arrange = _arrange(call.implementation)
+    if arrange is None or len(call.operands) != 3:
         return None
-    arrange, (query, key, value) = implementation.arrange, call.operands
+    query, key, value = call.operands
     copied = copied_bytes(arrange(query, key, value), call.operands)
     if not copied:
         return MeasurementRow(NAME, 0.0, "ms", detail={"copied_bytes": 0})
@@ -32,6 +36,13 @@ def layout_latency(call: KernelCall, repeats: int, device: torch.device) -> Meas
         samples=row.samples,
         detail=(row.detail or {}) | {"copied_bytes": copied},
     )
+
+
+def _arrange(name: str) -> Callable[..., tuple[Tensor, ...]] | None:
+    if name in ("fla", "natten"):
+        return {"fla": fla, "natten": natten}[name].arrange
+    implementation = IMPLEMENTATIONS.get(name)
+    return None if implementation is None else implementation.arrange
 
 
 def copied_bytes(arranged: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> int:

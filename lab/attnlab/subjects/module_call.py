@@ -172,7 +172,7 @@ def _efficient(call: ModuleCall, tokens: int) -> dict[str, Any]:
 
 
 def _neighborhood(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "tiled", "fused", "triton"))
+    _only(call, ("auto", "tiled", "fused", "triton", "natten"))
     shape = grid(tokens, call.parameters) if call.parameters["dims"] == 2 else (tokens,)
     return {"implementation": call.implementation, "spatial_shape": shape}
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnlab_kernels.operations.linear import triton_chunked
+from attnlab_kernels.operations.linear import fla, triton_chunked
 from attnlab_kernels.operations.linear.chunked import chunked
 from attnlab_kernels.operations.linear.reference import LinearSums, Raw, parallel, recurrent
 from attnlab_kernels.operations.linear.segments import FeatureMaps, segmented
@@ -46,6 +46,9 @@ IMPLEMENTATIONS: dict[str, LinearImplementation] = {
             triton_chunked.supports,
             "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
             native=True,
+        ),
+        LinearImplementation(
+            "fla", "flash-linear-attention", fla.run, fla.supports, fla.REQUIRES, native=True
         ),
     )
 }
@@ -91,7 +94,7 @@ def linear_attend(
         eps: added to the denominator.
         normalize: False leaves the denominator out.
         past: sums over earlier keys.
-        form: "parallel" (quadratic reference), "recurrent", "chunked", "triton" or "auto".
+        form: "parallel" (quadratic reference), "recurrent", "chunked", "triton", "fla" or "auto".
         chunk: tokens of a chunk.
         maps: what makes features of ``query`` and of ``key``, each token by itself; None: they are features already.
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from attnlab_kernels.neighborhood import Neighborhood
-from attnlab_kernels.operations.neighborhood import fused, reference, triton_forward
+from attnlab_kernels.operations.neighborhood import fused, natten, reference, triton_forward
 from attnlab_kernels.operations.neighborhood.reference import Result
 from attnlab_kernels.operations.softmax.api import Unsupported
 
-IMPLEMENTATIONS = ("fused", "tiled", "triton")
+IMPLEMENTATIONS = ("fused", "natten", "tiled", "triton")
 
 
 class NeighborhoodResult(NamedTuple):
@@ -38,7 +38,8 @@ def neighborhood_attend(
     """Attend from every pixel to its window; the arguments are those of ``reference.run``.
 
     Args:
-        implementation: "tiled" (the reference), "fused" (a CPU), "triton" (our kernel, one or two axes) or "auto".
+        implementation: "tiled" (the reference), "fused" (a CPU), "triton" (our kernel, one or two axes), "natten" (the
+            package, where it is installed) or "auto", which takes none of another package.
 
     Raises:
         Unsupported: an unknown implementation, or one that cannot run this call; NeighborhoodError: shapes.
@@ -46,6 +47,13 @@ def neighborhood_attend(
     check_implementation(implementation)
     reference.check(q, k, v, neighborhood, bias, visible)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "natten":
+        rest = {"bias": bias, "visible": visible, "dropout": dropout, "need_windows": need_windows}
+        theirs = natten.supports(q, k, v, **rest)
+        if not theirs:
+            raise Unsupported(f"implementation 'natten' cannot run this call: {theirs.reason}")
+        result = natten.run(q, k, v, neighborhood, scale=factor)
+        return NeighborhoodResult(result, "natten", f"asked for; {theirs.reason}")
     if implementation == "triton" or (implementation == "auto" and q.device.type == "cuda"):
         rest = {"bias": bias, "dropout": dropout, "need_windows": need_windows}
         kernel = triton_forward.supports(q, v, neighborhood, **rest)

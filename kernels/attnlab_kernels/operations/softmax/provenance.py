@@ -21,6 +21,8 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "flash_attn_4": ("flash-attn-4", ("flash_attn",)),
     "flashinfer": ("flashinfer-python", ("flashinfer",)),
     "xformers": ("xformers", ("xformers",)),
+    "natten": ("natten", ("natten",)),
+    "fla": ("flash-linear-attention", ("fla",)),
 }
 COMPILED = (".so", ".pyd")
 REVISION = re.compile(r"snapshots/([0-9a-f]{40})/")
