@@ -106,6 +106,29 @@ def test_an_experiment_runs_natten_beside_our_own(package, sqlite_store):
     assert (runs[0].summary or {})["implementation"] == "natten"
 
 
+def test_an_implementation_of_another_operation_is_unsupported_and_no_failure(sqlite_store):
+    mechanisms = [
+        "multi_head",
+        "cross",
+        "paged",
+        "chunked_prefill",
+        "differential",
+        "switch_head",
+        "linear",
+        "ring",
+    ]
+    spec = {
+        "name": "others",
+        "module": {"dim": 32, "num_heads": 2},
+        "vary": {"mechanism": mechanisms, "implementation": ["natten"], "sequence_length": [24]},
+        "record": ["timing"],
+        "repeats": 1,
+    }
+    runs = results.runs_of(sqlite_store, experiment_id=run_here(sqlite_store, parse_spec(spec)))
+    assert {run.mechanism: run.state for run in runs} == dict.fromkeys(mechanisms, "unsupported")
+    assert all("'natten'" in (run.reason or "") for run in runs)
+
+
 def test_the_survey_has_a_row_and_a_reason_for_both():
     rows = {row["name"]: row for row in survey("cpu")}
     assert rows["sdpa_flash"]["available"]

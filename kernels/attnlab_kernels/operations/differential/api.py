@@ -105,7 +105,7 @@ def supports(
 ) -> Support:
     """Whether this implementation runs the call, or why not; softmax implementations speak for themselves."""
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise Unsupported(
             f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {implementation!r}"
         )
     return IMPLEMENTATIONS[implementation].supports(query, key, value, weight, bias=bias, need_grad=need_grad)
@@ -140,7 +140,7 @@ def _choose(
         return implementation, f"asked for; {support.reason}" if support.reason else "asked for"
     if implementation not in softmax.IMPLEMENTATIONS:
         choices = ", ".join(("auto", *IMPLEMENTATIONS, *softmax.IMPLEMENTATIONS))
-        raise ValueError(f"implementation must be one of {choices}; got {implementation!r}")
+        raise Unsupported(f"implementation must be one of {choices}; got {implementation!r}")
     return "pair", f"two calls of {implementation}"
 
 

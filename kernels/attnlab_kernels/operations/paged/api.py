@@ -85,7 +85,7 @@ def _choose(
 ) -> tuple[str, str]:
     """What runs, and why; only the one in question is asked."""
     if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(
+        raise Unsupported(
             f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
         )
     own = "triton" if q.device.type == "cuda" else "fused"

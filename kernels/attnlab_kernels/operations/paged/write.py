@@ -48,7 +48,7 @@ def write_cache(
     if name == "auto":
         name = "triton" if support and key_pool.device.type == "cuda" else "eager"
     if name not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise Unsupported(
             f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
         )
     if name == "triton" and not support:

@@ -193,7 +193,7 @@ def _supports(
     need_grad: bool,
 ) -> Support:
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise Unsupported(
             f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {implementation!r}"
         )
     if dropout and implementation != "eager":

@@ -54,7 +54,7 @@ def attend_packed(
     cuts = [_cuts(name, starts, rows) for name, starts, rows in _named(q, k, query_starts, key_starts)]
     _check(q, k, v, mask, cuts)
     if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(
+        raise Unsupported(
             f"implementation must be one of auto, {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
         )
     name, reason = implementation, "asked for"
