@@ -188,7 +188,7 @@ def test_fla_gives_the_references_sums_from_a_past_on(naive):
         ({"dtype": torch.float32}, "takes float16 or bfloat16, one of them; got float32, float32, float32"),
         ({"causal": False}, "no form without a causal order"),
         ({"chunk": 32}, "takes chunks of 64 tokens; got 32"),
-        ({"width": 257}, "holds features to 256; got 257"),
+        ({"width": 257}, "is given at most 256 features here; got 257"),
     ],
 )
 def test_what_fla_lacks_is_refused_with_the_reason(monkeypatch, change, says):

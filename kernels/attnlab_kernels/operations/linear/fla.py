@@ -16,6 +16,7 @@ MODULE, SYMBOL = "fla.ops.linear_attn", "chunk_linear_attn"
 REQUIRES = "flash-linear-attention, an NVIDIA GPU from Ampere (sm80), float16 or bfloat16"
 CHUNK = 64
 MAX_FEATURES = 256
+"""a limit of ours: nobody has seen wider ones run"""
 
 
 def arrange(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -51,6 +52,6 @@ def supports(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, chunk: 
     if chunk != CHUNK:
         return Support(False, f"fla takes chunks of {CHUNK} tokens; got {chunk}")
     if query.shape[3] > MAX_FEATURES:
-        return Support(False, f"fla holds features to {MAX_FEATURES}; got {query.shape[3]}")
+        return Support(False, f"fla is given at most {MAX_FEATURES} features here; got {query.shape[3]}")
     _, missing = external.find(MODULE, SYMBOL)
     return Support(not missing, missing or external.version("flash-linear-attention"))

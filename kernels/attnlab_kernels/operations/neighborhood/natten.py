@@ -16,7 +16,7 @@ from attnlab_kernels.operations.neighborhood.reference import Result
 from attnlab_kernels.operations.softmax.external import version
 from attnlab_kernels.operations.softmax.support import Support
 
-REQUIRES = "natten 0.20 or newer; its kernels need an NVIDIA GPU from Maxwell (sm50)"
+REQUIRES = "natten 0.20 or newer; its kernels need an NVIDIA GPU from Pascal (sm60)"
 CALLS = {1: "na1d", 2: "na2d", 3: "na3d"}
 
 
@@ -26,7 +26,10 @@ def arrange(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, neighborhood: Neighborhood, *, scale: float) -> Result:
-    """Attend from every pixel ``[B, H, *space, D]`` to its window; its log-sum-exp is a natural logarithm."""
+    """Attend from every pixel ``[B, H, *space, D]`` to its window.
+
+    Its log-sum-exp was seen to be natural through FlexAttention; of its CUDA kernels that was not checked.
+    """
     call = getattr(import_module("natten"), CALLS[len(neighborhood.space)])
     output, lse = call(
         *arrange(q, k, v),
