@@ -14,7 +14,8 @@ from attnlab.spec import MAX_TEXT_BYTES
 from attnlab_storage.database import Store, revision
 from attnlab_webui import drafts, drawing, new_experiment, pieces, uploads
 from attnlab_webui.form import Form, form_of
-from attnlab_webui.form_fields import FormFields, implementation_choices, make_fields
+from attnlab_webui.form_fields import FormFields, make_fields
+from attnlab_webui.form_grid_fields import implementation_choices
 from attnlab_webui.system_facts import alive_dispatchers, implementation_reasons
 
 REWRITE_JS = f'() => {{ {drawing.MODULE}.then((address) => address.click("rewrite")); }}'
