@@ -19,6 +19,7 @@ from ray.scripts.scripts import cli as ray_commands
 from sqlalchemy import make_url
 from typer.testing import CliRunner
 
+from attnlab import environment
 from attnlab_storage.control import dispatcher_beat
 from attnlab_webui import cli
 from attnlab_workers import dispatcher
@@ -50,6 +51,17 @@ def test_a_health_check_does_not_disturb_what_is_timed(name):
     least = {"attnlab": 60, "ray": 60}.get(check["test"][1], 10)
     assert seconds["interval"] >= least
     assert seconds["start_interval"] <= 5 < 60 <= seconds["start_period"]
+
+
+def test_the_commit_that_is_given_at_the_build_reaches_the_environment_of_the_runs(monkeypatch, tmp_path):
+    assert SERVICES["ray-worker"]["build"]["args"] == {"ATTNLAB_COMMIT": "${ATTNLAB_COMMIT:-}"}
+    recipe = (ROOT / "workers/Dockerfile").read_text().splitlines()
+    assert recipe.index("ARG ATTNLAB_COMMIT=") < recipe.index("ENV ATTNLAB_COMMIT=$ATTNLAB_COMMIT")
+    monkeypatch.setenv("ATTNLAB_COMMIT", "c0ffee")
+    monkeypatch.setenv("PATH", str(tmp_path))  # an image has no git
+    assert environment._commit.__wrapped__() == "c0ffee"
+    monkeypatch.setenv("ATTNLAB_COMMIT", "")
+    assert environment._commit.__wrapped__() is None
 
 
 def test_what_serves_has_a_limit_of_memory_and_a_run_has_none():

@@ -13,6 +13,7 @@ import torch
 
 import attnlab_kernels
 from attnlab_kernels.operations.survey import survey
+from attnlab_storage.settings import built_commit
 
 PACKAGES = (
     "attnlab",
@@ -109,14 +110,14 @@ def _versions() -> dict[str, str]:
 
 @cache
 def _commit() -> str | None:
-    """The commit of the checkout this code runs from, marked if files differ; None when it was installed."""
+    """The commit of the checkout this code runs from, marked if files differ; else the one an image was built from."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return built_commit()
+    return done.stdout.strip() or built_commit()
 
 
 @cache

@@ -33,6 +33,11 @@ def api_token() -> str | None:
     return os.environ.get("ATTNLAB_TOKEN") or None
 
 
+def built_commit() -> str | None:
+    """``ATTNLAB_COMMIT``: the commit that an image was built from; a checkout knows its own. Default: not known."""
+    return os.environ.get("ATTNLAB_COMMIT") or None
+
+
 def max_upload_bytes() -> int:
     """``ATTNLAB_MAX_UPLOAD_BYTES``: the largest file that may be uploaded or imported. Default 64 MiB."""
     return int(_positive("ATTNLAB_MAX_UPLOAD_BYTES", 64 * 2**20))
