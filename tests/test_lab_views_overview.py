@@ -218,13 +218,43 @@ def test_what_fails_while_it_is_built_is_said_to_whoever_asks_next(
     asked = traced.store, traced.run_ids[0], 0, 0
     assert thumbnail_progress(*asked) == 0
     go.set()
-    viewport.PYRAMIDS._builder.submit(lambda: None).result(30)  # the one thread has come to its end
+    viewport.PYRAMIDS._patient.submit(lambda: None).result(30)  # the one thread has come to its end
     with pytest.raises(RuntimeError, match="made to fail"):
         thumbnail_progress(*asked)
     monkeypatch.setattr("attnlab.views.pyramids.build_pyramid", build_pyramid)
     thumbnail_progress(*asked)
-    viewport.PYRAMIDS._builder.submit(lambda: None).result(30)
+    viewport.PYRAMIDS._patient.submit(lambda: None).result(30)
     assert thumbnail_progress(*asked) == 1
+
+
+def test_a_map_that_is_looked_at_is_built_while_the_picture_of_another_head_rests(
+    traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, looked_at, went_on = (threading.Event() for _ in range(3))
+    overtaken = []
+    real = build_pyramid
+
+    def build(full: Any, progress: Any) -> dict[str, np.ndarray]:
+        if threading.current_thread().name.startswith("attnlab-pictures"):
+            started.set()
+            assert looked_at.wait(30)
+            progress(0.5)
+            went_on.set()
+        else:
+            looked_at.set()
+            overtaken.append(went_on.wait(0.3))
+        return real(full, progress)
+
+    monkeypatch.setattr("attnlab.views.pyramids.build_pyramid", build)
+    monkeypatch.setattr(viewport, "PYRAMIDS", Pyramids(1 << 20))
+    asked = traced.store, traced.run_ids[0], 0
+    assert thumbnail_progress(*asked, 0) < 1
+    assert started.wait(30)
+    viewport.viewport(*asked, 1)
+    assert overtaken == [False]
+    assert went_on.wait(30)
+    viewport.PYRAMIDS._patient.submit(lambda: None).result(30)
+    assert thumbnail_progress(*asked, 0) == 1
 
 
 def test_a_derived_tensor_belongs_to_an_ended_attempt_and_is_kept_once(traced, point) -> None:

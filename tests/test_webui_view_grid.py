@@ -1,4 +1,7 @@
-"""Laws of the grid: every head is there, order and filter follow the stored numbers, a click opens the map."""
+"""Laws of the grid: every head is there, order and filter follow the stored numbers, a click opens the map.
+
+The strip of heads over the other views is filled as the grid is.
+"""
 
 import re
 import threading
@@ -152,14 +155,14 @@ def test_the_statistic_is_downloaded_as_a_figure(grid, tmp_path):
 
 @pytest.fixture
 def long_maps(serve, browse, traced, monkeypatch):
-    """Opens the grid of maps that count as too long to be computed at a look: blocks of 4, made by ``build``."""
+    """Opens a view of maps that count as too long to be computed at a look: blocks of 4, made by ``build``."""
     monkeypatch.setattr(overview, "SMALLEST_BLOCK", 4)
     monkeypatch.setattr(overview, "EXACT_CELLS", 1000)
 
-    def open_page(build, **options):
+    def open_page(build, view="grid", **options):
         monkeypatch.setattr(pyramids, "build_pyramid", build)
         address = f"{serve(traced.store)}/experiment?id={traced.experiment_id}"
-        return browse(f"{address}&run={traced.run_ids[0]}&view=grid", **options)
+        return browse(f"{address}&run={traced.run_ids[0]}&layer=0&head=2&view={view}", **options)
 
     return open_page
 
@@ -205,3 +208,60 @@ def test_a_picture_that_cannot_be_made_says_why_and_the_others_come(long_maps):
         "No picture of L[01]H[0-3]: made to fail", page.locator("[data-part=building]").inner_text()
     )
     assert page.locator(".at-tile span").get_by_text("failed").count() == 1
+
+
+CHIPS_DRAWN = """() => [...document.querySelectorAll(".at-head canvas")].map((canvas) =>
+  new Set(new Uint32Array(canvas.getContext("2d").getImageData(0, 0, 80, 80).data.buffer)).size > 20)"""
+
+
+@pytest.mark.parametrize("view", ["map", "token"])
+def test_the_strip_of_a_long_layer_fills_head_by_head_and_holds_nobody_up(long_maps, view):
+    go = threading.Event()
+
+    def slow(full_map, progress):
+        if threading.current_thread().name.startswith("attnlab-pictures"):
+            progress(0.25)
+            assert go.wait(30)
+        return overview.build_pyramid(full_map, progress)
+
+    page = long_maps(slow, view)
+    words = page.locator(".at-heads-words")
+    try:
+        page.wait_for_function(IDLE)
+        page.locator(".at-head small").get_by_text("25 %").wait_for()
+        there = 1 if view == "map" else 0  # the map that is looked at is built at once
+        words.get_by_text(f"{there} of 4 are there").wait_for()
+        assert page.evaluate(CHIPS_DRAWN) == [False, False, there == 1, False]
+    finally:
+        go.set()
+    page.wait_for_function(f"() => ({CHIPS_DRAWN})().every(Boolean)")
+    page.wait_for_function("() => document.querySelector('.at-heads-words').textContent === ''")
+    assert set(page.locator(".at-head small").all_inner_texts()) == {""}
+
+
+def test_a_head_of_the_strip_without_a_picture_says_why(long_maps, traced):
+    broken = traced.reference(traced.run_ids[0], 0, 1)
+
+    def build(full_map, progress):
+        if np.allclose(full_map.tile(slice(0, 77), slice(0, 77)), broken, atol=1e-5):
+            raise ViewError("made to fail")
+        return overview.build_pyramid(full_map, progress)
+
+    page = long_maps(build, "map", expect=["400"])
+    page.locator(".at-heads-words").get_by_text("No picture of H1: made to fail").wait_for()
+    page.wait_for_function(f"() => ({CHIPS_DRAWN})().filter(Boolean).length === 3")
+    assert page.locator(".at-head small").all_inner_texts() == ["", "failed", "", ""]
+    assert page.locator(".at-head").nth(1).get_attribute("title") == "L0H1: made to fail"
+
+
+def test_the_pictures_of_a_short_layer_are_one_answer_for_the_strip_and_the_grid(serve, browse, traced):
+    page = browse("about:blank")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if "/thumbnails" in request.url else None)
+    address = f"{serve(traced.store)}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&layer=1"
+    page.goto(address)
+    page.wait_for_function(f"() => window.__attnlab?.idle && ({CHIPS_DRAWN})().every(Boolean)")
+    assert len(asked) == 1
+    page.get_by_role("tab", name="Grid").click()
+    page.wait_for_function("() => document.querySelectorAll('.at-drawn').length === 8")
+    assert [url for url in asked[1:] if "layer=0" not in url] == []

@@ -18,7 +18,7 @@ Key = tuple[object, ...]
 
 
 class Pyramids:
-    """The pyramids of one process: a budget of memory, one builder at a time."""
+    """The pyramids of one process: a budget of memory, one builder, and one more that rests while the first works."""
 
     def __init__(self, budget: int) -> None:
         self.memory = ArrayMemory(budget)
@@ -27,6 +27,9 @@ class Pyramids:
         self._done: dict[Key, float] = {}
         self._failed: dict[Key, BaseException] = {}
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="attnlab-overview")
+        self._patient = ThreadPoolExecutor(1, thread_name_prefix="attnlab-pictures")
+        self._looked_at: set[Key] = set()
+        self._rested = threading.Condition(self._lock)
 
     def get(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> Pyramid:
         """The pyramid, waited for where it has to be built."""
@@ -51,7 +54,7 @@ class Pyramids:
         """1.0 where the pyramid is there; else how far the builder is, which this call starts.
 
         Args:
-            patient: start it only while no other is being built, so that nobody who looks at one head waits for many.
+            patient: start it only while no other is being built, and rest while one is built that somebody looks at.
 
         Raises what the building raised, once: asked again, it is tried again.
         """
@@ -62,7 +65,7 @@ class Pyramids:
             raise failure
         if patient and self._busy_with_others(_key(store, run, layer, head)):
             return 0.0
-        job = self._job(store, run, layer, head, full_map)
+        job = self._job(store, run, layer, head, full_map, patient=patient)
         if not job.done():
             return min(self._done.get(_key(store, run, layer, head), 0.0), 0.99)
         self._failed.pop(_key(store, run, layer, head), None)
@@ -91,18 +94,34 @@ class Pyramids:
             return bool(self._jobs) and key not in self._jobs
 
     def _job(
-        self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion
+        self,
+        store: Store,
+        run: RunRow,
+        layer: int,
+        head: int,
+        full_map: PooledRegion,
+        *,
+        patient: bool = False,
     ) -> Future[Pyramid]:
         key = _key(store, run, layer, head)
         with self._lock:
+            if not patient:
+                self._looked_at.add(key)
             if key not in self._jobs:
-                self._jobs[key] = self._builder.submit(self._build, store, run, layer, head, full_map)
+                builder = self._patient if patient else self._builder
+                self._jobs[key] = builder.submit(self._build, store, run, layer, head, full_map)
             return self._jobs[key]
+
+    def _tell(self, key: Key, done: float) -> None:
+        """Keep the share that is done; what nobody looks at rests here while another is looked at."""
+        with self._rested:
+            self._done[key] = done
+            self._rested.wait_for(lambda: key in self._looked_at or not self._looked_at)
 
     def _build(self, store: Store, run: RunRow, layer: int, head: int, full_map: PooledRegion) -> Pyramid:
         key = _key(store, run, layer, head)
         try:
-            made = build_pyramid(full_map, lambda done: self._done.__setitem__(key, done))
+            made = build_pyramid(full_map, lambda done: self._tell(key, done))
             for name, array in made.items():
                 tensors.keep_derived(store, run.id, run.attempt, _name(name, head), layer, array[None])
                 self.memory.get((*key, name), lambda array=array: array)
@@ -111,9 +130,11 @@ class Pyramids:
             self._failed[key] = error
             raise
         finally:
-            with self._lock:
+            with self._rested:
                 self._jobs.pop(key, None)
                 self._done.pop(key, None)
+                self._looked_at.discard(key)
+                self._rested.notify_all()
 
 
 def _name(reduction: str, head: int) -> str:

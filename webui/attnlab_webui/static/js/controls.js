@@ -2,7 +2,7 @@
 
 import { axisWord } from "./axes.js";
 import { ColourBar, hatchSwatch } from "./colourbar.js";
-import { makeScale, precise } from "./colour.js";
+import { precise } from "./colour.js";
 import { Distances } from "./distances.js";
 import { HELP } from "./gestures.js";
 import { complain } from "./make.js";
@@ -11,6 +11,7 @@ import { Options } from "./options.js";
 import { Picker } from "./picker.js";
 import { getJson, query } from "./request.js";
 import { StatGrid } from "./statgrid.js";
+import { Strip } from "./strip.js";
 
 const BLINK_MS = 700;
 const FILE_WORDS = { parquet: "Parquet", safetensors: "safetensors" };
@@ -39,6 +40,7 @@ export class Controls {
       '<p class="at-complaint" role="alert" hidden></p>';
     this.part = (name) => root.querySelector(`[data-part="${name}"]`);
     this.picker = new Picker(this.part("picker"), view.actions);
+    this.strip = new Strip(this.picker, view.run);
     this.options = new Options(this.part("options"), view.state);
     this.bar = new ColourBar(this.part("bar"), "");
     this.differenceBar = new ColourBar(this.part("difference"), "");
@@ -143,12 +145,8 @@ export class Controls {
     this.showExports();
   }
 
-  drawThumbs() {
-    if (!this.view.tables) return;
-    const kind = this.view.state.get("scale");
-    const signed = Boolean(this.view.first.layer?.signed);
-    const scaleOf = (tile) => makeScale({ kind, top: largest(tile.values), signed });
-    this.picker.drawThumbs(this.view.thumbs ?? null, scaleOf, this.view.table(signed));
+  drawStrip() {
+    this.strip.draw();
     hatchSwatch(this.root);
   }
 
@@ -223,6 +221,7 @@ export class Controls {
 
   stop() {
     clearInterval(this.blinking);
+    this.strip.stop();
     this.minimap?.stop();
     this.distances?.stop();
     this.stats.stop();
@@ -242,12 +241,6 @@ function panelName(source, panels) {
   if (source.key.startsWith("difference")) return "difference";
   if (source.at) return `L${source.at.layer}H${source.at.head}`;
   return panels > 1 ? `#${source.facts.run}` : "weight";
-}
-
-function largest(values) {
-  let top = 0;
-  for (const value of values) if (value > top) top = value;
-  return top;
 }
 
 function signedWords(view) {

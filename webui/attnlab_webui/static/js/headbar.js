@@ -1,8 +1,7 @@
 // Layer and head of a view that stands beside the map, with the mean of all heads where the view can show it.
 
-import { makeScale } from "./colour.js";
 import { Picker } from "./picker.js";
-import { ApiError, getTile } from "./request.js";
+import { Strip } from "./strip.js";
 
 export class HeadBar {
   constructor(root, run, { mean = false } = {}) {
@@ -13,6 +12,7 @@ export class HeadBar {
       select: (at) => this.choose(at),
       step: (name, by) => (name === "head" && this.isMean ? this.choose({}) : selection.step(name, by)),
     });
+    this.strip = new Strip(this.picker, run);
     if (mean) this.addMean(root);
     this.show();
   }
@@ -42,44 +42,14 @@ export class HeadBar {
     if (this.isMean) this.picker.name.textContent = `L${layer} mean`;
     this.mean?.setAttribute("aria-pressed", String(this.isMean));
     this.picker.root.classList.toggle("at-mean", this.isMean);
-    this.loadThumbs();
-  }
-
-  async loadThumbs() {
-    const path = this.run.path("thumbnails", { layer: this.state.get("layer"), reduce: this.state.get("reduce") });
-    if (path === this.path) return;
-    this.path = path;
-    this.wanted?.abort();
-    this.wanted = new AbortController();
-    try {
-      const { heads } = this.run.source.layer;
-      let thumbs = this.run.cache.get(path);
-      if (!thumbs) {
-        const tile = await getTile(path, this.wanted.signal);
-        thumbs = { heads, height: tile.height / heads, width: tile.width, values: tile.values };
-        this.run.cache.put(path, thumbs);
-      }
-      this.thumbs = thumbs;
-      this.draw();
-    } catch (error) {
-      if (error.name !== "AbortError" && !(error instanceof ApiError)) throw error;
-    }
+    this.strip.show();
   }
 
   draw() {
-    const signed = Boolean(this.run.source.layer.signed);
-    const kind = this.state.get("scale");
-    const scaleOf = ({ values }) => makeScale({ kind, top: largest(values), signed });
-    if (this.thumbs) this.picker.drawThumbs(this.thumbs, scaleOf, this.run.table(signed));
+    this.strip.draw();
   }
 
   stop() {
-    this.wanted?.abort();
+    this.strip.stop();
   }
-}
-
-function largest(values) {
-  let top = 0;
-  for (const value of values) if (Math.abs(value) > top) top = Math.abs(value);
-  return top;
 }

@@ -18,7 +18,11 @@ export class Picker {
       '<input type="range" min="0" max="0" step="1" aria-labelledby="at-layer-word">' +
       '<button type="button" class="at-step" data-by="1" aria-label="next layer">›</button>' +
       '<span class="at-of"></span></div>' +
-      '<div class="at-heads" role="radiogroup" aria-label="head"></div>';
+      '<div class="at-heads" role="radiogroup" aria-label="head"></div>' +
+      '<p class="at-hint at-heads-words" role="status"></p>';
+    this.words = root.querySelector(".at-heads-words");
+    this.small = document.createElement("canvas");
+    this.drawn = new Map(); // chip -> what stands on it
     this.name = root.querySelector(".at-name");
     this.slider = root.querySelector("input");
     this.of = root.querySelector(".at-of");
@@ -55,7 +59,6 @@ export class Picker {
       const chosen = Number(chip.dataset.head) === head;
       chip.setAttribute("aria-checked", String(chosen));
       chip.tabIndex = chosen ? 0 : -1;
-      chip.title = `L${layer}H${chip.dataset.head}`;
       if (chosen) this.reveal(chip);
     }
   }
@@ -69,6 +72,7 @@ export class Picker {
 
   makeChips(heads) {
     this.chips.replaceChildren();
+    this.drawn.clear();
     for (let head = 0; head < heads; head++) {
       const chip = document.createElement("button");
       chip.type = "button";
@@ -80,30 +84,49 @@ export class Picker {
       picture.width = picture.height = THUMB * 2;
       const word = document.createElement("span");
       word.textContent = `H${head}`;
-      chip.append(picture, word);
+      chip.append(picture, document.createElement("small"), word);
       this.chips.append(chip);
     }
   }
 
-  // thumbs: {heads, height, width, values} of this layer, or null while they are on their way
-  drawThumbs(thumbs, makeScale, table) {
+  // pictureOf(head): {height, width, values}, or null while it is on its way; look: what else the colours depend on
+  drawHeads(pictureOf, look, scaleOf, table) {
     const ink = readInk(this.root);
+    const colours = [look, table.name, ink.empty].join();
     for (const chip of this.chips.children) {
       const canvas = chip.querySelector("canvas");
+      const tile = pictureOf(Number(chip.dataset.head));
+      const drawn = this.drawn.get(chip);
+      if (drawn && drawn.tile === tile && drawn.colours === colours) continue;
+      this.drawn.set(chip, { tile, colours });
       const context = canvas.getContext("2d");
-      context.imageSmoothingEnabled = false;
-      context.fillStyle = thumbs ? hatch(context, ink) : ink.empty;
+      context.fillStyle = tile ? hatch(context, ink) : ink.empty;
       context.fillRect(0, 0, canvas.width, canvas.height);
-      const head = Number(chip.dataset.head);
-      if (!thumbs || head >= thumbs.heads) continue;
-      const size = thumbs.height * thumbs.width;
-      const values = thumbs.values.subarray(head * size, (head + 1) * size);
-      const tile = { height: thumbs.height, width: thumbs.width, values };
-      const small = document.createElement("canvas");
-      small.width = thumbs.width;
-      small.height = thumbs.height;
-      small.getContext("2d").putImageData(paint(tile, makeScale(tile), table.colours, "none"), 0, 0);
-      context.drawImage(small, 0, 0, canvas.width, canvas.height);
+      if (tile) this.drawHead(context, tile, scaleOf(tile), table);
     }
+  }
+
+  drawHead(context, tile, scale, table) {
+    this.small.width = tile.width;
+    this.small.height = tile.height;
+    this.small.getContext("2d").putImageData(paint(tile, scale, table.colours, "none"), 0, 0);
+    context.imageSmoothingEnabled = false;
+    context.drawImage(this.small, 0, 0, context.canvas.width, context.canvas.height);
+  }
+
+  // A word in the place of a head's picture: how far it is, or that there is none.
+  note(head, word, why = "") {
+    const chip = this.chips.children[head];
+    if (!chip) return;
+    chip.querySelector("small").textContent = word;
+    chip.title = why ? `${this.nameOf(head)}: ${why}` : this.nameOf(head);
+  }
+
+  nameOf(head) {
+    return `L${this.layers[this.slider.value]}H${head}`;
+  }
+
+  say(words) {
+    this.words.textContent = words;
   }
 }

@@ -53,7 +53,16 @@ export async function getWorkedOut(path, signal, told) {
 
 // A region as float32 [height, width] in row order; NaN where no query may attend to any key.
 export async function getTile(path, signal, told = () => {}) {
-  const response = await askUntilThere(path, signal, told);
+  return readTile(await askUntilThere(path, signal, told));
+}
+
+// null where the server has yet to work it out, which it begins.
+export async function getTileIfThere(path, signal) {
+  const response = await ask(path, { signal });
+  return response.status === 202 ? null : readTile(response);
+}
+
+async function readTile(response) {
   const pair = (name) => response.headers.get(name).split(/[,:]/).map(Number);
   const rounded = response.headers.get("x-attnlab-dtype") === "bfloat16";
   const body = await response.arrayBuffer();

@@ -54,7 +54,7 @@ export class Thumbs {
       if (!(error instanceof ApiError)) throw error;
       this.told.failed(key, error.message);
     } finally {
-      this.busy.delete(key);
+      if (this.busy.get(key) === controller) this.busy.delete(key);
     }
     this.next();
   }
@@ -66,5 +66,6 @@ export class Thumbs {
   stop() {
     this.wanted = [];
     for (const controller of this.busy.values()) controller.abort();
+    this.busy.clear();
   }
 }

@@ -2,13 +2,14 @@
 
 import { Alignment } from "./alignment.js";
 import { Camera } from "./camera.js";
-import { chooseTable, loadTables, makeScale, topOf } from "./colour.js";
+import { loadTables, makeScale, topOf } from "./colour.js";
 import { Controls } from "./controls.js";
 import { onTheme } from "./dark.js";
 import { Panel } from "./panel.js";
 import { Overlays } from "./overlay.js";
 import { LinkedCamera } from "./linked_camera.js";
-import { getJson, getTile, query, TileCache } from "./request.js";
+import { getJson, TileCache } from "./request.js";
+import { RunData } from "./run_data.js";
 import { Selection } from "./selection.js";
 import { DifferenceSource, MapSource, PinnedSource } from "./source.js";
 import { State } from "./state.js";
@@ -36,7 +37,7 @@ export class View {
       select: (at) => this.selection.select(at),
       toggleScale: () => this.state.set({ scale: this.state.get("scale") === "log" ? "linear" : "log" }),
     };
-    this.ready = given.source ? this.show(given.tables, [given.source]) : this.load();
+    this.ready = given.source ? this.show(given, [given.source]) : this.load();
   }
 
   async load() {
@@ -46,11 +47,13 @@ export class View {
     const tokens = await Promise.all(runs.map((run) => getJson(`/runs/${run}/tokens`)));
     const sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
     if (this.config.against) sources.push(new PinnedSource(facts[0], tokens[0], this.state, this.config.against));
-    if (!this.stopped) await this.show(tables, sources);
+    const first = Object.assign(new RunData(this.config, this.state), { tables, facts: facts[0], source: sources[0] });
+    if (!this.stopped) await this.show(first, sources);
   }
 
-  async show(tables, sources) {
-    this.tables = tables;
+  // run: the RunData of the first source
+  async show(run, sources) {
+    this.run = run;
     this.sources = sources;
     this.selection = new Selection(this.state, this.first);
     this.selection.settle();
@@ -135,7 +138,7 @@ export class View {
   restart() {
     for (const panel of this.panels) panel.restart();
     this.controls.showSelection();
-    this.loadThumbs();
+    this.controls.strip.show();
     this.overlays.load();
     this.align();
     this.readCross();
@@ -152,31 +155,10 @@ export class View {
     this.controls.show(changed);
   }
 
-  async loadThumbs() {
-    const { layer, reduce } = this.state.values;
-    const { run, stamp } = this.first.facts;
-    this.thumbsWanted?.abort();
-    this.thumbsWanted = new AbortController();
-    const path = `/runs/${run}/thumbnails?${query({ layer, reduce, v: stamp })}`;
-    try {
-      let thumbs = this.cache.get(path);
-      if (!thumbs) {
-        const tile = await getTile(path, this.thumbsWanted.signal);
-        const heads = this.first.layer.heads;
-        thumbs = { heads, height: tile.height / heads, width: tile.width, values: tile.values };
-        this.cache.put(path, thumbs);
-      }
-      this.thumbs = thumbs;
-      this.controls.drawThumbs();
-    } catch (error) {
-      if (error.name !== "AbortError") this.controls.complain(error.message);
-    }
-  }
-
   // ---- colours: one scale for everything that is compared
 
   table(signed) {
-    return chooseTable(this.tables, this.state.get("colours"), signed);
+    return this.run.table(signed);
   }
 
   recolour() {
@@ -193,7 +175,7 @@ export class View {
       for (const panel of panels) panel.colour(scale, table);
       this.controls.showScale(scale, table, signed);
     }
-    this.controls.drawThumbs();
+    this.controls.drawStrip();
   }
 
   // ---- the crosshair
@@ -262,7 +244,6 @@ export class View {
     this.stopped = true;
     this.cellWanted?.abort();
     this.aligning?.abort();
-    this.thumbsWanted?.abort();
     clearTimeout(this.cellTimer);
     this.unwatch?.();
     for (const panel of this.panels) panel.stop();
