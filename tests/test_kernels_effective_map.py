@@ -70,6 +70,15 @@ def test_pool_equals_pooling_the_tile(mask, reduce, height, width):
     np.testing.assert_allclose(got, want, atol=2e-6, rtol=0)
 
 
+def test_reductions_that_are_pooled_together_are_those_pooled_alone():
+    effective, _ = make(700, 1300, Causal())
+    part = slice(50, 650), slice(7, 1290)
+    together = effective.pools(*part, 40, 55, ("mean", "max"))
+    for got, reduce in zip(together, ("mean", "max"), strict=True):
+        np.testing.assert_array_equal(got, effective.pool(*part, 40, 55, reduce))
+    assert (together[0] != together[1]).any()
+
+
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 def test_pool_of_a_map_larger_than_one_block_equals_pooling_the_tile(reduce):
     effective, expected = make(1500, 1100, Causal())

@@ -8,7 +8,7 @@ regions are streamed by row blocks, and only keys inside the mask's ``key_range`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,8 @@ from attnlab_kernels.score_bias import ScoreBias
 
 # scores held at once: about the size of a second-level cache in float32
 BLOCK_CELLS = 2**18
+# keys of a block that is pooled: so few that they stay in that cache for all of its rows
+BLOCK_KEYS = 2**10
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,31 +90,44 @@ class SoftmaxMap:
         Pixel ``y`` covers rows ``floor(y * R / height)`` up to the next pixel's. A side with fewer cells than
         pixels keeps one pixel a cell, so a small region comes back as its tile. Masked cells count as 0.
         """
-        row_edges, col_edges = pixel_edges(rows, cols, self.shape, height, width, reduce)
+        return self.pools(rows, cols, height, width, (reduce,))[0]
+
+    def pools(
+        self, rows: slice, cols: slice, height: int, width: int, reductions: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """``pool`` for each of several reductions, from scores that are computed once."""
+        edges = [pixel_edges(rows, cols, self.shape, height, width, reduce) for reduce in reductions]
+        row_edges, col_edges = edges[0]
         r0, r1 = _bounds(rows, self.shape[0], "rows")
         c0, c1 = _bounds(cols, self.shape[1], "cols")
         if r1 - r0 <= height and c1 - c0 <= width:
-            return self.tile(rows, cols)
-        maximum = reduce == "max"
-        out = np.full((len(row_edges) - 1, len(col_edges) - 1), -np.inf if maximum else 0.0, np.float32)
-        fold = np.maximum if maximum else np.add
-        for start, stop in self._spans(r0, r1, c1 - c0, (r1 - r0) // len(out)):
+            return [self.tile(rows, cols) for _ in reductions]
+        sides = len(row_edges) - 1, len(col_edges) - 1
+        made = [np.full(sides, -np.inf if reduce == "max" else 0.0, np.float32) for reduce in reductions]
+        keys_wide = max(1, BLOCK_KEYS * sides[1] // max(1, c1 - c0))
+        for start, stop in self._spans(r0, r1, min(c1 - c0, BLOCK_KEYS), (r1 - r0) // sides[0]):
             lo, hi = self._visited(start, stop, c0, c1)
             if lo >= hi:
                 continue
-            left, right = _bins(col_edges, lo, hi)
             top, bottom = _bins(row_edges, start, stop)
-            scores = self._log_weights(start, stop, int(col_edges[left]), int(col_edges[right]))
-            # exp is monotonic, so a maximum needs it for the pixels only; x e^x is small enough for float32
-            weights = scores if maximum else np.exp(scores.astype(np.float32))
-            by_row = _fold_rows(fold, weights, np.clip(row_edges[top : bottom + 1], start, stop) - start)
-            pixels = _fold_cols(fold, by_row, col_edges[left : right + 1] - col_edges[left])
-            region = out[top:bottom, left:right]
-            fold(region, pixels, out=region)
-        if maximum:
-            return np.exp(out, out=out)
-        area = np.diff(row_edges)[:, None] * np.diff(col_edges)[None, :]
-        return out / area.astype(np.float32)
+            at_rows = np.clip(row_edges[top : bottom + 1], start, stop) - start
+            first, last = _bins(col_edges, lo, hi)
+            for left in range(first, last, keys_wide):
+                right = min(left + keys_wide, last)
+                scores = self._log_weights(start, stop, int(col_edges[left]), int(col_edges[right]))
+                scores = scores.astype(np.float32)  # x e^x is small enough for it
+                at_cols = col_edges[left : right + 1] - col_edges[left]
+                for reduce, out in zip(reductions, made, strict=True):
+                    fold = np.maximum if reduce == "max" else np.add
+                    weights = scores if reduce == "max" else np.exp(scores)
+                    region = out[top:bottom, left:right]
+                    fold(region, _fold_cols(fold, _fold_rows(fold, weights, at_rows), at_cols), out=region)
+        area = (np.diff(row_edges)[:, None] * np.diff(col_edges)[None, :]).astype(np.float32)
+        # exp is monotonic, so a maximum needs it for the pixels only
+        return [
+            np.exp(out) if reduce == "max" else out / area
+            for reduce, out in zip(reductions, made, strict=True)
+        ]
 
     def row_sums(self, rows: slice | None = None) -> NDArray[np.float64]:
         """Sum of each row over all keys: float64, if the log-sum-exp is right 1 less the sink's share, 0 if dead."""

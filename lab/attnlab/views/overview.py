@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.masks import Mask
 
 EXACT_CELLS = 4 << 20
@@ -182,10 +183,8 @@ def _fill_strip(
     if not (base.last[alive] > base.first[alive]).any():
         return
     left, right = int(base.first[alive].min()), int(base.last[alive].max())
-    for name, flat in made.items():
-        values = _blocks(
-            full_map, base.block, (top, bottom), (left, right), "max" if name == "max" else "mean"
-        )
+    found = _blocks(full_map, base.block, (top, bottom), (left, right), list(made))
+    for (name, flat), values in zip(made.items(), found, strict=True):
         if name == "sum":
             heights = np.diff(np.minimum(np.arange(top, bottom + 1) * base.block, queries))
             widths = np.diff(np.minimum(np.arange(left, right + 1) * base.block, keys))
@@ -195,19 +194,30 @@ def _fill_strip(
             flat[offset : offset + last - first] = values[row - top, first - left : last - left]
 
 
-def _blocks(full_map: PooledRegion, block: int, rows: Span, cols: Span, reduce: str) -> np.ndarray:
-    """Blocks ``rows x cols`` of a map; those cut off by its end are pooled by themselves."""
+def _blocks(
+    full_map: PooledRegion, block: int, rows: Span, cols: Span, names: Sequence[str]
+) -> list[np.ndarray]:
+    """The maximum ("max") or mean of blocks ``rows x cols``; those that the map's end cuts off by themselves."""
     parts = [
         _whole_and_rest(span, block, size) for span, size in zip((rows, cols), full_map.shape, strict=True)
     ]
+    reductions = ["max" if name == "max" else "mean" for name in names]
     bands = []
     for start, stop, height in parts[0]:
         row = [
-            full_map.pool(slice(start, stop), slice(low, high), height, width, reduce)
+            _pools(full_map, (slice(start, stop), slice(low, high)), height, width, reductions)
             for low, high, width in parts[1]
         ]
-        bands.append(np.concatenate(row, axis=1))
-    return np.concatenate(bands, axis=0)
+        bands.append([np.concatenate(pieces, axis=1) for pieces in zip(*row, strict=True)])
+    return [np.concatenate(pieces, axis=0) for pieces in zip(*bands, strict=True)]
+
+
+def _pools(
+    full_map: PooledRegion, part: tuple[slice, slice], height: int, width: int, reductions: Sequence[str]
+) -> list[np.ndarray]:
+    if isinstance(full_map, SoftmaxMap):
+        return full_map.pools(*part, height, width, reductions)
+    return [full_map.pool(*part, height, width, reduce) for reduce in reductions]
 
 
 def _whole_and_rest(span: Span, block: int, size: int) -> list[tuple[int, int, int]]:
