@@ -19,6 +19,8 @@ from attnlab_storage.database import Store, open_store
 
 # Gradio closes its stream of events when a page is left, and complains of its own doing if one was on its way
 LEAVING = ("AbortError: signal is aborted without reason", "Unexpected error Connection errored out")
+IDLE = "() => window.__attnlab?.idle"
+"""every map, list and picture of the page stands"""
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +48,12 @@ def chromium(chromium_path: str) -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=chromium_path, args=quiet.split())
         yield browser
         browser.close()
+
+
+def wait(page: Any) -> None:
+    """Waits until the page stands and the browser has painted it."""
+    page.wait_for_function(IDLE)
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 @contextlib.contextmanager
@@ -222,3 +230,46 @@ def browse(window: Any) -> Iterator[Callable[..., Any]]:
     window.remove_listener("request", check)
     left = [problem for problem in problems if not any(part in problem for part in expected)]
     assert not left, "\n".join(left)
+
+
+@pytest.fixture
+def browse_idle(browse: Callable[..., Any]) -> Callable[..., Any]:
+    """Opens pages like ``browse`` and waits until their maps stand."""
+
+    def open_page(url: str, **options: Any) -> Any:
+        page = browse(url, **options)
+        page.wait_for_function(IDLE)
+        return page
+
+    return open_page
+
+
+@pytest.fixture
+def open_view(served: Served, browse_idle: Callable[..., Any]) -> Callable[..., Any]:
+    """Opens a run of the made-up experiment and waits until its view stands."""
+
+    def open_page(query: str = "", run: int = 0, **options: Any) -> Any:
+        traced = served.traced
+        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[run]}"
+        return browse_idle(f"{address}&{query}", **options)
+
+    return open_page
+
+
+@pytest.fixture(scope="module")
+def lengths(
+    sqlite_template: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_traced: Callable[..., Traced],
+    serve_store: Callable[[Store], str],
+) -> Iterator[tuple[str, Traced, Traced]]:
+    """Runs of 77 and of 30 tokens; both begin with the same 28 and end with the same two."""
+    with open_store(copied_store(sqlite_template, tmp_path_factory.mktemp("lengths"))) as store:
+        long, short = make_traced(store), make_traced(store, tokens=30, seed=3)
+        yield serve_store(store), long, short
+
+
+@pytest.fixture
+def compare(lengths: tuple[str, Traced, Traced], browse_idle: Callable[..., Any]) -> Callable[..., Any]:
+    """Compares runs of ``lengths``."""
+    return lambda query, **options: browse_idle(f"{lengths[0]}/compare?{query}", **options)

@@ -2,44 +2,22 @@
 
 import itertools
 import random
-import shutil
 
 import pytest
+from page_fixtures import IDLE
 
 from attnlab.views import alignment
 from attnlab.views.aligned_map import places
 from attnlab.views.alignment import align_tokens
-from attnlab_storage.database import open_store
 from attnlab_webui.theme import STATIC_URL
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
 RANGES = f"""async ([matched, size, windows]) => {{
   const {{ Borders }} = await import("{STATIC_URL}/js/borders.js");
   const borders = Borders.of(matched, size);
   return windows.map(([from, to]) => borders.range(from, to));
 }}"""
-
-
-@pytest.fixture(scope="module")
-def lengths(sqlite_template, tmp_path_factory, make_traced, serve_store):
-    """Runs of 30 and of 77 tokens; both begin with the same 28 and end with the same two."""
-    path = tmp_path_factory.mktemp("lengths") / "attnlab.db"
-    shutil.copyfile(sqlite_template, path)
-    with open_store(f"sqlite:///{path}") as store:
-        long, short = make_traced(store), make_traced(store, tokens=30, seed=3)
-        yield serve_store(store), long, short
-
-
-@pytest.fixture
-def compare(lengths, browse):
-    def open_page(query, **options):
-        page = browse(f"{lengths[0]}/compare?{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
 
 
 def window(page, index):

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from page_fixtures import wait
 
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
@@ -13,7 +14,6 @@ from attnlab_webui.theme import STATIC_URL
 
 pytestmark = pytest.mark.browser
 
-READY = "() => window.__attnlab?.idle"
 EPSILON = 2e-6
 
 
@@ -23,22 +23,16 @@ def traced(served):
 
 
 @pytest.fixture
-def lab(served, traced, browse):
+def lab(open_view):
     """Opens the experiment page of the made-up experiment and waits for its map."""
 
     def open_map(run: int = 0, query: str = "", **options):
-        url = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[run]}"
-        page = browse(f"{url}{'&' if query else ''}{query}", **options)
+        page = open_view(query, run, **options)
         wait(page)
         page.locator("canvas.at-map").scroll_into_view_if_needed()
         return page
 
     return open_map
-
-
-def wait(page):
-    page.wait_for_function(READY)
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def panel(page, name: str, index: int = 0):

@@ -5,22 +5,16 @@ import re
 
 import numpy as np
 import pytest
+from page_fixtures import wait
 
 from attnlab_storage import queue, results
 
 pytestmark = pytest.mark.browser
 
-READY = "() => window.__attnlab?.idle"
-
 
 @pytest.fixture
 def traced(served):
     return served.traced
-
-
-def wait(page):
-    page.wait_for_function(READY)
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def panels(page, expression: str):

@@ -1,38 +1,15 @@
 """Laws of comparing: distances lead to the heads that changed most, and other inputs are compared by their tokens."""
 
-import shutil
 import threading
 
 import numpy as np
 import pytest
+from page_fixtures import IDLE
 
 from attnlab.views import overview, wide_difference
 from attnlab.views.distances import head_distances, run_distances
-from attnlab_storage.database import open_store
 
 pytestmark = pytest.mark.browser
-
-IDLE = "() => window.__attnlab?.idle"
-
-
-@pytest.fixture(scope="module")
-def lengths(sqlite_template, tmp_path_factory, make_traced, serve_store):
-    """Runs of 77 and of 30 tokens; both begin with the same 28 and end with the same two."""
-    path = tmp_path_factory.mktemp("lengths") / "attnlab.db"
-    shutil.copyfile(sqlite_template, path)
-    with open_store(f"sqlite:///{path}") as store:
-        long, short = make_traced(store), make_traced(store, tokens=30, seed=3)
-        yield serve_store(store), long, short
-
-
-@pytest.fixture
-def compare(lengths, browse):
-    def open_page(query, **options):
-        page = browse(f"{lengths[0]}/compare?{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
 
 
 def top_heads(page):
@@ -109,10 +86,9 @@ def test_heads_of_one_run_are_compared_with_one_that_stays(compare, lengths):
     assert page.evaluate("() => window.__attnlab.panels()[1].title").startswith("L1H3")
 
 
-def test_the_map_of_a_run_leads_to_the_comparison_of_its_heads(lengths, browse):
+def test_the_map_of_a_run_leads_to_the_comparison_of_its_heads(lengths, browse_idle):
     address, long, _ = lengths
-    page = browse(f"{address}/experiment?id={long.experiment_id}&run={long.run_ids[0]}&layer=1&head=2")
-    page.wait_for_function(IDLE)
+    page = browse_idle(f"{address}/experiment?id={long.experiment_id}&run={long.run_ids[0]}&layer=1&head=2")
     page.get_by_role("link", name="Compare heads").click()
     page.wait_for_url("**/compare?*against=1:2*")
     page.get_by_text("against its own L1H2").wait_for()
@@ -146,14 +122,13 @@ def test_a_wide_difference_says_how_far_it_is_and_then_shows(lengths, browse, mo
     assert page.get_by_text("largest of the cells in a pixel").is_visible()
 
 
-def test_a_run_of_one_layer_has_no_range_of_layers(serve_runs, browse):
+def test_a_run_of_one_layer_has_no_range_of_layers(serve_runs, browse_idle):
     ran = serve_runs(
         one={
             "module": {"dim": 24, "num_heads": 2},
             "vary": {"mechanism": ["multi_head"], "sequence_length": [5]},
         }
     )
-    page = browse(ran.link("one"))
-    page.wait_for_function(IDLE)
+    page = browse_idle(ran.link("one"))
     assert page.locator(".at-layer .at-of").inner_text() == "0, the only one"
     assert page.locator(".at-layer input").is_disabled()

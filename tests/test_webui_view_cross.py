@@ -4,13 +4,12 @@ import re
 
 import pytest
 import torch
+from page_fixtures import IDLE
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from attnlab.views.viewport import head_overlays, load_map
 
 pytestmark = pytest.mark.browser
-
-IDLE = "() => window.__attnlab?.idle"
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +38,9 @@ def heard(serve_runs, tmp_path_factory):
 
 
 @pytest.fixture
-def open_cross(heard, browse):
+def open_cross(heard, browse_idle):
     def open_page(name="whisper", query="", **options):
-        page = browse(heard.link(name, f"view=cross&{query}"), **options)
-        page.wait_for_function(IDLE)
-        return page
+        return browse_idle(heard.link(name, f"view=cross&{query}"), **options)
 
     return open_page
 

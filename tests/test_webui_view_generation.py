@@ -1,26 +1,16 @@
 """Laws of the generation view: a step is a row of the map over the cache as it was then, and keys go through them."""
 
 import pytest
+from page_fixtures import IDLE
 
 from attnlab.views.head_tiles import head_tiles
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
-
 
 @pytest.fixture
-def open_steps(served, browse):
-    """Opens the steps of the made-up run of 77 tokens."""
-
-    def open_page(query: str = "", run: int = 0, **options):
-        traced = served.traced
-        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[run]}"
-        page = browse(f"{address}&view=generation&{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
+def open_steps(open_view):
+    return lambda query="", **options: open_view(f"view=generation&{query}", **options)
 
 
 def step_of(page):
@@ -111,9 +101,8 @@ def decoded(serve_runs):
     return serve_runs(six=DECODED | {"decode": {"steps": 6}}, one=DECODED)
 
 
-def test_decoding_steps_stand_over_the_cache_as_it_grew(decoded, browse):
-    page = browse(decoded.link("six", "view=generation&layer=0&head=1&token=2"))
-    page.wait_for_function(IDLE)
+def test_decoding_steps_stand_over_the_cache_as_it_grew(decoded, browse_idle):
+    page = browse_idle(decoded.link("six", "view=generation&layer=0&head=1&token=2"))
     assert step_of(page).startswith("3 of 6 · 19")
     chips = page.locator('[data-part="text"] .at-token')
     assert chips.count() == 20  # 17 in the cache before the first step, and three steps

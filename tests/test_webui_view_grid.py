@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from page_fixtures import IDLE
 
 from attnlab.views import overview, pyramids
 from attnlab.views.errors import ViewError
@@ -15,21 +16,10 @@ from attnlab_storage import results, tensors
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
-
 
 @pytest.fixture
-def grid(served, browse):
-    """Opens the grid of the made-up run and waits for its pictures."""
-
-    def open_page(query: str = "", **options):
-        traced = served.traced
-        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=grid"
-        page = browse(f"{address}&{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
+def grid(open_view):
+    return lambda query="", **options: open_view(f"view=grid&{query}", **options)
 
 
 @pytest.fixture
@@ -123,15 +113,14 @@ def test_the_curve_has_a_dot_for_every_head_and_a_point_for_every_layer(grid, en
     assert page.locator(".at-curves-chosen title").text_content().startswith("L1H3 ")
 
 
-def test_what_a_run_keeps_along_the_positions_is_drawn_for_the_chosen_head(serve, browse, traced):
+def test_what_a_run_keeps_along_the_positions_is_drawn_for_the_chosen_head(serve, browse_idle, traced):
     run_id = traced.run_ids[0]
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     for layer in range(2):
         assert tensors.keep_derived(traced.store, run_id, 1, "row_entropy", layer, rows + layer)
-    page = browse(
+    page = browse_idle(
         f"{serve(traced.store)}/experiment?id={traced.experiment_id}&run={run_id}&view=grid&layer=1&head=2"
     )
-    page.wait_for_function(IDLE)
     place = page.locator('[data-part="positions"]')
     assert "L1H2 · entropy of each query, nats" in place.inner_text()
     line = place.locator("polyline").get_attribute("points").split()

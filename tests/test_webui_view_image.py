@@ -1,13 +1,12 @@
 """Laws of the image view: its colours are the weights of the chosen patch, and a click or an arrow chooses another."""
 
 import pytest
+from page_fixtures import IDLE
 
 from attnlab.views.head_tiles import head_tiles
 from attnlab.views.viewport import find_trace
 
 pytestmark = pytest.mark.browser
-
-IDLE = "() => window.__attnlab?.idle"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +26,9 @@ def pictured(serve_runs):
 
 
 @pytest.fixture
-def open_image(pictured, browse):
+def open_image(pictured, browse_idle):
     def open_page(name="digit", query="layer=1&head=2", **options):
-        page = browse(pictured.link(name, f"view=image&{query}"), **options)
-        page.wait_for_function(IDLE)
-        return page
+        return browse_idle(pictured.link(name, f"view=image&{query}"), **options)
 
     return open_page
 
@@ -61,6 +58,7 @@ def test_a_click_and_the_arrow_keys_choose_the_query_and_the_link_keeps_it(open_
     box = canvas.bounding_box()
     canvas.click(position={"x": 2, "y": box["height"] - 2})
     page.wait_for_url("**token=*")
+    page.wait_for_function(IDLE)
     last = query_words(page)
     assert last.startswith("patch ")
     assert last.endswith(",0")

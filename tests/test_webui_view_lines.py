@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from page_fixtures import IDLE
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
 INKED = """() => {
   const canvas = document.querySelector('.at-lines canvas');
   const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
@@ -18,14 +18,11 @@ INKED = """() => {
 
 
 @pytest.fixture
-def lines(served, browse):
+def lines(open_view):
     """Opens the line view of the made-up run and waits for its numbers."""
 
     def open_page(query: str = "", **options):
-        traced = served.traced
-        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=lines"
-        page = browse(f"{address}&{query}", **options)
-        page.wait_for_function(IDLE)
+        page = open_view(f"view=lines&{query}", **options)
         page.evaluate(f"() => {{ window.__inked = {INKED}; }}")
         page.wait_for_function("() => window.__inked() > 0")
         return page

@@ -6,26 +6,14 @@ import re
 import networkx
 import numpy as np
 import pytest
+from page_fixtures import IDLE
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
-
 
 @pytest.fixture
-def view(served, browse):
-    """Opens the rollout of the made-up run and waits for its numbers."""
-
-    def open_page(query: str = "", **options):
-        traced = served.traced
-        address = (
-            f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=rollout"
-        )
-        page = browse(f"{address}&{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
+def view(open_view):
+    return lambda query="", **options: open_view(f"view=rollout&{query}", **options)
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from page_fixtures import IDLE
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
 READ = """() => [...document.querySelectorAll('.at-token')].map(token => {
   const style = getComputedStyle(token);
   return {words: token.textContent, title: token.title, masked: token.classList.contains('at-masked'),
@@ -16,17 +16,8 @@ READ = """() => [...document.querySelectorAll('.at-token')].map(token => {
 
 
 @pytest.fixture
-def token_view(served, browse):
-    """Opens the token view of the made-up run and waits for its numbers."""
-
-    def open_page(query: str = "", **options):
-        traced = served.traced
-        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}&view=token"
-        page = browse(f"{address}&{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
+def token_view(open_view):
+    return lambda query="", **options: open_view(f"view=token&{query}", **options)
 
 
 def shown(page) -> list[float | None]:

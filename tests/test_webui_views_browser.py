@@ -6,22 +6,6 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-IDLE = "() => window.__attnlab?.idle"
-
-
-@pytest.fixture
-def open_view(served, browse):
-    """Opens a view of the made-up run and waits until it stands."""
-
-    def open_page(query: str = "", **options):
-        traced = served.traced
-        address = f"{served.address}/experiment?id={traced.experiment_id}&run={traced.run_ids[0]}"
-        page = browse(f"{address}&{query}", **options)
-        page.wait_for_function(IDLE)
-        return page
-
-    return open_page
-
 
 def test_the_map_is_the_view_that_a_link_without_one_opens(open_view):
     page = open_view("layer=1&head=2")
