@@ -103,6 +103,21 @@ def test_runs_of_another_length_are_aligned_by_their_tokens(
         assert grid.measures[name][0, 1] == pytest.approx(wanted[name].mean(), abs=1e-5)
 
 
+def test_other_words_of_the_same_number_are_aligned_as_well(
+    sqlite_store: Store, make_traced: Callable[..., Any]
+) -> None:
+    a = make_traced(sqlite_store)
+    b = make_traced(sqlite_store, seed=1, words=[*a.tokens[:20], "Ġnew", *a.tokens[20:-1]])
+    run_a, run_b = a.run_ids[0], b.run_ids[0]
+    grid = run_distances(sqlite_store, run_a, run_b, max_rows=1000)
+    places = np.arange(76), np.array([*range(20), *range(21, 77)])
+    p, q = a.reference(run_a, 1, 2)[places[0]], b.reference(run_b, 1, 2)[places[1]]
+    lost = [one.sum(1) - one[:, at].sum(1) for one, at in zip((p, q), places, strict=True)]
+    wanted = row_distances(p[:, places[0]], q[:, places[1]], *lost)["total_variation"]
+    assert (grid.rows_total, grid.matched) == (76, pytest.approx(76 / 77))
+    assert grid.measures["total_variation"][1, 2] == pytest.approx(wanted.mean(), abs=1e-5)
+
+
 @pytest.fixture
 def signed(sqlite_store: Store) -> tuple[Store, list[int]]:
     """Two runs of differential attention whose weights are of both signs, with different λ."""

@@ -41,11 +41,17 @@ def make_traced() -> Callable[..., Traced]:
     """Writes a made-up experiment through the real storage API: random Q and K, their LSE, and measurements.
 
     The first run is causal ``multi_head``, the second a causal ``sliding_window``; every name in ``outcomes``
-    adds a run that ended so.
+    adds a run that ended so. ``words``: the tokens, ``tokens`` of them, where not the usual ones.
     """
 
     def make(
-        store: Store, *, tokens: int = 77, layers: int = 2, outcomes: Sequence[str] = (), seed: int = 0
+        store: Store,
+        *,
+        tokens: int = 77,
+        layers: int = 2,
+        outcomes: Sequence[str] = (),
+        seed: int = 0,
+        words: Sequence[str] = (),
     ) -> Traced:
         points = [
             _point("multi_head", {}, tokens),
@@ -54,8 +60,8 @@ def make_traced() -> Callable[..., Traced]:
         ]
         spec = {"name": "made up <b>&", "model": "made-up", "vary": {"mechanism": ["multi_head"]}}
         queued = queue.submit(store, name=spec["name"], spec=spec, spec_hash="0" * 64, points=points)
-        words = [f"Ġtoken{i}" for i in range(tokens - 2)] + ["<script>alert(1)</script>", "Ċ"]
-        traced = Traced(store, queued.experiment_id, queued.run_ids, words, {})
+        usual = [f"Ġtoken{i}" for i in range(tokens - 2)] + ["<script>alert(1)</script>", "Ċ"]
+        traced = Traced(store, queued.experiment_id, queued.run_ids, list(words) or usual, {})
         rng = np.random.default_rng(seed)
         masks = [Causal(), Window(15)]
         for run_id, mask in zip(queued.run_ids, masks, strict=False):

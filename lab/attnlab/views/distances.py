@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from attnlab.views.alignment import Alignment, run_alignment
+from attnlab.views.aligned_map import needed_alignment
+from attnlab.views.alignment import Alignment
 from attnlab.views.difference import NO_DIVERGENCE, sample_rows
 from attnlab.views.errors import ViewError
 from attnlab.views.overview import PooledRegion
@@ -98,15 +100,7 @@ def run_distances(
         raise ViewError(f"layers must be some of those that both runs recorded, {common}; got {list(wanted)}")
     heads = max(traces_a[layer].heads for layer in wanted)
     pairs = np.array([[(layer, head, layer, head) for head in range(heads)] for layer in wanted])
-    shapes = [{(t[layer].num_queries, t[layer].num_keys) for layer in wanted} for t in (traces_a, traces_b)]
-    return _grid(
-        store,
-        run_a,
-        run_b,
-        pairs,
-        None if shapes[0] == shapes[1] else run_alignment(store, run_a, run_b),
-        max_rows,
-    )
+    return _grid(store, run_a, run_b, pairs, max_rows)
 
 
 def head_distances(
@@ -127,7 +121,7 @@ def head_distances(
         )
     others = range(heads_b) if head_b is None else [head_b]
     pairs = np.array([[(layer, head, layer_b, other) for other in others] for head in range(heads)])
-    return _grid(store, run_id, run_id, pairs, None, max_rows)
+    return _grid(store, run_id, run_id, pairs, max_rows)
 
 
 def row_distances(
@@ -150,26 +144,27 @@ def row_distances(
     }
 
 
-def _grid(
-    store: Store,
-    run_a: int,
-    run_b: int,
-    pairs: np.ndarray,
-    alignment: tuple[Alignment, Alignment] | None,
-    max_rows: int,
-) -> DistanceGrid:
+def _grid(store: Store, run_a: int, run_b: int, pairs: np.ndarray, max_rows: int) -> DistanceGrid:
     if max_rows < 1:
         raise ViewError(f"max_rows must be at least 1; got {max_rows}")
     tables = {name: np.full(pairs.shape[:2], np.nan) for name in MEASURES}
     found_a, found_b = (dict(_by_layer(store, run_id)) for run_id in (run_a, run_b))
     used = total = 0
+    matched = 1.0
     any_signed = False
+
+    @cache
+    def aligned(*shapes: tuple[int, int]) -> tuple[Alignment, Alignment] | None:
+        return None if run_a == run_b else needed_alignment(store, run_a, run_b, *shapes)
+
     for place in np.ndindex(pairs.shape[:2]):
         layer, head, layer_b, head_b = pairs[place].tolist()
         sides = (found_a[layer], found_b[layer_b])
         if head >= sides[0][1].heads or head_b >= sides[1][1].heads:
             continue
         a, b = head_map(store, *sides[0], head), head_map(store, *sides[1], head_b)
+        alignment = aligned(a.shape, b.shape)
+        matched = matched if alignment is None else min(matched, alignment[1].share)
         rows = _matched_rows(a, b, alignment)
         spans = sample_rows(len(rows), max_rows)
         signed = is_signed(sides[0][1]) or is_signed(sides[1][1])
@@ -181,7 +176,6 @@ def _grid(
                 continue
             values = np.concatenate([one[name] for one in found])
             table[place] = np.nanmean(values) if not np.isnan(values).all() else np.nan
-    matched = 1.0 if alignment is None else alignment[1].share
     note = _note(used, total, matched) + (f"; {NO_DIVERGENCE}" if any_signed else "")
     return DistanceGrid(pairs, tables, used, total, matched, note)
 
