@@ -149,6 +149,42 @@ def test_compared_panels_share_one_scale_and_two_runs_get_their_difference(trace
     assert not any(word and "−" in word for word in three)
 
 
+def test_of_more_runs_the_pair_that_is_asked_for_gets_its_difference(traced, make_traced):
+    (a, b), c = traced.run_ids, make_traced(traced.store, seed=5).run_ids[0]
+    heads = {"layer": 0, "head": 2, "rows": (40, 77), "cols": (0, 9), "format": "svg"}
+    document = image.render_comparison(traced.store, [a, b, c], **heads, pair=(c, b), scale="log")
+    gap = make_difference(traced.store, c, b)
+    assert {f"#{c} − #{b} · L0H2", f"{np.abs(gap).max():+.3g}"} <= set(texts_of(document))
+    unit = panel.unit_values(gap, np.abs(gap).max(), "log", signed=True)
+    cells = rasters_of(document)[6].astype(int)  # after three maps, each with its bar
+    assert np.abs(cells - colorize(unit, DIVERGING))[np.tri(77, dtype=bool)[40:, :9]].max() <= 4
+    three = pixels_of(image.render_comparison(traced.store, [a, b], **heads | {"format": "png"})).shape
+    four = pixels_of(
+        image.render_comparison(traced.store, [a, b, c], **heads | {"format": "png"}, pair=(c, b))
+    ).shape
+    assert four == (2 * three[0], three[1], 3)  # the fourth stands below
+    with pytest.raises(
+        ViewError, match=re.escape(f"pair must be two of the runs [{a}, {b}]; got [{a}, {c}]")
+    ):
+        image.render_comparison(traced.store, [a, b], **heads, pair=(a, c))
+
+
+def make_difference(store, a, b):
+    one, other = (load_map(store, run, 0, 2).tile(slice(40, 77), slice(0, 9)) for run in (a, b))
+    return one - other
+
+
+def test_a_head_of_one_run_is_drawn_beside_the_one_that_it_is_compared_with(traced):
+    run = traced.run_ids[0]
+    document = image.render_comparison(traced.store, [run], 0, 2, format="svg", against=(1, 3))
+    written = texts_of(document)
+    assert f"#{run} · L0H2 − L1H3" in written
+    gap = traced.reference(run, 0, 2) - traced.reference(run, 1, 3)
+    unit = 0.5 + gap / np.abs(gap).max() / 2
+    cells = rasters_of(document)[4].astype(int)
+    assert np.abs(cells - colorize(unit, DIVERGING))[np.tri(77, dtype=bool)].max() <= 4
+
+
 def ran(store, mechanism, parameters):
     spec = {
         "name": mechanism,

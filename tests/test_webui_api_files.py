@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from pyarrow import parquet
+from safetensors.numpy import load
 from starlette.testclient import TestClient
 
 from attnlab_storage import results
@@ -85,6 +86,17 @@ def test_compared_maps_come_in_one_file(client, traced):
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         for run_id in (a, b):
             np.testing.assert_allclose(arrays[f"map_{run_id}"], traced.reference(run_id, 0, 3), atol=EPSILON)
+
+
+def test_heads_of_one_run_come_in_one_file_and_one_picture(client, traced):
+    run_id = traced.run_ids[0]
+    which = f"runs={run_id}&layer=0&head=3&against=1:2"
+    content = client.get(f"/api/v1/compare/export/safetensors?{which}").content
+    kept = load(content)
+    np.testing.assert_allclose(kept[f"map_{run_id}"], traced.reference(run_id, 0, 3), atol=EPSILON)
+    np.testing.assert_allclose(kept[f"map_{run_id}_L1H2"], traced.reference(run_id, 1, 2), atol=EPSILON)
+    picture = client.get(f"/api/v1/compare/export/svg?{which}")
+    assert f"#{run_id} · L0H3 − L1H2" in picture.text
 
 
 def test_tables_read_back(client, traced):
@@ -168,6 +180,8 @@ def test_a_bad_upload_is_refused_and_nothing_is_stored(empty_store, monkeypatch,
         ("/compare/export/csv?runs=1,x", 400, "runs must be run ids separated by commas, got '1,x'"),
         ("/compare/export/csv?runs=" + ",".join(map(str, range(1, 30))), 400, "at most 16 run ids, got 29"),
         ("/compare/export/png?runs=1,2", 400, "layer and head must be given for png"),
+        ("/compare/export/png?runs=1,2&layer=0&head=0&pair=1", 400, "pair must be two run ids"),
+        ("/compare/export/png?runs=1,2&layer=0&head=0&against=0:1", 400, "against must be LAYER:HEAD of a"),
     ],
 )
 def test_a_wrong_download_gets_one_sentence(client, path, status, words):

@@ -5,6 +5,7 @@ Every download is an attachment, so that nothing a person can write is ever rend
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from typing import IO, Annotated, Any
@@ -109,8 +110,14 @@ def export_comparison(
     reduce: str = "max",
     colormap: str = "viridis",
     theme: str = "light",
+    pair: Text = None,
+    against: Text = None,
 ) -> Response:
-    """Several runs: measurements in one table, the same region of their maps as arrays or as one picture."""
+    """Several runs: measurements in one table, the same region of their maps as arrays or as one picture.
+
+    The picture of two maps has their difference, and so has that of more runs with a `pair` of them (`3,7`);
+    `against` (`5:2`) is the layer and head of the only run that the given one is compared with.
+    """
     check_choice("format", form, COMPARE_FORMATS)
     run_ids = ids("runs", runs)
     if len(run_ids) > MOST_RUNS:
@@ -124,9 +131,10 @@ def export_comparison(
         raise Refused(f"layer and head must be given for {form}")
     region = span("rows", rows), span("cols", cols)
     name = f"{name}-L{layer}H{head}"
+    own = _own_head(against, run_ids)
     if form in arrays.FORMATS:
-        return file_answer(_several_maps(store, run_ids, layer, head, *region, form), name, form)
-    look = _look(scale, colormap, theme, reduce)
+        return file_answer(_several_maps(store, run_ids, layer, head, own, *region, form), name, form)
+    look: dict[str, Any] = {"pair": _pair(pair), "against": own, **_look(scale, colormap, theme, reduce)}
     body = image.render_comparison(store, run_ids, layer, head, *region, form, **look)
     return file_answer(body, name, form)
 
@@ -184,17 +192,45 @@ def _whole_layer(store: Store, run_id: int, layer: int, form: str, look: dict[st
 
 
 def _several_maps(
-    store: Store, run_ids: list[int], layer: int, head: int, rows: Any, cols: Any, form: str
+    store: Store,
+    run_ids: list[int],
+    layer: int,
+    head: int,
+    against: tuple[int, int] | None,
+    rows: Any,
+    cols: Any,
+    form: str,
 ) -> bytes:
-    """``map_3``, ``map_7``, ... of one region, with the tokens of each run."""
+    """``map_3``, ``map_7``, ... of one region, with the tokens of each run; ``map_3_L5H2`` is ``against``."""
     found = {}
-    spans = linked_regions(store, [(run_id, layer, head) for run_id in run_ids], rows, cols)
-    for run_id, region in zip(run_ids, spans, strict=True):
-        part = arrays.map_arrays(
-            store, run_id, layer, head, *region, max_bytes=arrays.MAX_BYTES // len(run_ids)
-        )
-        found |= {f"{name}_{run_id}": array for name, array in part.items()}
+    heads = image.compared_heads(run_ids, layer, head, against)
+    names = [str(run_id) for run_id in run_ids]
+    names += [f"{run_id}_L{at}H{of}" for run_id, at, of in heads[len(run_ids) :]]
+    spans = linked_regions(store, heads, rows, cols)
+    for which, at, region in zip(names, heads, spans, strict=True):
+        part = arrays.map_arrays(store, *at, *region, max_bytes=arrays.MAX_BYTES // len(heads))
+        found |= {f"{name}_{which}": array for name, array in part.items()}
     return arrays.pack(found, {"runs": run_ids, "layer": layer, "head": head}, form)
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    """``"3,7"`` as two runs."""
+    if text is None:
+        return None
+    found = ids("pair", text)
+    if len(found) != 2:
+        raise Refused(f"pair must be two run ids separated by a comma, got {text!r}")
+    return found[0], found[1]
+
+
+def _own_head(text: str | None, run_ids: list[int]) -> tuple[int, int] | None:
+    """``"5:2"`` as layer and head of the only run."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)
+    if match is None or len(run_ids) != 1:
+        raise Refused(f"against must be LAYER:HEAD of a single run, got {text!r} of {len(run_ids)} runs")
+    return int(match[1]), int(match[2])
 
 
 def _look(scale: str, colormap: str, theme: str, reduce: str) -> dict[str, Any]:

@@ -85,32 +85,58 @@ def render_comparison(
     cols: Region = None,
     format: str = "png",
     *,
+    pair: tuple[int, int] | None = None,
+    against: tuple[int, int] | None = None,
     colormap: str = "viridis",
     scale: Scale = "linear",
     theme: str = "light",
     reduce: str = "max",
     maximum: float | None = None,
 ) -> bytes:
-    """The same region of the same head in several runs on one shared scale; two runs also get A - B.
+    """The same region of the same head in several runs on one shared scale; two maps also get A - B.
 
     Runs with signed weights share a scale of their own. The region is of the first run's tokens, and a run over
     another text shows where it has them.
 
+    Args:
+        pair: of more than two runs the two whose difference is drawn too.
+        against: layer and head of the last run that the given head of it is compared with.
+
     Raises ViewError for anything that cannot be shown, also where the tokens of two runs cannot be matched.
     """
     check_format(format)
-    linked = linked_viewports(
-        store, [(run_id, layer, head) for run_id in run_ids], rows, cols, PLOT_SIDE, PLOT_SIDE, reduce
-    )
-    signed = [is_signed(find_trace(store, run_id, layer)[1]) for run_id in run_ids]
+    heads = compared_heads(run_ids, layer, head, against)
+    linked = linked_viewports(store, heads, rows, cols, PLOT_SIDE, PLOT_SIDE, reduce)
+    signed = [is_signed(find_trace(store, run_id, at)[1]) for run_id, at, _ in heads]
     peaks = {kind: _peak(linked.panels, signed, kind) if maximum is None else maximum for kind in set(signed)}
     panels = [
-        _panel(store, run_id, layer, head, view, peaks, colormap, scale)
-        for run_id, view in zip(run_ids, linked.panels, strict=True)
+        _panel(store, *at, view, peaks, colormap, scale)
+        for at, view in zip(heads, linked.panels, strict=True)
     ]
-    if len(run_ids) == 2:
-        panels.append(_difference_panel(store, run_ids, layer, head, linked.panels, reduce))
+    if (places := _differing(run_ids, heads, pair)) is not None:
+        a, b = places
+        views = linked.panels[a], linked.panels[b]
+        panels.append(_difference_panel(store, heads[a], heads[b], views, reduce, scale))
     return encode(draw_panels(panels, theme), format)
+
+
+def compared_heads(
+    run_ids: Sequence[int], layer: int, head: int, against: tuple[int, int] | None
+) -> list[tuple[int, int, int]]:
+    """(run, layer, head) of every map that is compared."""
+    own = [] if against is None else [(run_ids[-1], *against)]
+    return [*((run_id, layer, head) for run_id in run_ids), *own]
+
+
+def _differing(
+    run_ids: Sequence[int], heads: Sequence[tuple[int, int, int]], pair: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Which two of the maps get a difference: the only two, or those of a pair of runs."""
+    if pair is None:
+        return (0, 1) if len(heads) == 2 else None
+    if not set(pair) <= set(run_ids):
+        raise ViewError(f"pair must be two of the runs {list(run_ids)}; got {list(pair)}")
+    return run_ids.index(pair[0]), run_ids.index(pair[1])
 
 
 def render_heads(
@@ -194,27 +220,36 @@ def _allowed(store: Store, run_id: int, layer: int, head: int, view: Viewport) -
 
 
 def _difference_panel(
-    store: Store, run_ids: Sequence[int], layer: int, head: int, views: Sequence[Viewport], reduce: str
+    store: Store,
+    first: tuple[int, int, int],
+    second: tuple[int, int, int],
+    views: tuple[Viewport, Viewport],
+    reduce: str,
+    scale: Scale,
 ) -> Panel:
     signed = "mean" if reduce == "mean" else "signed_max"
-    (a, b), like = run_ids, views[0]
-    matched = needed_alignment(store, a, b, like.shape, views[1].shape) is not None
-    gap = difference(store, a, b, layer, head, like.rows, like.cols, PLOT_SIDE, PLOT_SIDE, signed)
-    labels = token_labels(store, a, layer)
-    allowed = _allowed(store, a, layer, head, gap)
+    (a, layer, head), (b, layer_b, head_b) = first, second
+    like = views[0]
+    matched = a != b and needed_alignment(store, a, b, like.shape, views[1].shape) is not None
+    where = like.rows, like.cols, PLOT_SIDE, PLOT_SIDE
+    gap = difference(store, a, b, layer, head, *where, signed, layer_b=layer_b, head_b=head_b)
+    allowed = _allowed(store, *first, gap)
     if matched:
         allowed &= np.isfinite(gap.values)
     else:
-        allowed |= _allowed(store, b, layer, head, gap)
+        allowed |= _allowed(store, *second, gap)
+    one_run = a == b and (layer, head) != (layer_b, head_b)
+    title = f"#{a} · L{layer}H{head} − L{layer_b}H{head_b}" if one_run else f"#{a} − #{b} · L{layer}H{head}"
     return Panel(
         gap.values,
         gap.rows,
         gap.cols,
         max(-gap.minimum, gap.maximum),
-        title=f"#{a} − #{b} · L{layer}H{head}",
+        title=title,
         subtitle=f"signed difference · {_pixels(gap)}",
-        **_axes(labels, find_trace(store, a, layer)[1], gap),
+        **_axes(token_labels(store, a, layer), find_trace(store, a, layer)[1], gap),
         signed=True,
+        scale="log" if scale == "log" else "linear",
         allowed=allowed,
     )
 

@@ -15,6 +15,7 @@ from attnlab.views.errors import ViewError
 SCALES = ("linear", "log", "row")
 SIGNED_KNEE = 1e-3  # share of the peak below which a signed logarithmic scale is linear
 PLOT_SIDE = 512
+PANELS_ACROSS = 3
 TOKEN_CELL = 11  # pixels a cell needs before its token is written beside it
 _LABEL_ROOM = 96
 _NUMBER_ROOM = 40
@@ -101,15 +102,20 @@ def check_look(theme: str, colormap: str) -> None:
 
 
 def draw_panels(panels: Sequence[Panel], theme: str = "light") -> Scene:
-    """The panels side by side in one scene, each with its own axes, title and colour bar."""
+    """The panels side by side in one scene, three in a row, each with its own axes, title and colour bar."""
     for panel in panels:
         check_look(theme, panel.colormap)
     boxes = [_Box.of(panel) for panel in panels]
-    scene = Scene(sum(box.width for box in boxes), max(box.height for box in boxes), THEMES[theme].background)
-    left = 0
-    for panel, box in zip(panels, boxes, strict=True):
-        _draw(scene, panel, box, left, THEMES[theme])
-        left += box.width
+    starts = range(0, len(panels), PANELS_ACROSS)
+    lines = [list(zip(panels, boxes, strict=True))[start : start + PANELS_ACROSS] for start in starts]
+    heights = [max(box.height for _, box in line) for line in lines]
+    width = max(sum(box.width for _, box in line) for line in lines)
+    scene = Scene(width, sum(heights), THEMES[theme].background)
+    for line, top in zip(lines, np.cumsum([0, *heights]).tolist(), strict=False):
+        left = 0
+        for panel, box in line:
+            _draw(scene, panel, box, left, top, THEMES[theme])
+            left += box.width
     return scene
 
 
@@ -153,19 +159,19 @@ def _label_room(labels: Sequence[str], span: tuple[int, int], pixels: int) -> in
     return round(min(_LABEL_ROOM, max(text_width(label, 10) for label in labels) + 10))
 
 
-def _draw(scene: Scene, panel: Panel, box: _Box, left: int, theme: Theme) -> None:
-    x, y = left + box.left, box.top
+def _draw(scene: Scene, panel: Panel, box: _Box, left: int, top: int, theme: Theme) -> None:
+    x, y = left + box.left, top + box.top
     room = box.width - 24
-    scene.add(Text(left + 12, 18, shorten(panel.title, room, 14), 14, theme.text))
-    scene.add(Text(left + 12, 38, shorten(panel.subtitle, room, 11), 11, theme.quiet))
+    scene.add(Text(left + 12, top + 18, shorten(panel.title, room, 14), 14, theme.text))
+    scene.add(Text(left + 12, top + 38, shorten(panel.subtitle, room, 11), 11, theme.quiet))
     unit = unit_values(panel.values, panel.peak, panel.scale, signed=panel.signed)
     name = DIVERGING if panel.signed else panel.colormap
     pixels = colorize(unit, name)
     if panel.allowed is not None:
         pixels = np.where(panel.allowed[..., None], pixels, np.array(theme.masked, np.uint8))
     scene.add(Raster(x, y, box.plot_width, box.plot_height, pixels))
-    _draw_rows(scene, panel, box, x, theme)
-    _draw_cols(scene, panel, box, x, theme)
+    _draw_rows(scene, panel, box, x, y, theme)
+    _draw_cols(scene, panel, box, x, y, theme)
     down, across = _axis("query (from)", panel.row_title), _axis(f"{panel.col_word} (to)", panel.col_title)
     scene.add(Text(left + 14, y + box.plot_height / 2, down, 12, theme.text, "middle", 90))
     below = y + box.plot_height + (box.room_across or 24) + 12
@@ -184,25 +190,25 @@ def _axis(word: str, title: str) -> str:
     return f"{word}: {title}" if title else word
 
 
-def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
+def _draw_rows(scene: Scene, panel: Panel, box: _Box, x: int, y: int, theme: Theme) -> None:
     start, stop = panel.rows
     step = box.plot_height / (stop - start)
     if box.room_down:
         for i, label in enumerate(panel.row_labels):
-            middle = box.top + (i + 0.5) * step
+            middle = y + (i + 0.5) * step
             text = shorten(label, _LABEL_ROOM - 8, 10)
             scene.add(Text(x - 5, middle, text, 10, theme.quiet, "end"))
         return
     for tick in nice_ticks(start, stop):
-        middle = box.top + (tick - start + 0.5) * step
+        middle = y + (tick - start + 0.5) * step
         scene.add(Line(x - 4, middle, x - 1, middle, theme.quiet))
         text = _mark(panel.row_title, panel.row_labels, tick, start)
         scene.add(Text(x - 6, middle, text, 10, theme.quiet, "end"))
 
 
-def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, theme: Theme) -> None:
+def _draw_cols(scene: Scene, panel: Panel, box: _Box, x: int, y: int, theme: Theme) -> None:
     start, stop = panel.cols
-    step, y = box.plot_width / (stop - start), box.top + box.plot_height
+    step, y = box.plot_width / (stop - start), y + box.plot_height
     if box.room_across:
         for i, label in enumerate(panel.col_labels):
             text = shorten(label, _LABEL_ROOM - 8, 10)

@@ -197,10 +197,11 @@ export class Controls {
     const colormap = view.table(false).name;
     const look = { ...region, scale: norm === "row" && !view.first.signed ? "row" : scale, reduce, colormap, theme };
     const runs = [...new Set(view.sources.map((source) => source.facts.run))];
-    const base = runs.length > 1 ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
-    const which = runs.length > 1 ? { runs: runs.join(",") } : {};
-    place.replaceChildren(line("at-label", view.config.against ? "the first map" : "this view"));
-    const numbers = runs.length > 1 ? ["npz"] : ["npz", "parquet", "safetensors"];
+    const several = view.sources.length > 1;
+    const base = several ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
+    const which = several ? comparison(view, runs) : {};
+    place.replaceChildren(line("at-label", "this view"));
+    const numbers = several ? ["npz", "safetensors"] : ["npz", "parquet", "safetensors"];
     const files = [...["png", "svg", "pdf"].map((format) => [format, look]), ...numbers.map((format) => [format, region])];
     for (const [format, fields] of files) {
       const link = document.createElement("a");
@@ -226,6 +227,13 @@ export class Controls {
     this.distances?.stop();
     this.stats.stop();
   }
+}
+
+// What an export of the panels names: the runs, the pair whose difference stands there, or the head that stays.
+function comparison(view, runs) {
+  const [, { at }] = view.pair();
+  const pair = runs.length > 2 ? view.pair().map(({ facts }) => facts.run).join(",") : undefined;
+  return { runs: runs.join(","), pair, against: at && `${at.layer}:${at.head}` };
 }
 
 // This head against the others of its run.
