@@ -121,7 +121,7 @@ class SoftmaxMap:
                     fold = np.maximum if reduce == "max" else np.add
                     weights = scores if reduce == "max" else np.exp(scores)
                     region = out[top:bottom, left:right]
-                    fold(region, _fold_cols(fold, _fold_rows(fold, weights, at_rows), at_cols), out=region)
+                    fold(region, fold_pixels(fold, weights, at_rows, at_cols), out=region)
         area = (np.diff(row_edges)[:, None] * np.diff(col_edges)[None, :]).astype(np.float32)
         # exp is monotonic, so a maximum needs it for the pixels only
         return [
@@ -237,6 +237,13 @@ def _edges(start: int, stop: int, pixels: int) -> NDArray[np.int64]:
 def _bins(edges: NDArray[np.int64], lo: int, hi: int) -> tuple[int, int]:
     """First bin touching ``[lo, hi)`` and one past the last."""
     return int(np.searchsorted(edges, lo, "right")) - 1, int(np.searchsorted(edges, hi, "left"))
+
+
+def fold_pixels(
+    fold: np.ufunc, values: NDArray[Any], row_edges: NDArray[np.int64], col_edges: NDArray[np.int64]
+) -> NDArray[Any]:
+    """The values under each pixel, combined; edges rise from 0 to the size of each side."""
+    return _fold_cols(fold, _fold_rows(fold, values, row_edges), col_edges)
 
 
 def _fold_rows(fold: np.ufunc, values: NDArray[Any], edges: NDArray[np.int64]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from attnlab.views.overview import Pixels, Span
 from attnlab.views.trace_map import AttentionMap
 from attnlab.views.viewport import Viewport, viewport_of_blocks
 from attnlab.views.wide_difference import Side, pair_key
+from attnlab_kernels.effective_map import fold_pixels
 from attnlab_storage.database import Store
 
 MOST_BLOCKS = 2048
@@ -93,7 +94,7 @@ def block_pixels(blocks: Blocks, rows: Span, cols: Span, height: int, width: int
     edges = row_blocks - row_blocks[0], col_blocks - col_blocks[0]
     if reduce == "mean":
         sums, counts = (
-            fold(np.add, one[part].astype(np.float64), *edges) for one in (blocks.sums, blocks.counts)
+            fold_pixels(np.add, one[part].astype(np.float64), *edges) for one in (blocks.sums, blocks.counts)
         )
         values = quotient(sums, counts)
     else:
@@ -103,7 +104,7 @@ def block_pixels(blocks: Blocks, rows: Span, cols: Span, height: int, width: int
 
 def furthest(gap: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
     """The value furthest from 0 under each pixel; NaN counts nowhere, and stands where there is nothing else."""
-    highest, lowest = (fold(one, gap, row_edges, col_edges) for one in (np.fmax, np.fmin))
+    highest, lowest = (fold_pixels(one, gap, row_edges, col_edges) for one in (np.fmax, np.fmin))
     return np.where(highest >= -lowest, highest, lowest)
 
 
@@ -117,18 +118,13 @@ def known_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of what is no NaN under each pixel, float64."""
     known = ~np.isnan(gap)
-    sums = fold(np.add, np.where(known, gap, 0.0).astype(np.float64), row_edges, col_edges)
-    return sums, fold(np.add, known.astype(np.float64), row_edges, col_edges)
+    sums = fold_pixels(np.add, np.where(known, gap, 0.0).astype(np.float64), row_edges, col_edges)
+    return sums, fold_pixels(np.add, known.astype(np.float64), row_edges, col_edges)
 
 
 def quotient(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """``sums / counts``, NaN where nothing was counted."""
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-
-
-def fold(by: np.ufunc, values: np.ndarray, row_edges: np.ndarray, col_edges: np.ndarray) -> np.ndarray:
-    """The values under each pixel, combined; edges from 0 to the size."""
-    return by.reduceat(by.reduceat(values, row_edges[:-1], axis=0), col_edges[:-1], axis=1)
 
 
 def pixel_edges(start: int, stop: int, pixels: int) -> np.ndarray:

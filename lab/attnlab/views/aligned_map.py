@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attnlab.views.alignment import Alignment, run_alignment
+from attnlab.views.alignment import Alignment, align_inputs
 from attnlab.views.errors import ViewError
 from attnlab.views.trace_map import AttentionMap
 from attnlab_storage import results
@@ -58,7 +58,10 @@ def needed_alignment(
             return None
         text = f"run {run_a} has {shape_a[0]} x {shape_a[1]}, run {run_b} {shape_b[0]} x {shape_b[1]}"
         raise ViewError(f"a difference needs maps of the same size, or tokens to align them by; {text}")
-    found = run_alignment(store, run_a, run_b)
+    first, second = inputs
+    assert first is not None
+    assert second is not None
+    found = align_inputs(first, second)
     return None if all(one.identical for one in found) else found
 
 

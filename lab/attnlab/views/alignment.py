@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnlab.views.errors import ViewError
-from attnlab_storage import results
-from attnlab_storage.database import Store
+from attnlab_storage.results import InputRow
 
 MOST_COMPARED = 4096
 """tokens between a common beginning and a common end that are matched; the time grows with their square"""
@@ -92,16 +91,9 @@ def _matching_blocks(a: tuple[str, ...], b: tuple[str, ...]) -> list[tuple[int, 
     return [(block.a, block.b, block.size) for block in found]
 
 
-def run_alignment(store: Store, run_a: int, run_b: int) -> tuple[Alignment, Alignment]:
-    """Queries and keys of two runs, matched by their tokens. Raises ViewError where a run recorded no input."""
-    inputs = [results.run_input(store, run_id) for run_id in (run_a, run_b)]
-    for run_id, given in zip((run_a, run_b), inputs, strict=True):
-        if given is None:
-            raise ViewError(f"run {run_id} recorded no tokens, so its map cannot be aligned with another's")
-    first, second = inputs
-    assert first is not None
-    assert second is not None
-    keys = align_tokens(first.key_tokens, second.key_tokens)
-    if first.query_tokens == first.key_tokens and second.query_tokens == second.key_tokens:
+def align_inputs(a: InputRow, b: InputRow) -> tuple[Alignment, Alignment]:
+    """Queries and keys of two runs, matched by their tokens. Raises ViewError as `align_tokens`."""
+    keys = align_tokens(a.key_tokens, b.key_tokens)
+    if a.query_tokens == a.key_tokens and b.query_tokens == b.key_tokens:
         return keys, keys
-    return align_tokens(first.query_tokens, second.query_tokens), keys
+    return align_tokens(a.query_tokens, b.query_tokens), keys
