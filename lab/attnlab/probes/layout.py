@@ -39,10 +39,8 @@ def layout_latency(call: KernelCall, repeats: int, device: torch.device) -> Meas
 
 
 def _arrange(name: str) -> Callable[..., tuple[Tensor, ...]] | None:
-    if name in ("fla", "natten"):
-        return {"fla": fla, "natten": natten}[name].arrange
-    implementation = IMPLEMENTATIONS.get(name)
-    return None if implementation is None else implementation.arrange
+    softmax, others = IMPLEMENTATIONS.get(name), {"fla": fla.arrange, "natten": natten.arrange}
+    return others.get(name) if softmax is None else softmax.arrange
 
 
 def copied_bytes(arranged: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> int:

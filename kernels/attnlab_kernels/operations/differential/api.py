@@ -7,7 +7,6 @@ Any implementation of softmax attention can be named too: ``pair`` then makes it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,35 +21,18 @@ from attnlab_kernels.operations.softmax.support import Support
 __all__ = ["IMPLEMENTATIONS", "Difference", "Pair", "difference_attend", "supports"]
 
 
-@dataclass(frozen=True)
-class DifferenceImplementation:
-    """One way to compute the difference; ``supports`` says yes, or why not."""
-
-    name: str
-    label: str
-    supports: Callable[..., Support]
-    requires: str
-
-
 def _any_call(
     query: Pair, key: Pair, value: Tensor, weight: Tensor, *, bias: Tensor | None, need_grad: bool
 ) -> Support:
     return Support(True)
 
 
-IMPLEMENTATIONS: dict[str, DifferenceImplementation] = {
-    implementation.name: implementation
-    for implementation in (
-        DifferenceImplementation("maps", "the signed map (reference)", _any_call, "any device"),
-        DifferenceImplementation("pair", "two softmax calls", _any_call, "any device"),
-        DifferenceImplementation(
-            "difference_triton",
-            "attnlab Triton, one pass",
-            triton_forward.supports,
-            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
-        ),
-    )
+IMPLEMENTATIONS: dict[str, Callable[..., Support]] = {
+    "maps": _any_call,
+    "pair": _any_call,
+    "difference_triton": triton_forward.supports,
 }
+"""what each says of a call: yes, or why not"""
 
 
 def difference_attend(
@@ -108,7 +90,7 @@ def supports(
         raise Unsupported(
             f"implementation must be one of {', '.join(('auto', *IMPLEMENTATIONS))}; got {implementation!r}"
         )
-    return IMPLEMENTATIONS[implementation].supports(query, key, value, weight, bias=bias, need_grad=need_grad)
+    return IMPLEMENTATIONS[implementation](query, key, value, weight, bias=bias, need_grad=need_grad)
 
 
 def _choose(
@@ -123,9 +105,7 @@ def _choose(
     tensors = (*query, *key, value, weight)
     need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if implementation == "auto":
-        fused = IMPLEMENTATIONS["difference_triton"].supports(
-            query, key, value, weight, bias=bias, need_grad=need_grad
-        )
+        fused = triton_forward.supports(query, key, value, weight, bias=bias, need_grad=need_grad)
         if softmax.observed():
             return "pair", "auto: two softmax calls, which somebody observes"
         if mask.form().documents is not None:

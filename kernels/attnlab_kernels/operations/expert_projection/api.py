@@ -21,12 +21,9 @@ __all__ = ["IMPLEMENTATIONS", "Choice", "Routing", "project_in", "project_out", 
 class ProjectionImplementation:
     """One way to multiply with chosen experts; ``supports`` says yes, or why not."""
 
-    name: str
-    label: str
     project_in: Callable[[Tensor, Tensor, Routing], Tensor]
     project_out: Callable[[Tensor, Tensor, Routing], Tensor]
     supports: Callable[..., Support]
-    requires: str
 
 
 class Choice(NamedTuple):
@@ -41,33 +38,11 @@ def _any_call(x: Tensor, weight: Tensor, *, need_grad: bool) -> Support:
 
 
 IMPLEMENTATIONS: dict[str, ProjectionImplementation] = {
-    implementation.name: implementation
-    for implementation in (
-        ProjectionImplementation(
-            "dense",
-            "every expert (reference)",
-            reference.dense_in,
-            reference.dense_out,
-            _any_call,
-            "any device",
-        ),
-        ProjectionImplementation(
-            "grouped",
-            "chosen experts, one product each",
-            reference.grouped_in,
-            reference.grouped_out,
-            _any_call,
-            "any device",
-        ),
-        ProjectionImplementation(
-            "triton",
-            "attnlab Triton, one grouped product",
-            triton_grouped.project_in,
-            triton_grouped.project_out,
-            triton_grouped.supports,
-            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
-        ),
-    )
+    "dense": ProjectionImplementation(reference.dense_in, reference.dense_out, _any_call),
+    "grouped": ProjectionImplementation(reference.grouped_in, reference.grouped_out, _any_call),
+    "triton": ProjectionImplementation(
+        triton_grouped.project_in, triton_grouped.project_out, triton_grouped.supports
+    ),
 }
 
 

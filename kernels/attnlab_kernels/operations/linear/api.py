@@ -21,11 +21,8 @@ from attnlab_kernels.operations.softmax.support import Support
 class LinearImplementation:
     """One way to compute the sums; ``native`` ones take the inputs in their own dtype, the others in float32."""
 
-    name: str
-    label: str
     run: Callable[..., Raw]
     supports: Callable[..., Support]
-    requires: str
     native: bool = False
 
 
@@ -34,23 +31,11 @@ def _any_call(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, chunk:
 
 
 IMPLEMENTATIONS: dict[str, LinearImplementation] = {
-    implementation.name: implementation
-    for implementation in (
-        LinearImplementation("parallel", "quadratic formula (reference)", parallel, _any_call, "any device"),
-        LinearImplementation("recurrent", "one token after the other", recurrent, _any_call, "any device"),
-        LinearImplementation("chunked", "chunks and a state", chunked, _any_call, "any device"),
-        LinearImplementation(
-            "triton",
-            "attnlab Triton chunks",
-            triton_chunked.run,
-            triton_chunked.supports,
-            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
-            native=True,
-        ),
-        LinearImplementation(
-            "fla", "flash-linear-attention", fla.run, fla.supports, fla.REQUIRES, native=True
-        ),
-    )
+    "parallel": LinearImplementation(parallel, _any_call),
+    "recurrent": LinearImplementation(recurrent, _any_call),
+    "chunked": LinearImplementation(chunked, _any_call),
+    "triton": LinearImplementation(triton_chunked.run, triton_chunked.supports, native=True),
+    "fla": LinearImplementation(fla.run, fla.supports, native=True),
 }
 # the plain ones, which run everything
 FORMS = ("parallel", "recurrent", "chunked")

@@ -28,12 +28,9 @@ __all__ = [
 class MapImplementation:
     """One way to read maps; ``supports(q, k, bias=..., cell=...)`` says yes, or why not."""
 
-    name: str
-    label: str
     statistics: Callable[..., MapStatistics]
     pool: Callable[..., PooledMap]
     supports: Callable[..., Support]
-    requires: str
 
 
 def _any_call(q: Tensor, k: Tensor, *, bias: Tensor | None, cell: tuple[int, int] | None) -> Support:
@@ -41,20 +38,9 @@ def _any_call(q: Tensor, k: Tensor, *, bias: Tensor | None, cell: tuple[int, int
 
 
 IMPLEMENTATIONS: dict[str, MapImplementation] = {
-    "eager": MapImplementation(
-        "eager", "the whole map (reference)", reference.statistics, reference.pool, _any_call, "any device"
-    ),
-    "streamed": MapImplementation(
-        "streamed", "block by block", streamed.statistics, streamed.pool, _any_call, "any device"
-    ),
-    "triton": MapImplementation(
-        "triton",
-        "attnlab Triton map kernels",
-        triton_maps.statistics,
-        triton_maps.pool,
-        triton_maps.supports,
-        "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
-    ),
+    "eager": MapImplementation(reference.statistics, reference.pool, _any_call),
+    "streamed": MapImplementation(streamed.statistics, streamed.pool, _any_call),
+    "triton": MapImplementation(triton_maps.statistics, triton_maps.pool, triton_maps.supports),
 }
 
 

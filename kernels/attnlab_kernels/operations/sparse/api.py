@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,33 +26,16 @@ class SparseResult(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class SparseImplementation:
-    """One way to attend along a pattern; ``supports`` says yes, or why not."""
-
-    name: str
-    label: str
-    supports: Callable[..., Support]
-    requires: str
-
-
 def _any_call(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, dropout: float) -> Support:
     return Support(True, "the reference: gathers the keys of each tile")
 
 
-IMPLEMENTATIONS: dict[str, SparseImplementation] = {
-    implementation.name: implementation
-    for implementation in (
-        SparseImplementation("tiled", "tiles in PyTorch (reference)", _any_call, "any device"),
-        SparseImplementation("fused", "fused tiles of one shape", fused.supports, "a CPU"),
-        SparseImplementation(
-            "triton",
-            "attnlab Triton, block lists",
-            triton_lists.supports,
-            "an NVIDIA GPU from Ampere (sm80), or a CPU under TRITON_INTERPRET=1",
-        ),
-    )
+IMPLEMENTATIONS: dict[str, Callable[..., Support]] = {
+    "tiled": _any_call,
+    "fused": fused.supports,
+    "triton": triton_lists.supports,
 }
+"""what each says of a call: yes, or why not"""
 
 
 def sparse_attend(
@@ -110,7 +92,7 @@ def supports(
 ) -> Support:
     """Whether this implementation runs the call, or why not."""
     check_implementation(implementation)
-    return IMPLEMENTATIONS[implementation].supports(q, k, v, bias=bias, dropout=dropout)
+    return IMPLEMENTATIONS[implementation](q, k, v, bias=bias, dropout=dropout)
 
 
 def check_implementation(name: str) -> None:
