@@ -189,7 +189,7 @@ def test_an_implementation_of_another_operation_is_refused(sqlite_store: Store) 
     values["vary"]["implementation"] = ["sdpa_flash"]
     run = ran(sqlite_store, values)
     assert run.state == "unsupported"
-    assert "sparse has one of its own, ask for auto" in (run.reason or "")
+    assert "sparse: is an operation of its own, tiled, fused, triton; " in (run.reason or "")
 
 
 def test_an_expert_that_computes_something_else_is_found(

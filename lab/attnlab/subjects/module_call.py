@@ -13,8 +13,12 @@ from attnlab_kernels.mechanisms.chunked_prefill import ChunkedPrefill
 from attnlab_kernels.mechanisms.linear_attention import LinearAttention
 from attnlab_kernels.mechanisms.paged import PagedAttention
 from attnlab_kernels.mechanisms.sparse_attention import SparseAttention
+from attnlab_kernels.operations.neighborhood import api as neighborhood
 from attnlab_kernels.operations.softmax.api import Unsupported
+from attnlab_kernels.operations.sparse import api as sparse
 from attnlab_kernels.output import AttentionOutput
+
+from ..swaps.softmax import only_auto
 
 
 @dataclass
@@ -172,26 +176,19 @@ def _efficient(call: ModuleCall, tokens: int) -> dict[str, Any]:
 
 
 def _neighborhood(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "tiled", "fused", "triton", "natten"))
+    only_auto("neighborhood", call.implementation, *neighborhood.IMPLEMENTATIONS)
     shape = grid(tokens, call.parameters) if call.parameters["dims"] == 2 else (tokens,)
     return {"implementation": call.implementation, "spatial_shape": shape}
 
 
 def _ring(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "ring"))
+    only_auto("ring", call.implementation, "ring")
     return {}
 
 
 def _sparse(call: ModuleCall, tokens: int) -> dict[str, Any]:
-    _only(call, ("auto", "tiled", "fused", "triton"))
+    only_auto("sparse", call.implementation, *sparse.IMPLEMENTATIONS)
     return {"implementation": call.implementation}
-
-
-def _only(call: ModuleCall, names: tuple[str, ...]) -> None:
-    if call.implementation not in names:
-        raise Unsupported(
-            f"implementation: {call.mechanism} has one of its own, ask for auto; got {call.implementation!r}"
-        )
 
 
 _EXTRAS: dict[str, Callable[[ModuleCall, int], dict[str, Any]]] = {

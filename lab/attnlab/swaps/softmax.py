@@ -264,7 +264,7 @@ def only_auto(mechanism: str, implementation: str, *own: str) -> None:
     """Raises Unsupported unless the implementation is ``auto`` or one of the mechanism's own."""
     if implementation not in ("auto", *own):
         raise Unsupported(
-            f"{mechanism}: is an operation of its own, {', '.join(own)}; {implementation} cannot run it"
+            f"{mechanism}: is an operation of its own, {', '.join(own)}; {implementation!r} cannot run it"
         )
 
 
