@@ -7,6 +7,7 @@ code passes around.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
@@ -70,7 +71,7 @@ class _Layer:
     """the buffers are ours to write into, not the caller's tensors"""
 
 
-class _KeyValueCache:
+class _KeyValueCache(ABC):
     def __init__(self) -> None:
         self._layers: dict[int, _Layer] = {}
 
@@ -112,11 +113,11 @@ class _KeyValueCache:
     def __getitem__(self, index: int) -> Tensor:
         return tuple(self)[index]
 
-    def _view(self, held: _Layer) -> KVView:
-        raise NotImplementedError
+    @abstractmethod
+    def _view(self, held: _Layer) -> KVView: ...
 
-    def _kept(self, length: int) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _kept(self, length: int) -> int: ...
 
     def _checked(self, layer: int, key: Tensor, value: Tensor) -> _Layer | None:
         held = self._layers.get(layer)

@@ -7,6 +7,7 @@ A row that may attend to nothing is dead: zero output, log-sum-exp of minus infi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,12 +88,12 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(ABC):
     """Base of the algebra. Combine with ``&``; ``allowed`` is a dense tile, ``key_range`` what to visit."""
 
+    @abstractmethod
     def form(self) -> Band:
         """This mask in normal form."""
-        raise NotImplementedError
 
     def band(self) -> Band:
         """The normal form for those who read one band and its padding; MaskError for a mask with documents."""
@@ -101,13 +102,13 @@ class Mask:
             raise MaskError(f"mask must be one band of keys here; got document ids: {self.describe()}")
         return band
 
+    @abstractmethod
     def describe(self) -> str:
         """A few words for a page or a table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """A plain dict that ``mask_from_json`` reads back."""
-        raise NotImplementedError
 
     def __and__(self, other: Mask) -> Mask:
         """Keys that both masks allow, simplified to the fewest parts."""

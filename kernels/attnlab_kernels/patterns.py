@@ -7,6 +7,7 @@ one-token decoding share one meaning.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -35,7 +36,7 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(ABC):
     """Base of the patterns. ``causal`` leaves out keys after the query."""
 
     causal: bool
@@ -46,7 +47,7 @@ class Pattern:
         ``num_keys`` is the length of the sequence; only a pattern that is not causal may depend on it.
         """
         i, j = np.asarray(rows, np.int64)[:, None], np.asarray(cols, np.int64)[None]
-        pairs = self._pairs(i, j)
+        pairs = self._pairs(i, j, num_keys, head)
         return pairs & (j <= i) if self.causal else pairs
 
     def passes(self, start: int, stop: int, num_keys: int, heads: int = 1) -> tuple[list[Tile], ...]:
@@ -88,27 +89,24 @@ class Pattern:
         ]
         return np.unique(np.concatenate(found))
 
+    @abstractmethod
     def describe(self) -> str:
         """A few words for a page or a table."""
-        raise NotImplementedError
 
-    def _pairs(self, i: Indices, j: Indices) -> Flags:
+    @abstractmethod
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
         """The pattern without the causal limit, for queries ``[n, 1]`` and keys ``[1, m]``."""
-        raise NotImplementedError
 
     def _keys(self, low: int, high: int, num_keys: int) -> Indices:
         """Keys that queries ``low..high`` (the last included) may attend to, ascending; more is waste, not error."""
-        raise NotImplementedError
+        return np.arange(num_keys)
 
     def _cuts(self) -> tuple[int, ...]:
         """Positions that no tile of queries reaches across."""
         return ()
 
-    def _side(self) -> int:
-        return SIDE
-
     def _tiles(self, start: int, stop: int, num_keys: int) -> Iterator[Tile]:
-        for low, high in _blocks(start, stop, self._side(), self._cuts()):
+        for low, high in _blocks(start, stop, SIDE, self._cuts()):
             rows = np.arange(low, high)
             keys = self._keys(low, high - 1, num_keys)
             keys = keys[keys < (high if self.causal else num_keys)]
@@ -125,11 +123,8 @@ class Dense(Pattern):
     def describe(self) -> str:
         return f"every key{self._words()}"
 
-    def _pairs(self, i: Indices, j: Indices) -> Flags:
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
         return np.ones(np.broadcast_shapes(i.shape, j.shape), bool)
-
-    def _keys(self, low: int, high: int, num_keys: int) -> Indices:
-        return np.arange(num_keys)
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class Local(Pattern):
     def describe(self) -> str:
         return f"local, {self.window} keys{self._words()}"
 
-    def _pairs(self, i: Indices, j: Indices) -> Flags:
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
         return np.abs(i - j) < self.window
 
     def _keys(self, low: int, high: int, num_keys: int) -> Indices:
@@ -167,7 +162,7 @@ class Strided(Pattern):
         near = Local(self.causal, self.stride)
         return near.passes(start, stop, num_keys)[0], list(self._far(start, stop, num_keys, near))
 
-    def _pairs(self, i: Indices, j: Indices) -> Flags:
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
         return (np.abs(i - j) < self.stride) | ((i - j) % self.stride == 0)
 
     def _far(self, start: int, stop: int, num_keys: int, near: Local) -> Iterator[Tile]:
@@ -200,7 +195,7 @@ class Fixed(Pattern):
     def describe(self) -> str:
         return f"fixed, blocks of {self.stride} with {self.summary} summary keys{self._words()}"
 
-    def _pairs(self, i: Indices, j: Indices) -> Flags:
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
         return (i // self.stride == j // self.stride) | (j % self.stride >= self.stride - self.summary)
 
     def _keys(self, low: int, high: int, num_keys: int) -> Indices:
@@ -229,7 +224,7 @@ class LocalGlobal(Pattern):
     def describe(self) -> str:
         return f"local, {self.window} keys, and {self.global_tokens} global{self._words()}"
 
-    def _pairs(self, i: Indices, j: Indices) -> Flags:
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
         return (np.abs(i - j) <= self.reach) | (j < self.global_tokens) | (i < self.global_tokens)
 
     def _cuts(self) -> tuple[int, ...]:
@@ -292,15 +287,6 @@ class BigBird(Pattern):
             f"{self.num_random} random{self._words()}"
         )
 
-    def allowed(self, rows: Indices, cols: Indices, *, num_keys: int, head: int = 0) -> Flags:
-        rows, cols = np.asarray(rows, np.int64), np.asarray(cols, np.int64)
-        result = np.zeros((len(rows), len(cols)), bool)
-        for block in np.unique(rows // self.block_size):
-            shared, drawn = self.blocks(int(block), num_keys, heads=head + 1)
-            seen = np.isin(cols // self.block_size, np.concatenate((shared, drawn[head])))
-            result[rows // self.block_size == block] = seen
-        return result & (cols[None] <= rows[:, None]) if self.causal else result
-
     def blocks(self, block: int, num_keys: int, heads: int = 1) -> tuple[Indices, Indices]:
         """Key blocks of a query block: those of every head, ascending, and the random ones ``[heads, at most r]``."""
         total = block + 1 if self.causal else -(-num_keys // self.block_size)
@@ -317,6 +303,14 @@ class BigBird(Pattern):
 
     def passes(self, start: int, stop: int, num_keys: int, heads: int = 1) -> tuple[list[Tile], ...]:
         return ([self._tile(low, high, num_keys, heads) for low, high in self._rows(start, stop)],)
+
+    def _pairs(self, i: Indices, j: Indices, num_keys: int, head: int) -> Flags:
+        result = np.zeros((len(i), j.shape[1]), bool)
+        own = i[:, 0] // self.block_size
+        for block in np.unique(own):
+            shared, drawn = self.blocks(int(block), num_keys, heads=head + 1)
+            result[own == block] = np.isin(j // self.block_size, np.concatenate((shared, drawn[head])))
+        return result
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         size = self.block_size

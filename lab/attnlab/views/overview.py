@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from attnlab_kernels.effective_map import SoftmaxMap
-from attnlab_kernels.masks import Mask
 
 EXACT_CELLS = 4 << 20
 """cells of a region that are computed when somebody looks: a twentieth of a second on one core"""
@@ -30,6 +29,14 @@ REDUCTIONS = ("max", "sum")
 Span = tuple[int, int]
 
 
+class KeyRanges(Protocol):
+    """All that a pyramid has to know of a mask."""
+
+    def key_ranges(
+        self, edges: np.ndarray, *, num_queries: int, num_keys: int
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class PooledRegion(Protocol):
     """A map that can say the maximum and mean under pixels; all kinds of maps can."""
 
@@ -37,7 +44,7 @@ class PooledRegion(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     @property
-    def mask(self) -> Mask: ...
+    def mask(self) -> KeyRanges: ...
 
     def pool(self, rows: slice, cols: slice, height: int, width: int, reduce: str = "max") -> np.ndarray: ...
 
@@ -64,7 +71,7 @@ class Layout:
     """Where the blocks of a map's pyramid lie; it follows from the map's shape and mask alone."""
 
     shape: tuple[int, int]
-    mask: Mask
+    mask: KeyRanges
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -79,7 +86,7 @@ class Layout:
 
 @lru_cache(LAYOUTS_KEPT)
 def _levels(
-    shape: tuple[int, int], mask: Mask, smallest: int, most: int, coarsest_side: int
+    shape: tuple[int, int], mask: KeyRanges, smallest: int, most: int, coarsest_side: int
 ) -> tuple[Level, ...]:
     """The levels from the finest to the coarsest; kept, because every look at a map asks for them."""
     block = smallest
@@ -97,7 +104,7 @@ def _levels(
         block *= 2
 
 
-def _limits(shape: tuple[int, int], mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _limits(shape: tuple[int, int], mask: KeyRanges, block: int) -> tuple[np.ndarray, np.ndarray]:
     """First block and one past the last of each row of blocks."""
     queries, keys = shape
     edges = np.append(np.arange(0, queries, block), queries)
@@ -105,7 +112,7 @@ def _limits(shape: tuple[int, int], mask: Mask, block: int) -> tuple[np.ndarray,
     return low // block, -(-high // block)
 
 
-def is_wide(shape: tuple[int, int], mask: Mask, rows: Span, cols: Span) -> bool:
+def is_wide(shape: tuple[int, int], mask: KeyRanges, rows: Span, cols: Span) -> bool:
     """Whether a region has more cells that the mask allows than are computed when somebody looks."""
     if (rows[1] - rows[0]) * (cols[1] - cols[0]) <= EXACT_CELLS:
         return False

@@ -36,16 +36,16 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EitherMask(Mask):
+class EitherMask:
     """Key ranges that hold what one of two masks allows; what lies between them is held too."""
 
     first: Mask
     second: Mask
 
     def key_ranges(
-        self, edges: np.ndarray, *, num_queries: int, num_keys: int, batch: int = 0
+        self, edges: np.ndarray, *, num_queries: int, num_keys: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        size = {"num_queries": num_queries, "num_keys": num_keys, "batch": batch}
+        size = {"num_queries": num_queries, "num_keys": num_keys}
         (low, high), (other_low, other_high) = (
             mask.key_ranges(edges, **size) for mask in (self.first, self.second)
         )
@@ -66,7 +66,7 @@ class PairMap:
         return self.a.shape
 
     @property
-    def mask(self) -> Mask:
+    def mask(self) -> Mask | EitherMask:
         return self.a.mask if self.a.mask == self.b.mask else EitherMask(self.a.mask, self.b.mask)
 
     def tile(self, rows: slice, cols: slice) -> np.ndarray:
