@@ -18,9 +18,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -73,9 +71,10 @@ def main() -> None:
             measured_long(length, mask, options.repeats, options.json)
         return
     with tempfile.TemporaryDirectory(prefix="attnlab-viewport-") as folder:
-        store, run_id = made_up(Path(folder), options.tokens)
-        with store:
-            report(measure(store, run_id, options.repeats), options.json)
+        url = f"sqlite:///{folder}/attnlab.db"
+        write_run(url, options.tokens, Causal(), LAYERS, HEADS, KV_HEADS)
+        with open_store(url) as store:
+            report(measure(store, 1, options.repeats), options.json)
 
 
 def measured_long(length: int, mask: Mask, repeats: int, as_json: bool) -> None:
@@ -222,76 +221,43 @@ def peak_bytes() -> int:
 
 
 def write_long(url: str, length: int, mask: Mask) -> None:
-    """One layer of 8 heads over 2 key heads, from random queries and keys, with their true log-sum-exp."""
+    """One layer of 8 heads over 2 key heads."""
+    write_run(url, length, mask, 1, 8, 2)
+
+
+def write_run(url: str, length: int, mask: Mask, layers: int, heads: int, kv_heads: int) -> None:
+    """A new store with one run, from random queries and keys, with their true log-sum-exp."""
     migrate(url)
     with open_store(url) as store:
         points = [POINT | {"sequence_length": length}]
-        queued = queue.submit(store, name="long", spec={}, spec_hash="0", points=points)
+        queued = queue.submit(store, name="made up", spec={}, spec_hash="0", points=points)
         claim = queue.claim(store, "benchmark", run_id=queued.run_ids[0])
         assert claim is not None
-        rng = np.random.default_rng(0)
-        query = rng.standard_normal((8, length, HEAD_DIM), dtype=np.float32)
-        key = rng.standard_normal((2, length, HEAD_DIM), dtype=np.float32)
-        zero = np.zeros(length)
-        with np.errstate(divide="ignore"):
-            sums = [
-                SoftmaxMap(query[h], key[h // 4], zero, HEAD_DIM**-0.5, mask).row_sums() for h in range(8)
-            ]
-        lse = np.log(np.stack(sums))
-        row = replace(trace_row(0, length), mask=mask.to_json(), heads=8, kv_heads=2)
-        with results.recording(store, claim) as session:
-            results.record_trace(session, claim, row)
-            tensors.write_tensor(session, claim, "query", 0, query)
-            tensors.write_tensor(session, claim, "key", 0, key)
-            tensors.write_tensor(session, claim, "lse", 0, lse, dtype="float64")
-        queue.finish(store, claim, "succeeded", summary={"layers": 1, "heads": 8})
+        rng, zero, group = np.random.default_rng(0), np.zeros(length), heads // kv_heads
+        for layer in range(layers):
+            query = rng.standard_normal((heads, length, HEAD_DIM), dtype=np.float32)
+            key = rng.standard_normal((kv_heads, length, HEAD_DIM), dtype=np.float32)
+            maps = [SoftmaxMap(query[h], key[h // group], zero, HEAD_DIM**-0.5, mask) for h in range(heads)]
+            with np.errstate(divide="ignore"):
+                lse = np.log(np.stack([each.row_sums() for each in maps]))
+            with results.recording(store, claim) as session:
+                row = trace_row(layer, length, mask, heads, kv_heads)
+                results.record_trace(session, claim, row)
+                tensors.write_tensor(session, claim, "query", layer, query)
+                tensors.write_tensor(session, claim, "key", layer, key)
+                tensors.write_tensor(session, claim, "lse", layer, lse, dtype="float64")
+        queue.finish(store, claim, "succeeded", summary={"layers": layers, "heads": heads})
 
 
-def made_up(folder: Path, length: int) -> tuple[Store, int]:
-    """A store with one causal run of the size of SmolLM2-135M, from random queries and keys."""
-    url = f"sqlite:///{folder / 'attnlab.db'}"
-    migrate(url)
-    store = open_store(url)
-    queued = queue.submit(
-        store, name="viewport", spec={}, spec_hash="0", points=[POINT | {"sequence_length": length}]
-    )
-    claim = queue.claim(store, "benchmark", run_id=queued.run_ids[0])
-    assert claim is not None
-    rng = np.random.default_rng(0)
-    for layer in range(LAYERS):
-        query = rng.standard_normal((HEADS, length, HEAD_DIM), dtype=np.float32)
-        key = rng.standard_normal((KV_HEADS, length, HEAD_DIM), dtype=np.float32)
-        with results.recording(store, claim) as session:
-            results.record_trace(session, claim, trace_row(layer, length))
-            tensors.write_tensor(session, claim, "query", layer, query)
-            tensors.write_tensor(session, claim, "key", layer, key)
-            tensors.write_tensor(session, claim, "lse", layer, log_sum_exp(query, key))
-    queue.finish(store, claim, "succeeded", summary={"layers": LAYERS, "heads": HEADS})
-    return store, claim.run_id
-
-
-def log_sum_exp(query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The causal log-sum-exp of every head, float32 [heads, tokens]."""
-    group, length = len(query) // len(key), query.shape[1]
-    above = np.triu(np.ones((length, length), bool), 1)
-    rows = []
-    for head in range(len(query)):
-        scores = query[head] @ key[head // group].T * HEAD_DIM**-0.5
-        scores[above] = -np.inf
-        peak = scores.max(axis=1, keepdims=True)
-        rows.append(peak[:, 0] + np.log(np.exp(scores - peak).sum(axis=1)))
-    return np.stack(rows).astype(np.float32)
-
-
-def trace_row(layer: int, length: int) -> results.TraceRow:
+def trace_row(layer: int, length: int, mask: Mask, heads: int, kv_heads: int) -> results.TraceRow:
     return results.TraceRow(
         layer=layer,
         name=f"layers.{layer}",
         kind="softmax",
         scale=HEAD_DIM**-0.5,
-        mask=Causal().to_json(),
-        heads=HEADS,
-        kv_heads=KV_HEADS,
+        mask=mask.to_json(),
+        heads=heads,
+        kv_heads=kv_heads,
         num_queries=length,
         num_keys=length,
         head_dim=HEAD_DIM,
