@@ -41,13 +41,6 @@ class BlockLists(NamedTuple):
         return len(self.columns) * self.rows.shape[2] * self.columns.shape[1]
 
 
-class Lists(NamedTuple):
-    """One pass of a pattern from both sides: keys for tiles of queries, and queries for tiles of keys."""
-
-    by_query: BlockLists
-    by_key: BlockLists
-
-
 @lru_cache(maxsize=64)
 def query_lists(
     pattern: Pattern, start: int, stop: int, num_keys: int, heads: int, tile: tuple[int, int]

@@ -22,7 +22,6 @@ __all__ = [
     "map_distance",
 ]
 
-GROUPS = ("spec", "outcome", "measurement", "environment")
 MAX_RUNS = 16
 _SPEC = (
     "model",

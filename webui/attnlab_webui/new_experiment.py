@@ -20,8 +20,6 @@ from attnlab_webui.pieces import escape
 
 RECENT = 5
 PREVIEW_PIXELS = 96
-FILLED_BY = frozenset({"clone", "mechanism", "advice"})
-"""what in an address fills the form"""
 COST_WORDS = {"history": "as runs like these took", "rough": "roughly", "limit": "at most"}
 
 

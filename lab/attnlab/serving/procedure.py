@@ -32,7 +32,6 @@ WARMED = 2
 CHECKED = 3
 """requests that are answered once more, alone: those that take the fewest tokens"""
 RANDOM_SOURCE = 4096
-BARE_TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
 
 
 class ServingProcedure:

@@ -17,15 +17,14 @@ from typer.core import TyperGroup
 from attnlab.views.labels import format_bytes
 from attnlab_storage.database import Store, migrate, open_store
 from attnlab_storage.errors import StoreError
-from attnlab_storage.tables import OUTCOMES
 
 EXIT_BAD_OUTCOME = 1
 EXIT_BAD_INPUT = 2
 GOOD_OUTCOMES = frozenset({"succeeded", "unsupported"})
-TERMINAL_STATES = frozenset(OUTCOMES)
-
 PIPE_WIDTH = 1000
-RIGHT_ALIGNED = frozenset({"id", "run", "runs", "tokens", "latency", "memory", "layers", "heads", "context"})
+RIGHT_ALIGNED = frozenset(
+    {"id", "run", "runs", "tokens", "latency", "memory", "size", "layers", "heads", "context"}
+)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -76,12 +75,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty:
         # a file or a pipe gets whole lines
         console = Console(highlight=False)
         (console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)).print(table)
-
-
-PIPE_WIDTH = 1000
-RIGHT_ALIGNED = frozenset(
-    {"id", "run", "runs", "tokens", "latency", "memory", "size", "layers", "heads", "context"}
-)
 
 
 def reading_store() -> Store:
