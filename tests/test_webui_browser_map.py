@@ -251,6 +251,45 @@ def test_scale_pooling_normalising_and_clipping_are_in_the_address(lab):
     assert page.evaluate("() => document.querySelectorAll('.at-scale-ticks span').length") >= 5
 
 
+# what is written on the canvas: the words, their colour and the colour under them
+WRITTEN = """() => new Promise(done => {
+  const write = CanvasRenderingContext2D.prototype.fillText, found = [];
+  CanvasRenderingContext2D.prototype.fillText = function (words, x, y) {
+    const scale = this.canvas.width / this.canvas.clientWidth;
+    const at = (dx, dy) => [...this.getImageData((x + dx) * scale, (y + dy) * scale, 1, 1).data.slice(0, 3)];
+    if (this.textAlign === "center" && this.canvas.className === "at-map")
+      found.push([words, this.fillStyle, at(-18, -9)]);
+    write.call(this, words, x, y);
+  };
+  [...window.__attnlab.views][0].view.panels[0].draw();
+  requestAnimationFrame(() => requestAnimationFrame(() => done(found)));
+})"""
+
+
+def test_each_row_uses_the_whole_scale_for_what_is_in_view_and_its_numbers_can_be_read(lab, traced):
+    page = lab(query="layer=1&head=2&rows=50:58&cols=10:18&scale=linear&norm=row")
+    part = traced.reference(traced.run_ids[0], 1, 2)[50:58, 10:18]
+    shares = part / part.max(axis=1, keepdims=True)
+    for row, col in [(0, 0), (3, 5), (7, 7), *enumerate(shares.argmax(axis=1).tolist())]:
+        shown, wanted = colour_at(page, 50 + row, 10 + col), expected_colour(page, float(shares[row, col]))
+        np.testing.assert_allclose(shown, wanted, atol=2)
+    assert "in view" in page.locator("[data-part=bar]").inner_text()
+    numbers = [found for found in page.evaluate(WRITTEN) if re.match(r"[0-9]", found[0])]
+    assert len(numbers) >= 64
+    for words, ink, under in numbers:
+        assert contrast([int(ink[at : at + 2], 16) for at in (1, 3, 5)], under) >= 4.5, (words, ink, under)
+    page.locator("canvas.at-map").press("0")
+    page.wait_for_function("() => !document.querySelector('[data-part=bar]').textContent.includes('in view')")
+
+
+def contrast(ink: list[int], under: list[int]) -> float:
+    """The contrast ratio of WCAG 2.2 between two sRGB colours."""
+    channels = np.array([ink, under]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return float((high + 0.05) / (low + 0.05))
+
+
 def test_the_statistics_lead_to_a_head(lab):
     page = lab(query="layer=0&head=0")
     page.locator(".at-stats-top button").first.wait_for()

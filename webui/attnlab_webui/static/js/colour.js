@@ -93,12 +93,13 @@ export function indexOf(scale, value) {
 }
 
 // Paints a tile into RGBA pixels; masked cells (NaN) stay transparent, so that the hatch behind them shows.
-export function paint(tile, scale, table, normalise) {
+// tops: of each row what its colours are shares of, or null
+export function paint(tile, scale, table, tops = null) {
   const { height, width, values } = tile;
   const pixels = new Uint8ClampedArray(height * width * 4);
   for (let row = 0; row < height; row++) {
     const start = row * width;
-    const factor = normalise === "row" ? 1 / rowTop(values, start, width) : 1;
+    const factor = tops ? 1 / tops[row] : 1;
     for (let at = start; at < start + width; at++) {
       const value = values[at];
       if (Number.isNaN(value)) continue;
@@ -113,10 +114,13 @@ export function paint(tile, scale, table, normalise) {
   return new ImageData(pixels, width, height);
 }
 
-function rowTop(values, start, width) {
-  let top = 0;
-  for (let at = start; at < start + width; at++) if (Math.abs(values[at]) > top) top = Math.abs(values[at]);
-  return top || 1;
+// The largest weight of each row of a tile between two of its columns.
+export function rowTops({ height, width, values }, from, to) {
+  return Float32Array.from({ length: height }, (_, row) => {
+    let top = 0;
+    for (let at = row * width + from; at < row * width + to; at++) if (Math.abs(values[at]) > top) top = Math.abs(values[at]);
+    return top || 1;
+  });
 }
 
 // The value below which `percent` of the allowed cells lie; 100 is the maximum.

@@ -157,7 +157,9 @@ export class Controls {
   showScale(scale, table, signed) {
     const { norm, clip, reduce } = this.view.state.values;
     const pooled = this.view.panels.some((panel) => panel.tile && !panel.tile.exact);
-    const words = signed ? signedWords(this.view) : norm === "row" ? "share of the row's maximum" : "weight";
+    const { c0, c1 } = this.view.camera.window;
+    const byRow = `share of the row's maximum${c0 <= 0 && c1 >= this.view.camera.extent.cols ? "" : " in view"}`;
+    const words = signed ? signedWords(this.view) : norm === "row" ? byRow : "weight";
     const how = pooled ? `, ${signed && reduce === "max" ? "largest" : reduce} of the cells in a pixel` : "";
     const bar = signed ? this.differenceBar : this.bar;
     const rounded = this.view.panels.some((panel) => panel.source.signed === signed && panel.tile?.rounded);

@@ -43,7 +43,10 @@ export class Minimap {
     context.scale(ratio, ratio);
     context.fillStyle = hatch(context, ink);
     context.fillRect(0, 0, width, height);
-    if (base && scale && table) context.drawImage(this.panel.bitmap(base), 0, 0, width, height);
+    if (base && scale && table) {
+      context.imageSmoothingEnabled = base.width > this.canvas.width; // few cells stay cells
+      context.drawImage(this.panel.bitmap(base, true), 0, 0, width, height);
+    }
     const { rows, cols } = this.camera.extent;
     const { r0, r1, c0, c1 } = this.camera.window;
     const box = [(c0 / cols) * width, (r0 / rows) * height];

@@ -1,7 +1,7 @@
 // One map on a canvas: a pooled tile for the region in view, over the pooled tile of everything.
 
 import { drawAxes, drawCrosshair, plotArea } from "./axes.js";
-import { paint, precise, short, indexOf } from "./colour.js";
+import { indexOf, inkOn, paint, precise, rowTops, short } from "./colour.js";
 import { attachGestures } from "./gestures.js";
 import { ApiError, getTile } from "./request.js";
 import { hatch, readInk } from "./ink.js";
@@ -266,24 +266,36 @@ export class Panel {
     context.drawImage(this.bitmap(tile), at.x, at.y, at.w, at.h);
   }
 
-  bitmap(tile) {
-    const norm = this.source.signed ? "none" : this.shared.state.get("norm");
-    const key = [this.scale.kind, this.scale.top, this.scale.signed, norm, this.table.name].join();
-    if (tile.bitmap?.key === key) return tile.bitmap.canvas;
-    const canvas = tile.bitmap?.canvas ?? document.createElement("canvas");
+  // whole: for a picture of all columns, which has colours of its own where each row is counted by itself
+  bitmap(tile, whole = false) {
+    const byRow = this.shared.state.get("norm") === "row" && !this.source.signed;
+    const columns = byRow ? (whole ? [0, tile.width] : this.columnsInView(tile)) : null;
+    const slot = byRow && whole ? "wholeBitmap" : "bitmap";
+    const key = [this.scale.kind, this.scale.top, this.scale.signed, columns, this.table.name].join();
+    if (tile[slot]?.key === key) return tile[slot].canvas;
+    const canvas = tile[slot]?.canvas ?? document.createElement("canvas");
     canvas.width = tile.width;
     canvas.height = tile.height;
-    canvas.getContext("2d").putImageData(paint(tile, this.scale, this.table.colours, norm), 0, 0);
-    tile.bitmap = { key, canvas };
+    const tops = columns && rowTops(tile, ...columns);
+    canvas.getContext("2d").putImageData(paint(tile, this.scale, this.table.colours, tops), 0, 0);
+    tile[slot] = { key, canvas, tops };
     return canvas;
+  }
+
+  // [from, to) of the tile's columns that are seen: a row's own maximum is that of its picture, as in an export.
+  columnsInView({ cols, width }) {
+    const { c0, c1 } = this.window;
+    const at = (col) => Math.min(width, Math.max(0, ((col - cols[0]) * width) / (cols[1] - cols[0])));
+    return [Math.floor(at(c0)), Math.ceil(at(c1))];
   }
 
   // A picture takes as much as its numbers: those that are not shown go at once, and not when the browser tidies up.
   release(...tiles) {
-    for (const tile of tiles) {
-      if (!tile?.bitmap) continue;
-      tile.bitmap.canvas.width = 0;
-      tile.bitmap = null;
+    for (const tile of tiles.filter(Boolean)) {
+      for (const slot of ["bitmap", "wholeBitmap"]) {
+        if (tile[slot]) tile[slot].canvas.width = 0;
+        tile[slot] = null;
+      }
     }
   }
 
@@ -316,11 +328,11 @@ export class Panel {
     context.textBaseline = "middle";
     for (let row = Math.floor(r0); row < r1; row++) {
       for (let col = Math.floor(c0); col < c1; col++) {
+        const tile = this.shown.exactTile(row, col);
         const value = this.shown.valueAt(row, col);
-        if (value === null || Number.isNaN(value)) continue;
-        const at = indexOf(this.scale, value) * 3;
-        const [red, green, blue] = this.table.colours.subarray(at, at + 3);
-        context.fillStyle = red * 0.3 + green * 0.59 + blue * 0.11 > 140 ? "#111" : "#fff";
+        if (!tile || Number.isNaN(value)) continue;
+        const at = indexOf(this.scale, value / (tile.bitmap?.tops?.[row - tile.rows[0]] ?? 1)) * 3;
+        context.fillStyle = inkOn(...this.table.colours.subarray(at, at + 3));
         const x = this.plot.x + (col + 0.5 - c0) * width;
         context.fillText(short(value), x, this.plot.y + (row + 0.5 - r0) * height);
       }
@@ -367,12 +379,13 @@ export class Panel {
 
   // The exact weight when a tile in hand holds it, NaN when masked, null when it must be asked for.
   valueAt(row, col) {
-    for (const tile of [this.tile, this.base]) {
-      if (!tile?.exact || tile.rounded) continue;
-      const [r, c] = [row - tile.rows[0], col - tile.cols[0]];
-      if (r >= 0 && c >= 0 && r < tile.height && c < tile.width) return tile.values[r * tile.width + c];
-    }
-    return null;
+    const tile = this.exactTile(row, col);
+    return tile ? tile.values[(row - tile.rows[0]) * tile.width + col - tile.cols[0]] : null;
+  }
+
+  exactTile(row, col) {
+    const holds = ({ rows, cols }) => row >= rows[0] && row < rows[1] && col >= cols[0] && col < cols[1];
+    return [this.tile, this.base].find((tile) => tile?.exact && !tile.rounded && holds(tile)) ?? null;
   }
 
   // What the tile shows there: the pooled value of the block that holds the cell.

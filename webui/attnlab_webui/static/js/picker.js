@@ -109,7 +109,7 @@ export class Picker {
   drawHead(context, tile, scale, table) {
     this.small.width = tile.width;
     this.small.height = tile.height;
-    this.small.getContext("2d").putImageData(paint(tile, scale, table.colours, "none"), 0, 0);
+    this.small.getContext("2d").putImageData(paint(tile, scale, table.colours), 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.small, 0, 0, context.canvas.width, context.canvas.height);
   }

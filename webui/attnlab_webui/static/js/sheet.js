@@ -83,7 +83,7 @@ export class Sheet {
     const small = document.createElement("canvas");
     small.width = tile.width;
     small.height = tile.height;
-    small.getContext("2d").putImageData(paint(tile, scale, table.colours, "none"), 0, 0);
+    small.getContext("2d").putImageData(paint(tile, scale, table.colours), 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, x, y, w, h);
     context.strokeStyle = ink.frame;

@@ -366,7 +366,7 @@ export class Grid extends Waiting {
     const small = document.createElement("canvas");
     small.width = tile.width;
     small.height = tile.height;
-    small.getContext("2d").putImageData(paint(tile, scale, this.run.table(signed).colours, "none"), 0, 0);
+    small.getContext("2d").putImageData(paint(tile, scale, this.run.table(signed).colours), 0, 0);
     context.imageSmoothingEnabled = false;
     context.fillStyle = hatch(context, readInk(this.root));
     context.fillRect(0, 0, SIDE, SIDE);

@@ -44,7 +44,7 @@ export function drawPatches(canvas, given) {
   small.width = grid.columns;
   small.height = grid.rows;
   const tile = { height: grid.rows, width: grid.columns, values: weights };
-  small.getContext("2d").putImageData(paint(tile, given.scale, given.table.colours, "none"), 0, 0);
+  small.getContext("2d").putImageData(paint(tile, given.scale, given.table.colours), 0, 0);
   context.globalAlpha = given.grey ? 1 - given.share : 1;
   context.drawImage(small, 0, 0, width, height);
   context.globalAlpha = 1;
