@@ -30,6 +30,20 @@ def test_a_step_sees_the_cache_as_far_as_it_has_grown(open_steps, served):
     assert top.startswith(f"·token{weights.argmax()}")
 
 
+def test_the_token_of_the_step_is_in_view_and_no_token_is_broken_over_two_lines(open_steps):
+    page = open_steps("layer=1&head=2&token=76")
+    shown = page.evaluate(
+        """() => {
+          const text = document.querySelector('[data-part="text"]'), box = text.getBoundingClientRect();
+          const chips = [...text.querySelectorAll(".at-token")], last = chips.at(-1).getBoundingClientRect();
+          return {overflows: text.scrollHeight > text.clientHeight,
+                  seen: last.top >= box.top && last.bottom <= box.bottom,
+                  pieces: Math.max(...chips.map(chip => chip.getClientRects().length))};
+        }"""
+    )
+    assert shown == {"overflows": True, "seen": True, "pieces": 1}
+
+
 def test_keys_and_slider_go_through_the_steps_and_the_link_keeps_the_step(open_steps):
     page = open_steps("layer=0&head=0")
     assert step_of(page).startswith("77 of 77")

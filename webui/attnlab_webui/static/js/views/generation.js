@@ -183,7 +183,9 @@ export class Generation extends OneQuery {
       }
       chips.push(chip);
     }
-    this.part("text").replaceChildren(...chips);
+    const text = this.part("text");
+    text.replaceChildren(...chips);
+    text.scrollTop = text.scrollHeight; // the step's own token is the last one
   }
 
   showTop(seen) {
