@@ -1,13 +1,17 @@
 """Laws of one token's weights: the row and the column of the map, exact, masked pairs told apart from weights of 0."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
+from attnlab.run import run_here
+from attnlab.spec import parse_spec
 from attnlab.views.errors import ViewError
 from attnlab.views.head_tiles import head_tiles
 from attnlab.views.token import token_document, token_weights
+from attnlab_storage import results
 
 EPSILON = 2e-6
 
@@ -49,6 +53,24 @@ def test_only_the_shown_positions_travel(traced):
     assert (found["sent"]["start"], len(found["sent"]["weights"]), len(found["sent"]["top"])) == (60, 17, 3)
     assert found["sent"]["weights"][3] == float(whole.sent[63])
     assert len(found["sent"]["strip"]) == 77
+
+
+def test_a_block_of_the_strip_keeps_the_sign_of_its_largest_weight(sqlite_store):
+    spec = {
+        "name": "signed",
+        "module": {"dim": 24, "num_heads": 2},
+        "vary": {"mechanism": ["differential"], "sequence_length": [600]},
+        "record": ["maps"],
+        "repeats": 1,
+    }
+    (run,) = results.runs_of(sqlite_store, experiment_id=run_here(sqlite_store, parse_spec(spec)))
+    weights = token_weights(sqlite_store, run.id, 0, 599, 1).sent
+    strip = np.array(token_document(sqlite_store, run.id, 0, 599, 1)["sent"]["strip"], np.float32)
+    edges = [at * 600 // 512 for at in range(513)]
+    blocks = [weights[start:stop] for start, stop in itertools.pairwise(edges)]
+    assert strip.tolist() == [max(block, key=abs) for block in blocks]
+    assert (strip < 0).any()
+    assert (strip > 0).any()
 
 
 def test_all_heads_of_a_region_are_the_regions_of_the_heads(traced):

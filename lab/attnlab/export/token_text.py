@@ -95,7 +95,7 @@ def draw_token(
         " · ".join(facts),
         [names[at] if at < len(names) else f"{word} {at}" for at in range(start, stop)],
         weights,
-        float(max(side["strip"])),
+        float(max(map(abs, side["strip"]))),
         place - start if place is not None and start <= place < stop else None,
         scale,
         is_signed(trace),

@@ -75,7 +75,7 @@ def token_document(
     """`token_weights` as JSON values for a page: exact over ``shown`` positions, and both ways as a short strip.
 
     Of ``sent`` and ``received`` each (the latter None where the token has no key): ``start`` and ``weights`` of the
-    shown positions, None where no pair is allowed; ``strip``, the maximum of at most 512 blocks of all positions;
+    shown positions, None where no pair is allowed; ``strip``, the largest in size of at most 512 blocks of positions;
     ``top``, the ``count`` largest as [position, weight]. A side that has fewer positions than the other has
     what there is of the shown ones.
 
@@ -140,7 +140,8 @@ def _side(weights: np.ndarray, shown: tuple[int, int] | None, count: int, allowe
     known = allowed((start, stop)) if stop > start else []
     part = [float(w) if ok else None for w, ok in zip(weights[start:stop], known, strict=True)]
     edges = np.arange(min(STRIP, size)) * size // min(STRIP, size)
-    strip = np.maximum.reduceat(np.abs(weights), edges)
+    high, low = np.maximum.reduceat(weights, edges), np.minimum.reduceat(weights, edges)
+    strip = np.where(-low > high, low, high)
     top = [[place, weight] for place, weight in _top(weights, count)]
     return {"start": start, "weights": part, "strip": strip.tolist(), "top": top, "sum": float(weights.sum())}
 

@@ -215,7 +215,7 @@ export class Token extends Waiting {
 
   get scale() {
     const signed = Boolean(this.run.source.layer.signed);
-    const top = Math.max(...this.side.strip);
+    const top = Math.max(...this.side.strip.map(Math.abs));
     return makeScale({ kind: this.state.get("scale"), top, signed, decades: DECADES });
   }
 
@@ -307,9 +307,9 @@ export class Token extends Waiting {
     const step = width / side.strip.length;
     const high = STRIP_HEIGHT - 6;
     side.strip.forEach((value, i) => {
-      const unit = Math.max(0, Math.min(1, scale.signed ? value / scale.top : scale.unit(value)));
       const at = indexOf(scale, value) * 3;
-      context.fillStyle = unit > 0 ? `rgb(${colours.slice(at, at + 3).join()})` : ink.empty;
+      const seen = scale.signed ? value !== 0 : scale.unit(value) > 0;
+      context.fillStyle = seen ? `rgb(${colours.slice(at, at + 3).join()})` : ink.empty;
       context.fillRect(i * step, 0, Math.max(1, step), high);
     });
     const size = this.direction === "sent" ? this.document.keys : this.document.queries;
