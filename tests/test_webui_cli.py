@@ -3,6 +3,8 @@
 import contextlib
 import json
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -443,10 +445,17 @@ def test_mechanisms_lists_all_seventeen(attnlab):
 
 
 def test_every_command_has_help(attnlab):
-    for command in app.registered_commands:
-        result = attnlab(command.name, "--help")
+    services = ("up", "dispatch")  # these become another program, which says its own options
+    for name in {command.name for command in app.registered_commands} - set(services):
+        result = attnlab(name, "--help")
         assert result.exit_code == 0
         assert len(result.stdout.splitlines()) > 5
+    for name in services:
+        told = subprocess.run(
+            [sys.executable, "-m", "attnlab_webui.cli", name, "--help"], capture_output=True
+        )
+        assert (told.returncode, told.stderr) == (0, b"")
+        assert b"--slots" in told.stdout
 
 
 def test_export_leaves_no_half_file_when_the_disk_is_full(attnlab, recorded, tmp_path, monkeypatch):

@@ -14,22 +14,17 @@ from attnlab_webui.guard import check_bind
 Host = Annotated[str, typer.Option(help="Address to listen on. Anything but loopback needs ATTNLAB_TOKEN.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")]
 
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+# also --help: the service behind a command says which options it takes
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def up(ctx: typer.Context) -> None:
-    """Start everything on this machine: database, Ray, dispatcher and web page. Ctrl-C ends all of it.
-
-    Options after `up` go to `python -m attnlab_workers.launch` (see `attnlab up --help-all`).
-    """
+    """Start everything on this machine: database, Ray, dispatcher and web page. Ctrl-C ends all of it."""
     become("attnlab_workers.launch", ctx.args)
 
 
 def dispatch(ctx: typer.Context) -> None:
-    """Start the dispatcher: it takes queued runs and has Ray execute them.
-
-    Options after `dispatch` go to `python -m attnlab_workers.dispatcher`, for example --address HOST:PORT.
-    """
+    """Start the dispatcher: it takes queued runs and has Ray execute them."""
     become("attnlab_workers.dispatcher", ctx.args)
 
 
