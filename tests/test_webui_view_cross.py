@@ -1,10 +1,12 @@
 """Laws of the cross view: heads that read another sequence side by side, with the axes of both sequences."""
 
+import io
 import re
 
 import pytest
 import torch
 from page_fixtures import IDLE
+from PIL import Image
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from attnlab.views.viewport import head_overlays, load_map
@@ -112,6 +114,20 @@ def test_the_keyboard_goes_through_tokens_and_heads(open_cross):
     page.get_by_text("L2H1 cross").wait_for()
     page.keyboard.press("Escape")
     page.wait_for_function("() => !location.search.includes('token=')")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_ticked_box_is_seen(open_cross, dark):
+    page = open_cross(dark=dark)
+    box = page.locator('[name="rest"]')
+    seen = []
+    for _ in range(2):
+        with Image.open(io.BytesIO(box.screenshot())) as picture:
+            low, high = picture.convert("L").getextrema()
+        seen.append(high - low)
+        box.click()
+    assert min(seen) > 50, seen
+    assert box.evaluate("box => box.checked") is False
 
 
 def test_bare_cross_attention_has_no_sound(open_cross, heard):
