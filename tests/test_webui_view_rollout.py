@@ -89,6 +89,26 @@ def test_a_row_of_all_positions_leads_to_a_position_and_back_returns(view):
     assert "through=all" in page.url
 
 
+@pytest.mark.parametrize("way", ["rollout", "all"])
+def test_no_name_of_a_row_is_cut_off(view, way):
+    page = view(f"through={way}")
+    places = page.evaluate(
+        """() => {
+          const write = CanvasRenderingContext2D.prototype.fillText, found = [];
+          CanvasRenderingContext2D.prototype.fillText = function (words, x, y) {
+            const {actualBoundingBoxAscent: up, actualBoundingBoxDescent: down} = this.measureText(words);
+            found.push([y - up, y + down, this.canvas.clientHeight]);
+            write.call(this, words, x, y);
+          };
+          [...window.__attnlab.views][0].view.drawLayers();
+          CanvasRenderingContext2D.prototype.fillText = write;
+          return found;
+        }"""
+    )
+    assert len(places) > 3
+    assert all(top >= 0 and bottom <= height for top, bottom, height in places), places
+
+
 def test_arrow_keys_and_clicks_move_the_position(view):
     page = view("token=20")
     page.locator("[data-part=text]").focus()

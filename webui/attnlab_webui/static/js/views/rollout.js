@@ -13,6 +13,7 @@ const DECADES = 4;
 const AROUND = 1024; // tokens of the text that stand in the page, up to the chosen one
 const MOST_FLOW = 96;
 const LEFT = 46; // room for the names of the rows of the picture
+const LETTER = 10;
 const WAYS = { rollout: "rollout", flow: "maximum flow", all: "all positions" };
 const WORDS = {
   rollout: "Shares are multiplied from layer to layer: R = A~ of the last layer times … times A~ of the first, A~ = (1 − r) mean of heads + r I.",
@@ -333,12 +334,12 @@ export class Rollout extends Waiting {
       });
     });
     context.fillStyle = ink.muted;
-    context.font = `10px ${ink.mono}`;
+    context.font = `${LETTER}px ${ink.mono}`;
     context.textBaseline = "middle";
     context.textAlign = "right";
     const every = Math.ceil(14 / pitch);
     values.forEach((_, y) => {
-      if (y % every === 0 || (!rows && y === values.length - 1)) context.fillText(this.lineName(y, true), LEFT - 5, (y + 0.5) * pitch);
+      if (y % every === 0 || (!rows && y === values.length - 1)) context.fillText(this.lineName(y, true), LEFT - 5, Math.max(LETTER / 2, (y + 0.5) * pitch));
     });
     context.textAlign = "left";
     context.fillText("0", LEFT, height - 7);
