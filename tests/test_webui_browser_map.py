@@ -1,5 +1,6 @@
 """Laws of the map in a real browser: the pixels are the weights, the gestures move them, the address keeps them."""
 
+import itertools
 import re
 
 import numpy as np
@@ -274,12 +275,28 @@ def test_each_row_uses_the_whole_scale_for_what_is_in_view_and_its_numbers_can_b
         shown, wanted = colour_at(page, 50 + row, 10 + col), expected_colour(page, float(shares[row, col]))
         np.testing.assert_allclose(shown, wanted, atol=2)
     assert "in view" in page.locator("[data-part=bar]").inner_text()
+    page.evaluate("() => { [...window.__attnlab.views][0].view.controls.minimap.drawNow(); }")
+    whole = page.evaluate("() => [...window.__attnlab.panels()[0].base.wholeBitmap.tops]")
+    tops = traced.reference(traced.run_ids[0], 1, 2).max(axis=1)
+    np.testing.assert_allclose(whole, tops, atol=EPSILON)
     numbers = [found for found in page.evaluate(WRITTEN) if re.match(r"[0-9]", found[0])]
     assert len(numbers) >= 64
     for words, ink, under in numbers:
         assert contrast([int(ink[at : at + 2], 16) for at in (1, 3, 5)], under) >= 4.5, (words, ink, under)
     page.locator("canvas.at-map").press("0")
     page.wait_for_function("() => !document.querySelector('[data-part=bar]').textContent.includes('in view')")
+
+
+@pytest.mark.parametrize("query", ["clip=95&scale=linear", "clip=99&scale=log", "scale=linear", ""])
+def test_the_numbers_of_the_colour_bar_do_not_touch(lab, query):
+    page = lab(query=f"layer=1&head=2&{query}")
+    spans = page.evaluate(
+        """() => [...document.querySelectorAll('[data-part=bar] .at-scale-ticks span')]
+          .map(tick => tick.getBoundingClientRect()).map(({left, right}) => [left, right])"""
+    )
+    assert len(spans) >= 3
+    for (_, right), (left, _) in itertools.pairwise(sorted(spans)):
+        assert left >= right + 2, spans
 
 
 def contrast(ink: list[int], under: list[int]) -> float:

@@ -5,6 +5,7 @@ import { readInk } from "./ink.js";
 
 const WIDTH = 256;
 const NARROW = 215; // pixels in which not every tick has room
+const GAP = 3; // pixels between two numbers
 
 export class ColourBar {
   constructor(root, words) {
@@ -32,9 +33,17 @@ export class ColourBar {
     const narrow = this.strip.clientWidth > 0 && this.strip.clientWidth < NARROW;
     const marks = ticks(scale).filter((value, i, all) => !narrow || i === 0 || i === all.length - 1 || i === all.length >> 1);
     this.ticks.replaceChildren(...marks.map((value) => mark(scale, value, clipped)));
+    if (this.strip.clientWidth) this.thin();
     const range = `${short(scale.floor)} to ${short(scale.top)}`;
     this.root.setAttribute("aria-label", `${words}, ${scale.kind} from ${range}`);
     this.root.setAttribute("role", "img");
+  }
+
+  // The numbers at both ends stay; one between them that would touch them goes.
+  thin() {
+    const boxes = [...this.ticks.children].map((tick) => ({ tick, box: tick.getBoundingClientRect() }));
+    const [from, to] = [boxes[0].box.right + GAP, boxes.at(-1).box.left - GAP];
+    for (const { tick, box } of boxes.slice(1, -1)) if (box.left < from || box.right > to) tick.remove();
   }
 }
 
