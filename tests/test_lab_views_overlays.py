@@ -59,6 +59,50 @@ def test_blocks_stand_in_logical_order_with_their_place_in_the_pool(sqlite_store
     assert len(set(found["names"])) == 4
 
 
+def seen_by(store: Store, run: int) -> np.ndarray:
+    return load_map(store, run, 0, 0).tile(slice(None), slice(None)) > 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"), [("bigbird", {"block_size": 8, "num_random": 1}), ("fixed", {"stride": 8})]
+)
+def test_blocks_of_a_pattern_are_where_what_a_query_sees_changes(
+    sqlite_store: Store, pattern: str, size: dict[str, int]
+) -> None:
+    run = ran(sqlite_store, "sparse", {"sparsity_pattern": pattern, **size})
+    lines = named(sqlite_store, run)["block edges"]["lines"]
+    edges = {8, 16, 24}
+    assert {start[1] for start, _ in lines if start[0] == 0 and start[1]} == edges
+    assert {start[0] for start, _ in lines if start[1] == 0 and start[0]} == edges
+    below = np.tril(seen_by(sqlite_store, run))
+    # away from the diagonal the rows of a block see the same keys
+    assert all((below[at : at + 6, :at] == below[at, :at]).all() for at in edges)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "given"),
+    [
+        ("local", {"local_window": 6}),
+        ("strided", {"stride": 6}),
+        ("local_global", {"local_window": 6, "global_tokens": 3}),
+        ("longformer", {"local_window": 6, "global_tokens": 3}),
+    ],
+)
+def test_the_band_of_a_pattern_begins_at_the_first_near_key_and_the_shared_tokens_end_at_their_line(
+    sqlite_store: Store, pattern: str, given: dict[str, int]
+) -> None:
+    run = ran(sqlite_store, "sparse", {"sparsity_pattern": pattern, **given})
+    found, seen = named(sqlite_store, run), seen_by(sqlite_store, run)
+    ((row, col), _) = found["window"]["lines"][0]
+    shared = found.get("global tokens", {"lines": [[(0, 0)]]})["lines"][0][0][1]
+    assert shared == given.get("global_tokens", 0)
+    for query in range(int(row) + 5, TOKENS):
+        edge = query - int(row - col)
+        assert seen[query, edge : query + 1].all()
+        assert pattern == "strided" or not seen[query, int(shared) : edge].any()
+    assert seen[:, : int(shared)].sum() == np.tri(TOKENS, int(shared)).sum()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
 def test_a_ring_says_who_owns_what_and_when_they_meet(sqlite_store: Store, layout: str) -> None:
     found = named(sqlite_store, ran(sqlite_store, "ring", {"ring_size": 3, "layout": layout}))

@@ -20,9 +20,12 @@ from attnlab_kernels.effective_map import SoftmaxMap
 from attnlab_kernels.linear_map import LinearMap
 from attnlab_kernels.masks import mask_from_json
 from attnlab_kernels.operations.ring.layout import meeting_step, owners
+from attnlab_kernels.patterns import BigBird, Fixed, Local, LocalGlobal, Strided, pattern_from_json
 from attnlab_storage.results import TraceRow
 
 Line = list[tuple[float, float]]
+MOST_LINES = 64
+"""of a grid: more hide the map under them"""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,43 @@ def _blocks(trace: TraceRow, facts: Mapping[str, Any], head: int, read: Read) ->
     return [Lines("block edges", help, lines), Strip("blocks", help, "cols", places, names)]
 
 
+def _pattern(trace: TraceRow, facts: Mapping[str, Any], head: int, read: Read) -> list[Overlay]:
+    """The blocks of a pattern that is made of them; the band and the shared tokens of one that has those."""
+    match pattern_from_json(facts["pattern"]):
+        case BigBird(block_size=size) | Fixed(stride=size):
+            return _block_grid(trace, size)
+        case LocalGlobal(global_tokens=shared) as pattern:
+            return [
+                *_band(trace, pattern.reach, causal=pattern.causal),
+                *_shared(trace, shared, pattern.causal),
+            ]
+        case Local(window=window) | Strided(stride=window) as pattern:
+            return _band(trace, window - 1, causal=pattern.causal)
+        case _:
+            return []
+
+
+def _band(trace: TraceRow, reach: int, *, causal: bool) -> list[Overlay]:
+    shifts = [-reach] if causal else [-reach, reach + 1]
+    lines = [line for line in (_diagonal(trace, shift) for shift in shifts) if line]
+    return [Lines("window", f"a query sees every key up to {reach} away", lines)] if lines else []
+
+
+def _shared(trace: TraceRow, count: int, causal: bool) -> list[Overlay]:
+    lines: list[Line] = [[(0, count), (trace.num_queries, count)]]
+    if not causal:
+        lines.append([(count, 0), (count, trace.num_keys)])
+    return [Lines("global tokens", f"every query sees the first {count}", lines)] if count else []
+
+
+def _block_grid(trace: TraceRow, size: int) -> list[Overlay]:
+    help = f"blocks of {size} tokens"
+    rows, cols = (range(size, count, size) for count in (trace.num_queries, trace.num_keys))
+    lines: list[Line] = [[(at, 0), (at, trace.num_keys)] for at in rows]
+    lines.extend([(0, at), (trace.num_queries, at)] for at in cols)
+    return [Lines("block edges", help, lines)] if 0 < len(lines) <= MOST_LINES else []
+
+
 def _ring(trace: TraceRow, facts: Mapping[str, Any], head: int, read: Read) -> list[Overlay]:
     size, layout = facts["ring_size"], facts["layout"]
     names = [f"rank {rank}" for rank in range(size)]
@@ -166,7 +206,7 @@ def _ring(trace: TraceRow, facts: Mapping[str, Any], head: int, read: Read) -> l
         Strip("query owners", help, "rows", queries.tolist(), names),
         Strip("key owners", help, "cols", keys.tolist(), names),
     ]
-    if len(lines) <= 64:
+    if len(lines) <= MOST_LINES:
         found.append(Lines("tiles", "one rank's queries against one rank's keys", lines))
     steps = meeting_step(0, keys, size).tolist()
     met = [f"step {step}" for step in range(size)]
@@ -192,6 +232,7 @@ def _experts(trace: TraceRow, facts: Mapping[str, Any], head: int, read: Read) -
 _OVERLAYS: dict[str, Callable[[TraceRow, Mapping[str, Any], int, Read], list[Overlay]]] = {
     "chunks": _chunks,
     "block_table": _blocks,
+    "pattern": _pattern,
     "ring_size": _ring,
     "experts": _experts,
 }
