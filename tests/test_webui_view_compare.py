@@ -54,6 +54,16 @@ def test_the_crosshair_stands_on_the_same_token_in_both_maps(compare, lengths):
     assert float(numbers.nth(2).inner_text()) == pytest.approx(ours - other, abs=1e-5)
 
 
+def test_a_token_that_the_other_text_lacks_is_said_and_not_called_masked(compare, lengths):
+    _, long, short = lengths
+    page = compare(f"runs={long.run_ids[0]},{short.run_ids[0]}&layer=0&head=1&rows=0:77&cols=0:77")
+    for at, words in ((40, "no such tokens"), (5, "masked")):
+        page.evaluate("at => [...window.__attnlab.views][0].hold({ row: at, col: at + 1 })", at)
+        page.wait_for_function(IDLE)
+        read = page.locator(".at-readout .at-weight").all_inner_texts()
+        assert [line.endswith(words) for line in read] == [words == "masked", True, True], read
+
+
 def test_the_difference_of_other_inputs_is_drawn_where_both_have_the_tokens(compare, lengths):
     _, long, short = lengths
     a, b = long.run_ids[0], short.run_ids[0]

@@ -185,7 +185,7 @@ export class Controls {
     );
     this.view.panels.forEach((panel, i) => {
       const name = panelName(panel.source, this.view.panels.length);
-      place.append(valueLine(name, values[i], panel, this.view.cellIn(panel)));
+      place.append(valueLine(name, values[i], panel, this.view.cellIn(panel), this.view.lacks(panel, cell)));
     });
     if (held) place.append(line("at-hint", "held · Esc lets go"));
   }
@@ -289,13 +289,14 @@ function tokenLine(name, token, at) {
   return row;
 }
 
-function valueLine(name, value, panel, cell) {
+function valueLine(name, value, panel, cell, lacks) {
   const row = line("at-read at-weight", "");
   const label = document.createElement("span");
   label.textContent = `${name} `;
   const text = document.createElement("b");
   const pooled = value === null && cell ? panel.pooledAt(cell.row, cell.col) : null;
-  if (Number.isNaN(value ?? pooled)) text.textContent = "masked";
+  if (lacks) text.textContent = "no such tokens";
+  else if (Number.isNaN(value ?? pooled)) text.textContent = "masked";
   else if (value !== null) text.textContent = (panel.source.signed && value > 0 ? "+" : "") + precise(value);
   else text.textContent = pooled === null ? "—" : `≲ ${precise(pooled)}`;
   row.append(label, text);

@@ -104,6 +104,11 @@ export class View {
     return this.alignment.to(source.a ?? source, this.held ?? this.hovered);
   }
 
+  // Whether the text of a panel's map, or of either of a difference, has not both tokens of the first one's cell.
+  lacks({ source }, cell) {
+    return [source, source.b].some((one) => one && this.alignment.to(one, cell) === null);
+  }
+
   async align() {
     if (this.sources.length < 2) return;
     this.aligning?.abort();
