@@ -10,9 +10,14 @@ import torch
 
 from attnlab.export.arrays import write_statistics
 from attnlab.lab import Lab, Run
+from attnlab.run import run_here
+from attnlab.spec import parse_spec
+from attnlab.views.chart_style import colorscale
 from attnlab.views.errors import NothingRecorded, ViewError
 from attnlab.views.rollout import rollout
+from attnlab.views.tokens import TokenLabels, token_labels
 from attnlab_storage import results
+from attnlab_storage.database import Store
 
 
 @pytest.fixture
@@ -84,3 +89,32 @@ def test_a_rollout_is_that_of_the_views(run: Run, traced: Any) -> None:
     np.testing.assert_array_equal(run.rollout(5).values, rollout(traced.store, run.id, 5).values)
     far = run.lab.distances(run, traced.run_ids[1]).most_changed(count=2)
     assert far[0].value >= far[1].value > 0
+
+
+def test_signed_weights_are_drawn_around_zero_in_two_colours(sqlite_store: Store) -> None:
+    spec = {
+        "name": "signed",
+        "module": {"dim": 24, "num_heads": 2},
+        "vary": {"mechanism": ["differential"], "sequence_length": [13]},
+        "record": ["maps"],
+        "repeats": 1,
+    }
+    (row,) = results.runs_of(sqlite_store, experiment_id=run_here(sqlite_store, parse_spec(spec)))
+    heatmap: Any = Lab(sqlite_store).run_by_id(row.id).figure(0, 1).data[0]
+    peak = np.abs(heatmap.z).max()
+    assert heatmap.z.min() < 0
+    assert (heatmap.zmin, heatmap.zmax) == pytest.approx((-peak, peak))
+    assert [list(stop) for stop in heatmap.colorscale] == colorscale("blue_red")
+
+
+def test_names_are_those_of_the_layers_own_tokens(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def labels_of(store: Store, run_id: int, layer: int | None = None) -> TokenLabels:
+        own = token_labels(store, run_id)
+        return own._replace(key=[f"layer{layer}" for _ in own.key])
+
+    for module in ("attnlab.lab", "attnlab.export.notebooks"):
+        monkeypatch.setattr(f"{module}.token_labels", labels_of)
+    figure: Any = run.figure(1, 0, slice(0, 9), slice(0, 9))
+    assert figure.data[0].customdata[0][0].endswith("→ 0 layer1")
+    assert run.circuitsvis(1, slice(0, 5))["tokens"] == ["layer1"] * 5
+    assert run.bertviz([1], slice(0, 5))["tokens"] == ["layer1"] * 5

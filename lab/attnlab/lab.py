@@ -33,10 +33,12 @@ from attnlab.views.rollout import Rollout, rollout
 from attnlab.views.statistics import curve
 from attnlab.views.token import TokenWeights, token_weights
 from attnlab.views.tokens import TokenLabels, token_labels
+from attnlab.views.trace_map import is_signed
 from attnlab.views.viewport import (
     Region,
     Viewport,
     find_run,
+    find_trace,
     head_tensor,
     load_map,
     recorded,
@@ -277,11 +279,12 @@ class Run:
         reduce: str = "max",
         colormap: str = "viridis",
     ) -> Figure:
-        """`viewport` as a Plotly figure with the tokens under the pointer."""
+        """`viewport` as a Plotly figure with the tokens under the pointer; signed weights in diverging colours."""
         view = self.viewport(layer, head, rows, cols, width, height, reduce)
-        labels = self.tokens
+        labels = self.axes(layer)
         title = map_label(run_brief(self.row), layer, head)
-        return map_figure(view, title, labels.query, labels.key, colormap)
+        signed = is_signed(find_trace(self.lab.store, self.id, layer)[1])
+        return map_figure(view, title, labels.query, labels.key, colormap, signed=signed)
 
     def picture(self, view: str, format: str = "png", **choices: Any) -> bytes:
         """A view as PNG, SVG or PDF with title and colour bar: map, cross, generation, grid, heads, token, lines,

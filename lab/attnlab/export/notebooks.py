@@ -24,7 +24,7 @@ def circuitsvis_arguments(store: Store, run_id: int, layer: int, span: Region = 
     start, stop = _span(store, run_id, layer, span)
     return {
         "attention": _layer(store, run_id, layer, (start, stop)),
-        "tokens": token_labels(store, run_id).key[start:stop],
+        "tokens": token_labels(store, run_id, layer).key[start:stop],
     }
 
 
@@ -38,7 +38,7 @@ def bertviz_arguments(
     wanted = kept if layers is None else list(layers)
     start, stop = _span(store, run_id, wanted[0], span)
     attention = [torch.from_numpy(_layer(store, run_id, layer, (start, stop)))[None] for layer in wanted]
-    tokens = token_labels(store, run_id).key[start:stop]
+    tokens = token_labels(store, run_id, wanted[0]).key[start:stop]
     # BertViz numbers layers by their place among those it shows
     return {"attention": attention, "tokens": tokens, "include_layers": list(range(len(wanted)))}
 

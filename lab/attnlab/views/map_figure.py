@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from attnlab.views.chart_style import colorscale, plain, styled
+from attnlab.views.colormaps import DIVERGING
 from attnlab.views.viewport import Viewport
 
 
@@ -17,12 +18,17 @@ def map_figure(
     query_labels: Sequence[str] = (),
     key_labels: Sequence[str] = (),
     colormap: str = "viridis",
+    *,
+    signed: bool = False,
 ) -> go.Figure:
     """Queries down, keys across; a pixel's hover says which tokens it covers and its weight.
 
     Args:
         query_labels, key_labels: readable tokens of the whole map; empty where none are known.
+        signed: weights of both signs, drawn around zero in diverging colours, whatever ``colormap`` says.
     """
+    peak = max(view.maximum, -view.minimum)
+    ends = {"zmin": -peak, "zmax": peak} if signed else {}
     rows, cols = (_starts(view, axis) for axis in (0, 1))
     hover = [
         [
@@ -37,7 +43,8 @@ def map_figure(
             x=cols[:-1],
             y=rows[:-1],
             customdata=hover,
-            colorscale=colorscale(colormap),
+            colorscale=colorscale(DIVERGING if signed else colormap),
+            **ends,
             hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
             colorbar={"thickness": 12},
         )
