@@ -3,13 +3,16 @@
 The strip of heads over the other views is filled as the grid is.
 """
 
+import io
 import re
 import threading
 
 import numpy as np
 import pytest
 from page_fixtures import IDLE
+from safetensors.numpy import load
 
+from attnlab.export.arrays import statistics_arrays
 from attnlab.views import overview, pyramids
 from attnlab.views.errors import ViewError
 from attnlab_storage import results, tensors
@@ -254,3 +257,16 @@ def test_the_pictures_of_a_short_layer_are_one_answer_for_the_strip_and_the_grid
     page.get_by_role("tab", name="Grid").click()
     page.wait_for_function("() => document.querySelectorAll('.at-drawn').length === 8")
     assert [url for url in asked[1:] if "layer=0" not in url] == []
+
+
+@pytest.mark.parametrize("form", ["NPZ", "safetensors"])
+def test_the_numbers_of_every_head_are_downloaded_as_the_notebook_has_them(grid, served, tmp_path, form):
+    page = grid()
+    with page.expect_download() as download:
+        page.get_by_role("link", name=form).click()
+    download.value.save_as(tmp_path / "numbers")
+    data = (tmp_path / "numbers").read_bytes()
+    kept = np.load(io.BytesIO(data)) if form == "NPZ" else load(data)
+    found = statistics_arrays(served.traced.store, served.traced.run_ids[0])
+    for name, values in found.items():
+        np.testing.assert_array_equal(kept[name], values)

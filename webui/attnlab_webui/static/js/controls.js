@@ -4,6 +4,7 @@ import { axisWord } from "./axes.js";
 import { ColourBar, hatchSwatch } from "./colourbar.js";
 import { precise } from "./colour.js";
 import { Distances } from "./distances.js";
+import { fileLink } from "./files.js";
 import { HELP } from "./gestures.js";
 import { complain } from "./make.js";
 import { Minimap } from "./minimap.js";
@@ -14,7 +15,6 @@ import { StatGrid } from "./statgrid.js";
 import { Strip } from "./strip.js";
 
 const BLINK_MS = 700;
-const FILE_WORDS = { parquet: "Parquet", safetensors: "safetensors" };
 const ROUNDED =
   "The picture is rounded to travel fast: a weight by less than 1 %, in a dense map by up to 6 %. What you point at is exact.";
 const TOOLS = '<div class="at-tools" data-part="tools"></div>';
@@ -206,11 +206,7 @@ export class Controls {
     const numbers = several ? ["npz", "safetensors"] : ["npz", "parquet", "safetensors"];
     const files = [...["png", "svg", "pdf"].map((format) => [format, look]), ...numbers.map((format) => [format, region])];
     for (const [format, fields] of files) {
-      const link = document.createElement("a");
-      link.href = `${base}/${format}?${query({ ...which, ...fields })}`;
-      link.textContent = FILE_WORDS[format] ?? format.toUpperCase();
-      link.setAttribute("download", "");
-      place.append(link);
+      place.append(fileLink(format, `${base}/${format}?${query({ ...which, ...fields })}`));
     }
     const share = button("Copy link", "copy the address of exactly this view", async () => {
       view.state.write();

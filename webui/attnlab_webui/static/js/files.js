@@ -5,6 +5,7 @@ import { element } from "./make.js";
 import { query } from "./request.js";
 
 const FORMATS = ["png", "svg", "pdf"];
+const WORDS = { parquet: "Parquet", safetensors: "safetensors" };
 
 // fields: what the address of the export holds besides its look; of: what is exported, where it is not the map;
 // more: formats beside the pictures
@@ -14,9 +15,13 @@ export function showFiles(place, run, fields, of = "", more = []) {
   place.className = "at-exports";
   place.replaceChildren(element("span", "at-label", "this view"));
   for (const format of [...FORMATS, ...more]) {
-    const link = element("a", "", format.toUpperCase());
-    link.href = `/api/v1/runs/${run.run}/${of}export/${format}?${query({ ...fields, ...look })}`;
-    link.setAttribute("download", "");
-    place.append(link);
+    place.append(fileLink(format, `/api/v1/runs/${run.run}/${of}export/${format}?${query({ ...fields, ...look })}`));
   }
+}
+
+export function fileLink(format, address) {
+  const link = element("a", "", WORDS[format] ?? format.toUpperCase());
+  link.href = address;
+  link.setAttribute("download", "");
+  return link;
 }

@@ -4,7 +4,7 @@ import { makeScale, paint, short } from "../colour.js";
 import { parseConditions } from "../conditions.js";
 import { drawCurves, drawLine } from "../curves.js";
 import { onTheme } from "../dark.js";
-import { showFiles } from "../files.js";
+import { fileLink, showFiles } from "../files.js";
 import { hatch, readInk } from "../ink.js";
 import { element } from "../make.js";
 import { ApiError, getJson } from "../request.js";
@@ -236,6 +236,9 @@ export class Grid extends Waiting {
     place.hidden = false;
     showFiles(place, this.run, { statistic: info.name }, "grid/");
     place.querySelector(".at-label").textContent = "this statistic";
+    const numbers = ["npz", "parquet", "safetensors"];
+    const links = numbers.map((format) => fileLink(format, `/api/v1/runs/${this.run.run}/export/${format}`));
+    place.append(element("span", "at-label", "all numbers"), ...links);
   }
 
   // ---- what is chosen
