@@ -169,7 +169,7 @@ def test_pictures_of_long_maps_are_built_on_first_look_with_progress_and_kept(lo
 
     page = long_maps(slow)
     try:
-        page.locator(".at-tile span").get_by_text("25 %").first.wait_for()
+        page.locator(".at-tile small").get_by_text("25 %").first.wait_for()
         words = page.locator("[data-part=building]")
         words.get_by_text("0 of 8 are there").wait_for()
         assert page.locator(".at-drawn").count() == 0
@@ -178,7 +178,7 @@ def test_pictures_of_long_maps_are_built_on_first_look_with_progress_and_kept(lo
     page.wait_for_function("() => document.querySelectorAll('.at-drawn').length === 8")
     page.wait_for_function(IDLE)
     assert words.inner_text() == ""
-    assert set(page.locator(".at-tile span").all_inner_texts()) == {""}
+    assert set(page.locator(".at-tile :is(small, span)").all_inner_texts()) == {""}
     run = traced.run_ids[0]
     kept = tensors.read_tensor(traced.store, run, "thumbnail_max.2", 1, 0)
     dense = np.pad(traced.reference(run, 1, 2), (0, 3)).reshape(20, 4, 20, 4).max(axis=(1, 3))
@@ -222,7 +222,7 @@ def test_the_strip_of_a_long_layer_fills_head_by_head_and_holds_nobody_up(long_m
         page.wait_for_function(IDLE)
         page.locator(".at-head small").get_by_text("25 %").wait_for()
         there = 1 if view == "map" else 0  # the map that is looked at is built at once
-        words.get_by_text(f"{there} of 4 are there").wait_for()
+        words.get_by_text(f"{there} of 4 pictures").wait_for()
         assert page.evaluate(CHIPS_DRAWN) == [False, False, there == 1, False]
     finally:
         go.set()

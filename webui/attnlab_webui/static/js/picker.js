@@ -19,7 +19,7 @@ export class Picker {
       '<button type="button" class="at-step" data-by="1" aria-label="next layer">›</button>' +
       '<span class="at-of"></span></div>' +
       '<div class="at-heads" role="radiogroup" aria-label="head"></div>' +
-      '<p class="at-hint at-heads-words" role="status"></p>';
+      '<p class="at-hint at-heads-words" role="status" title="These maps are long: each picture is made once, and kept."></p>';
     this.words = root.querySelector(".at-heads-words");
     this.small = document.createElement("canvas");
     this.drawn = new Map(); // chip -> what stands on it

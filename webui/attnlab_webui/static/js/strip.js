@@ -101,12 +101,12 @@ export class Strip {
     const { heads } = this;
     const there = Array.from({ length: heads }, (_, head) => head).filter((head) => this.thumbs.have(this.key(head))).length;
     const lines = [];
-    if (there + this.failures.size < heads) lines.push(`Long maps: each picture is made once and kept. ${there} of ${heads} are there.`);
+    if (there + this.failures.size < heads) lines.push(`${there} of ${heads} pictures`);
     for (const [head, why] of [...this.failures].slice(0, 1)) {
       const others = this.failures.size > 1 ? ` (and ${this.failures.size - 1} more)` : "";
       lines.push(`No picture of H${head}${others}: ${why}`);
     }
-    this.picker.say(lines.join(" "));
+    this.picker.say(lines.join(". "));
   }
 
   draw() {

@@ -121,8 +121,7 @@ export class Grid extends Waiting {
         tile.tabIndex = -1;
         const picture = document.createElement("canvas");
         picture.width = picture.height = SIDE;
-        const words = document.createElement("span");
-        tile.append(picture, words);
+        tile.append(picture, document.createElement("small"), document.createElement("span"));
         this.tiles.set(`${layer}.${head}`, tile);
         this.seen.observe(tile);
       }
@@ -315,19 +314,25 @@ export class Grid extends Waiting {
       const known = this.thumbs.have(key);
       if (isIntersecting && known) this.draw(target, known);
       else if (isIntersecting) this.thumbs.want(key);
-      else this.thumbs.forget(key);
+      else this.leave(target, key);
     }
+  }
+
+  leave(tile, key) {
+    this.thumbs.forget(key);
+    if (!this.thumbs.busy.has(key)) tile.querySelector("small").textContent = "";
   }
 
   onThumb(key, tile) {
     const place = this.placeOf(key);
     this.failures.delete(place);
+    place.querySelector("small").textContent = "";
     this.draw(place, tile);
     this.sayBuilding();
   }
 
   onBuilding(key, share) {
-    this.placeOf(key).querySelector("span").textContent = `${Math.round(share * 100)} %`;
+    this.placeOf(key).querySelector("small").textContent = share > 0 ? `${Math.round(share * 100)} %` : "waits";
     this.long = true;
     this.sayBuilding();
   }
@@ -335,6 +340,7 @@ export class Grid extends Waiting {
   onFailed(key, message) {
     const place = this.placeOf(key);
     this.failures.set(place, message);
+    place.querySelector("small").textContent = "";
     this.name(place, this.grid.classList.contains("at-sorted"));
     this.sayBuilding();
   }
