@@ -9,7 +9,7 @@ import pytest
 
 from attnlab_storage import settings
 
-pytest_plugins = ("store_fixtures", "traced_fixtures", "page_fixtures")
+pytest_plugins = ("store_fixtures", "traced_fixtures", "page_fixtures", "model_fixtures", "worker_fixtures")
 
 REAL_MODELS = settings.models_folder()
 # packages to compare with that the lab itself must not find, see .ci/install_oracles.sh

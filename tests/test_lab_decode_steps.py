@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from model_fixtures import HEADS, LAYERS
+from transformers import LlamaForCausalLM
 
-from attnlab import models
 from attnlab.problems import SpecError
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
@@ -17,7 +17,8 @@ from attnlab_kernels.catalog import MECHANISMS
 from attnlab_storage import results
 from attnlab_storage.database import Store
 
-LAYERS, HEADS, KV_HEADS, SIZE = 2, 6, 2, 8
+pytestmark = pytest.mark.usefixtures("forget_models")
+
 TOKENS, STEPS = 13, 5
 SMALL: dict[str, dict[str, Any]] = {
     "sliding_window": {"window_size": 6},
@@ -25,31 +26,6 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 ONE_STEP_ONLY = {"sliding_window"}
 """whose cache rolls over"""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small random Llama whose maps are far from uniform."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=HEADS * SIZE, intermediate_size=40, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def _forget_models() -> Any:
-    models._last.clear()
-    yield
-    models._last.clear()
 
 
 def spec_of(given: str, **changes: Any) -> dict[str, Any]:

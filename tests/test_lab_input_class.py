@@ -1,13 +1,10 @@
 """An attention on what a model gives it beside random inputs: the class is stated, and both are timed in turn."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from attnlab import models
 from attnlab.describe import run_document
 from attnlab.probes.kernel import KernelCall
 from attnlab.run import run_here
@@ -15,24 +12,7 @@ from attnlab.spec import parse_spec
 from attnlab_storage import results
 from attnlab_webui.experiment_view import run_facts
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=64,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _forget_models() -> Any:
-    models._last.clear()
-    yield
-    models._last.clear()
+pytestmark = pytest.mark.usefixtures("forget_models")
 
 
 def timed(store: Any, **subject: Any) -> dict[str, Any]:
@@ -46,7 +26,7 @@ def timed(store: Any, **subject: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_what_a_model_gives_its_attention_is_timed_beside_normal_inputs(sqlite_store, tiny, phase):
-    found = timed(sqlite_store, model=str(tiny), input={"synthetic": "random"}, phase=phase)
+    found = timed(sqlite_store, model=tiny, input={"synthetic": "random"}, phase=phase)
     inputs = found["attention_latency_ms"]["detail"]["inputs"]
     assert inputs["class"] == "captured"
     assert inputs["what"].endswith("tiny, attention 1, on random tokens")

@@ -15,7 +15,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from attnlab import models
 from attnlab.probes.score_rules import DENSE_BIAS_CELLS, rules_of
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
@@ -23,6 +22,8 @@ from attnlab.views.viewport import load_map, viewport
 from attnlab_kernels.operations.softmax.api import Unsupported
 from attnlab_storage import results, tensors
 from attnlab_storage.database import Store
+
+pytestmark = pytest.mark.usefixtures("forget_models")
 
 TOKENS = 13
 DECODER: dict[str, Any] = {
@@ -65,13 +66,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         build(name).save_pretrained(folder)
         made[name] = str(folder)
     return made
-
-
-@pytest.fixture(autouse=True)
-def _forget_models() -> Any:
-    models._last.clear()
-    yield
-    models._last.clear()
 
 
 def ran(

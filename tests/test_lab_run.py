@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from model_fixtures import HEADS, KV_HEADS, LAYERS, SIZE
+from transformers import LlamaForCausalLM
 
 from attnlab import models, procedure
 from attnlab.bundled import BUNDLED, is_fetched
@@ -28,32 +29,7 @@ from attnlab_storage import queue, results, tensors
 from attnlab_storage.database import Store
 from attnlab_storage.queue import Claim, LostLease
 
-LAYERS, HEADS, KV_HEADS, SIZE = 2, 6, 2, 8
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a small random Llama."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=HEADS * SIZE, intermediate_size=40, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def _forget_models() -> Any:
-    models._last.clear()
-    yield
-    models._last.clear()
+pytestmark = pytest.mark.usefixtures("forget_models")
 
 
 def spec_of(tiny: str, **changes: Any) -> dict[str, Any]:

@@ -1,14 +1,10 @@
 """A whole run of a swap: its label, the loss that is stored beside it, and a map that can be read back."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from attnlab import models
 from attnlab.bundled import BUNDLED, is_fetched
 from attnlab.describe import run_document
 from attnlab.run import run_here
@@ -29,11 +25,7 @@ SWAPS: list[Any] = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _forget_models() -> Any:
-    models._last.clear()
-    yield
-    models._last.clear()
+pytestmark = pytest.mark.usefixtures("forget_models")
 
 
 def documents(store: Store, values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -54,23 +46,12 @@ def judged(document: dict[str, Any], approximate: bool) -> None:
     assert document["map_check"]["output_defect"] < (0.2 if "use_fp8" in document["parameters"] else 1e-4)
 
 
-def test_each_run_says_what_kind_of_swap_it_is_and_what_it_loses(sqlite_store: Store, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(4)
-    model.save_pretrained(tmp_path / "tiny")
+def test_each_run_says_what_kind_of_swap_it_is_and_what_it_loses(sqlite_store: Store, tiny: str) -> None:
     made = documents(
         sqlite_store,
         {
             "name": "swaps",
-            "model": str(tmp_path / "tiny"),
+            "model": tiny,
             "input": {"synthetic": "random"},
             "vary": {"mechanism": SWAPS, "sequence_length": [29]},
             "record": ["maps", "accuracy", "statistics"],

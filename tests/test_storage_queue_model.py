@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sqlalchemy import delete, select, update
+from traced_fixtures import POINT
 
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store, open_store
@@ -74,7 +75,7 @@ class QueueMachine(RuleBasedStateMachine):
         attempts=st.integers(1, 3),
     )
     def submit(self, gpus: list[int], priority: int, attempts: int) -> None:
-        points = [point(gpus=count) for count in gpus]
+        points = [POINT | {"gpus": count} for count in gpus]
         submitted = queue.submit(
             self.store,
             name="n",
@@ -277,21 +278,6 @@ class QueueMachine(RuleBasedStateMachine):
             return []
         ids = data.draw(st.lists(st.sampled_from(sorted(self.runs)), max_size=4, unique=True))
         return [self.runs[run_id] for run_id in ids]
-
-
-def point(gpus: int) -> dict[str, Any]:
-    return {
-        "mechanism": "multi_head",
-        "parameters": {},
-        "implementation": "auto",
-        "sequence_length": 7,
-        "dtype": "float32",
-        "batch_size": 1,
-        "phase": "prefill",
-        "model": None,
-        "kind": "inspect",
-        "gpus": gpus,
-    }
 
 
 @pytest.fixture

@@ -201,23 +201,10 @@ def test_an_unknown_experiment_offers_ways_out(served, traced, browse):
     wait(page)
 
 
-def point() -> dict[str, object]:
-    return {
-        "mechanism": "multi_head",
-        "parameters": {},
-        "implementation": "auto",
-        "sequence_length": 30,
-        "dtype": "float32",
-        "batch_size": 1,
-        "phase": "prefill",
-        "model": "made-up",
-        "kind": "inspect",
-        "gpus": 0,
-    }
-
-
-def test_a_run_is_followed_while_it_runs_and_cancelled(serve, browse, sqlite_store):
-    made = queue.submit(sqlite_store, name="live", spec={}, spec_hash="1", points=[point(), point()])
+def test_a_run_is_followed_while_it_runs_and_cancelled(serve, browse, sqlite_store, point):
+    made = queue.submit(
+        sqlite_store, name="live", spec={}, spec_hash="1", points=[point(sequence_length=30)] * 2
+    )
     page = browse(f"{serve(sqlite_store)}/experiment?id={made.experiment_id}")
     page.get_by_text("Waiting in the queue.").wait_for()
     claim = queue.claim(sqlite_store, "tests")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traced_fixtures import POINT
 
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
@@ -21,18 +22,6 @@ from attnlab_workers.dispatcher import Dispatcher
 from attnlab_workers.executor import Ended, LocalExecutor
 
 JOB = "fake_jobs:perform"
-POINT = {
-    "mechanism": "multi_head",
-    "parameters": {},
-    "implementation": "auto",
-    "sequence_length": 7,
-    "dtype": "float32",
-    "batch_size": 1,
-    "phase": "prefill",
-    "model": "none",
-    "kind": "inspect",
-    "gpus": 0,
-}
 
 
 class NoExecutor:

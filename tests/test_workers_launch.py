@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from traced_fixtures import POINT
 
 from attnlab_storage import queue
 from attnlab_storage.database import Store, open_store
@@ -23,18 +24,6 @@ from attnlab_workers.service import Service
 
 MARK = "ATTNLAB_TEST_LAUNCH"
 JOBS = Path(__file__).parent / "jobs"
-POINT = {
-    "mechanism": "multi_head",
-    "parameters": {},
-    "implementation": "auto",
-    "sequence_length": 7,
-    "dtype": "float32",
-    "batch_size": 1,
-    "phase": "prefill",
-    "model": "none",
-    "kind": "inspect",
-    "gpus": 0,
-}
 
 
 class Launched:

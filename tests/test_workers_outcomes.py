@@ -1,9 +1,5 @@
 """Real runs in real children held to a memory: what one of them cannot have costs the others nothing."""
 
-from collections.abc import Iterator
-
-import pytest
-
 from attnlab.spec import parse_spec
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
@@ -23,13 +19,6 @@ SPEC = {
     },
     "record": ["memory"],
 }
-
-
-@pytest.fixture
-def spare() -> Iterator[Spare]:
-    spare = Spare()
-    yield spare
-    spare.close()
 
 
 def test_the_run_that_exceeds_memory_ends_so_and_the_others_succeed(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traced_fixtures import POINT
 
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
@@ -23,18 +24,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MARK = "ATTNLAB_TEST_RAY"
 JOBS = Path(__file__).parent / "jobs"
-POINT = {
-    "mechanism": "multi_head",
-    "parameters": {},
-    "implementation": "auto",
-    "sequence_length": 7,
-    "dtype": "float32",
-    "batch_size": 1,
-    "phase": "prefill",
-    "model": "none",
-    "kind": "inspect",
-    "gpus": 0,
-}
 
 
 class Cluster:

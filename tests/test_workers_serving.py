@@ -2,9 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
-
-import pytest
 
 from attnlab.spec import parse_spec
 from attnlab_storage import queue, results
@@ -28,13 +25,6 @@ SPEC = {
     },
     "repeats": 1000,
 }
-
-
-@pytest.fixture
-def spare() -> Iterator[Spare]:
-    spare = Spare()
-    yield spare
-    spare.close()
 
 
 def cancel_after_first_pass(store: Store, run_id: int, asked: list[float]) -> None:

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from traced_fixtures import POINT
 
 from attnlab_storage import queue, results
 from attnlab_storage.database import Store
@@ -23,30 +24,11 @@ from attnlab_workers.order import Order
 from attnlab_workers.supervisor import supervise
 
 JOB = "fake_jobs:perform"
-POINT = {
-    "mechanism": "multi_head",
-    "parameters": {},
-    "implementation": "auto",
-    "sequence_length": 7,
-    "dtype": "float32",
-    "batch_size": 1,
-    "phase": "prefill",
-    "model": "none",
-    "kind": "inspect",
-    "gpus": 0,
-}
 
 
 @pytest.fixture(autouse=True)
 def fake_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "jobs"))
-
-
-@pytest.fixture
-def spare() -> Iterator[Spare]:
-    spare = Spare()
-    yield spare
-    spare.close()
 
 
 @pytest.fixture

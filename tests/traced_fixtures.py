@@ -11,11 +11,25 @@ from attnlab_kernels.masks import Causal, Mask, Window
 from attnlab_storage import queue, results, tensors
 from attnlab_storage.database import Store
 
+POINT: dict[str, Any] = {
+    "mechanism": "multi_head",
+    "parameters": {},
+    "implementation": "auto",
+    "sequence_length": 7,
+    "dtype": "float32",
+    "batch_size": 1,
+    "phase": "prefill",
+    "model": "made-up",
+    "kind": "inspect",
+    "gpus": 0,
+}
+"""of a grid"""
+
 
 @pytest.fixture
 def point() -> Callable[..., dict[str, Any]]:
     """Makes a point of a grid: ``point(mechanism="flash")``."""
-    return lambda **changed: _point("multi_head", {}, 7) | {"kind": "inspect"} | changed
+    return lambda **changed: POINT | changed
 
 
 @dataclass
@@ -85,18 +99,8 @@ def traced(sqlite_store: Store, make_traced: Callable[..., Traced]) -> Traced:
 
 
 def _point(mechanism: str, parameters: dict[str, Any], tokens: int) -> dict[str, Any]:
-    return {
-        "mechanism": mechanism,
-        "parameters": parameters,
-        "implementation": "auto",
-        "sequence_length": tokens,
-        "dtype": "float32",
-        "batch_size": 1,
-        "phase": "prefill",
-        "model": "made-up",
-        "kind": "bench",
-        "gpus": 0,
-    }
+    changed = {"mechanism": mechanism, "parameters": parameters, "sequence_length": tokens}
+    return POINT | changed | {"kind": "bench"}
 
 
 def _summary(claim: queue.Claim, layers: int) -> dict[str, Any]:
