@@ -99,12 +99,15 @@ def test_a_ramp_of_differences_goes_one_way_from_zero_and_its_arms_are_two_colou
         assert np.linalg.norm(lab[distance - 1] - lab[-distance]) > 25
 
 
+HEADS = ((8, 25), (12, 20), (32, 12))
+"""the colours of so many heads are so far apart"""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "colours", "apart"),
     [
-        ("heads on a light page", HEAD_COLOURS["light"], 25),
-        ("heads on a dark page", HEAD_COLOURS["dark"], 25),
+        *((f"{n} heads on a {on} page", HEAD_COLOURS[on][:n], apart) for on in THEMES for n, apart in HEADS),
         ("parts of an overlay", script_colours("overlay.js", "COLOURS"), 25),
         ("lines of a chart, which also have symbols", list(PALETTE), 12),
     ],

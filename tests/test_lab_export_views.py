@@ -120,9 +120,17 @@ def test_the_mean_of_all_heads_is_one_line_a_pair_and_stronger_where_it_is_large
 def test_a_head_has_the_colour_that_it_has_on_the_page():
     source = (ROOT / "webui/attnlab_webui/static/js/head_colours.js").read_text()
     for name, colours in lines.HEAD_COLOURS.items():
-        listed = re.search(rf"const {name.upper()} = \[(.*)\]", source)
+        listed = re.search(rf"const {name.upper()} = \[(.*?)\]", source, re.DOTALL)
         assert listed
         assert re.findall("#[0-9a-f]{6}", listed[1]) == colours
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_two_heads_that_are_shown_never_share_a_colour(theme):
+    for shown in (range(9), range(32), [0, 8], [0, 32, 64], [5, 37, 6, 38], range(96, 128)):
+        assert len(set(lines.head_colours(shown, theme))) == len(shown)
+    assert lines.head_colours([3], theme) == lines.head_colours(range(4), theme)[3:]
+    assert len(lines.head_colours(range(70), theme)) == 70
 
 
 def test_too_many_lines_are_refused_with_their_number(traced, monkeypatch):

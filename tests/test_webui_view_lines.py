@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from page_fixtures import IDLE
 
+from attnlab.export.lines import head_colours
+from attnlab_webui.theme import STATIC_URL
+
 pytestmark = pytest.mark.browser
 
 INKED = """() => {
@@ -123,3 +126,16 @@ def test_the_lines_are_downloaded_as_a_figure(lines, tmp_path):
     words = (tmp_path / "view").read_text()
     assert "layer 1, head 2" in words
     assert "queries 20:50 of 77 · keys 10:60 of 77" in words
+
+
+def test_heads_that_are_shown_have_the_colours_of_the_file_on_the_page(lines):
+    page = lines("layer=0", dark=True)
+    for shown in ([*range(9)], [0, 8], [0, 32, 64], [*range(70)]):
+        found = page.evaluate(
+            f"""async (heads) => {{
+              const {{ headColours }} = await import("{STATIC_URL}/js/head_colours.js");
+              return [...headColours(heads).values()];
+            }}""",
+            shown,
+        )
+        assert found == head_colours(shown, "dark")

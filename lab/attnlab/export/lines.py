@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +23,21 @@ from attnlab_storage.results import RunRow, TraceRow
 MOST_TOKENS = 64
 AT_FIRST = 32
 MOST_LINES = 50_000
-# the colours that heads have on the page: far apart to the colour-blind too
+# the colours that heads have on the page: far apart to the colour-blind too, the first ones furthest
 HEAD_COLOURS = {
-    "light": ["#007686", "#f7a100", "#03cbb2", "#873bb4", "#a1aeff", "#df0208", "#a19b61", "#3b3721"],
-    "dark": ["#0093ff", "#f3bd00", "#4f7d58", "#9065a6", "#baffec", "#ff8953", "#ffebaf", "#a4a7b6"],
-}
+    "light": [
+        "#007686", "#f7a100", "#03cbb2", "#873bb4", "#a1aeff", "#df0208", "#a19b61", "#3b3721",
+        "#690ff0", "#4b003c", "#0f0078", "#d23cff", "#1e0000", "#e1c369", "#5a695a", "#d2c3f0",
+        "#e15ac3", "#78693c", "#690fc3", "#1e4b78", "#789678", "#87d296", "#871e00", "#3c005a",
+        "#ff692d", "#693c5a", "#b469e1", "#4b2d87", "#000f1e", "#2d96c3", "#872d3c", "#a5783c",
+    ],
+    "dark": [
+        "#0093ff", "#f3bd00", "#4f7d58", "#9065a6", "#baffec", "#ff8953", "#ffebaf", "#a4a7b6",
+        "#6900ff", "#960f00", "#3c3c4b", "#690087", "#78e1ff", "#d23c00", "#5a00b4", "#87c396",
+        "#a53cc3", "#d2ff69", "#5a3c2d", "#696978", "#3c5af0", "#8796e1", "#870f78", "#78e178",
+        "#b4693c", "#ff691e", "#2da587", "#b49669", "#874b2d", "#ffc3c3", "#ff2dc3", "#0ff02d",
+    ],
+}  # fmt: skip
 SAMPLES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 _LEVELS = 12  # strengths that are told apart
 _WEAKEST = 0.06
@@ -68,7 +78,7 @@ def draw_lines(
     if len(found) > MOST_LINES:
         raise ViewError(f"above must leave at most {MOST_LINES:,} lines; {above} leaves {len(found):,}")
     names, word = _names(store, run_id, trace, rows, cols), column_word(trace)
-    look, colours = THEMES[theme], [HEAD_COLOURS[theme][head % 8] for head in drawn]
+    look, colours = THEMES[theme], head_colours(drawn, theme)
     marks = [] if heads == "mean" else [(f"H{head}", colours[i]) for i, head in enumerate(drawn)]
     place = _Place.of(names, len(marks))
     scene = Scene(place.width, place.height, look.background)
@@ -82,6 +92,21 @@ def draw_lines(
     _draw_names(scene, place, names, word, look)
     _draw_key(scene, place, marks, colours[0], above, look, dashes=bool((weights < 0).any()))
     return scene
+
+
+def head_colours(heads: Iterable[int], theme: str) -> list[str]:
+    """The colour of each head: its own by its number, the next free one where another that is shown has that."""
+    colours = HEAD_COLOURS[theme]
+    free: set[int] = set()
+    found = []
+    for head in heads:
+        free = free or set(range(len(colours)))
+        at = head % len(colours)
+        while at not in free:
+            at = (at + 1) % len(colours)
+        free.discard(at)
+        found.append(colours[at])
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import { precise } from "../colour.js";
 import { onTheme } from "../dark.js";
 import { showFiles } from "../files.js";
-import { headColour } from "../head_colours.js";
+import { headColours } from "../head_colours.js";
 import { readInk } from "../ink.js";
 import { drawLines } from "../line_picture.js";
 import { button, element } from "../make.js";
@@ -274,10 +274,11 @@ export class Lines extends Waiting {
       });
       place.replaceChildren(...squares);
     }
+    const shown = headColours(this.isMean ? [] : this.heads);
+    const others = headColours(Array(heads).keys());
     [...place.children].forEach((square, head) => {
-      const on = !this.isMean && this.heads.includes(head);
-      square.setAttribute("aria-pressed", String(on));
-      square.style.setProperty("--at-head", headColour(head));
+      square.setAttribute("aria-pressed", String(shown.has(head)));
+      square.style.setProperty("--at-head", shown.get(head) ?? others.get(head));
     });
   }
 
@@ -315,7 +316,9 @@ export class Lines extends Waiting {
     const context = canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
-    const drawn = this.isMean ? [{ head: 0, colour: readInk(this.root).accent }] : this.heads.map((head) => ({ head, colour: headColour(head) }));
+    const drawn = this.isMean
+      ? [{ head: 0, colour: readInk(this.root).accent }]
+      : Array.from(headColours(this.heads), ([head, colour]) => ({ head, colour }));
     const seen = (row, col) => !only || (only.side === "query" ? row === only.at : col === only.at);
     const average = this.isMean ? (row, col) => this.average(row, col) : null;
     drawLines(context, { tile, drawn, above: this.state.get("above"), width, pitch: PITCH, only: seen, average });
