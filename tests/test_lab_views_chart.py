@@ -10,6 +10,7 @@ from attnlab.intervals import median_interval
 from attnlab.views import figures
 from attnlab.views.chart import BARS, PRESETS, Axes, ChartInfo, best_axes, chart_info
 from attnlab.views.chart_figure import chart_figure
+from attnlab.views.chart_style import color, log_axis, symbol
 from attnlab.views.chart_table import FIELDS, MEASURES, TEXTS, chart_rows
 from attnlab.views.errors import ViewError
 from attnlab.views.samples import ecdf, samples_figure, samples_info
@@ -205,6 +206,35 @@ def test_facets_share_one_scale_and_one_legend() -> None:
     assert [trace["showlegend"] for trace in figure["data"]] == [True, False]
     assert [note["text"] for note in figure["layout"]["annotations"]] == ["dtype float32", "dtype float16"]
     assert figure["layout"]["yaxis2"]["matches"] == "y"
+
+
+def test_columns_that_are_far_apart_are_points_on_a_logarithmic_axis_and_never_bars() -> None:
+    for apart, bars, kind in ((3.0, True, None), (300.0, False, "log")):
+        runs = [document(1, 64, 1.0), document(2, 64, apart), document(3, 64, None)]
+        figure = chart_figure(chart_info(runs, PRESETS["latency"][1]))
+        assert (figure.layout.yaxis.type, "bar" in {trace.type for trace in figure.data}) == (kind, bars)
+        (cross,) = [trace for trace in figure.data if trace.type == "scatter" and trace.marker.symbol == "x"]
+        assert all(y < 0.9 for y in cross.y)  # at the foot of the chart, below every sample
+
+
+@pytest.mark.parametrize("decades", [0.01, 0.1, 0.3, 0.7, 1.0, 1.4, 2.0, 2.9, 3.1, 5.0, 9.0, 20.0])
+@pytest.mark.parametrize("low", [1e-7, 0.03, 1.0, 47.0, 7e9])
+def test_a_logarithmic_axis_has_a_few_ticks_however_far_it_goes(low: float, decades: float) -> None:
+    high = low * 10**decades
+    step = log_axis([low, high])["dtick"]
+    if step == "D2":
+        tens = [10.0**n for n in range(-10, 31)]
+        ticks = [ten * times for ten in tens for times in (1, 2, 5) if low <= ten * times <= high]
+        count = len(ticks)
+    elif isinstance(step, str):
+        count = int(high / float(step[1:])) - int(np.ceil(low / float(step[1:]))) + 1
+    else:
+        count = int((np.floor(np.log10(high)) - np.ceil(np.log10(low))) / step) + 1
+    assert 2 <= count <= 10
+
+
+def test_what_a_chart_draws_differs_in_colour_or_symbol() -> None:
+    assert len({(color(place), symbol(place)) for place in range(64)}) == 64
 
 
 def test_a_measure_may_be_either_axis() -> None:

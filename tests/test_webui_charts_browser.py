@@ -54,6 +54,35 @@ def test_a_picked_chart_is_drawn_and_goes_into_the_address(serve, browse, outcom
     table.get_by_text("0.01", exact=True).first.wait_for()
 
 
+BOXES = """([plot, what]) => [...document.querySelectorAll(`${plot} ${what}`)].map((part) => {
+  const { left, right, top, bottom } = part.getBoundingClientRect();
+  return [left, right, top, bottom];
+})"""
+
+
+def overlap(one, other) -> bool:
+    return one[0] < other[1] and other[0] < one[1] and one[2] < other[3] and other[2] < one[3]
+
+
+@pytest.mark.parametrize("width", [1024, 1440])
+def test_the_words_of_a_mark_lie_over_no_bar_and_no_other_words(
+    serve, browse, sqlite_store, make_traced, width
+):
+    made = make_traced(
+        sqlite_store, tokens=30, layers=1, outcomes=["unsupported", "out_of_memory", "timed_out"] * 6
+    )
+    page = browse(
+        f"{serve(sqlite_store)}/experiment?id={made.experiment_id}&tab=charts&chart=latency", width=width
+    )
+    titled(page, "Time of the forward pass")
+    page.wait_for_function("(plot) => document.querySelectorAll(`${plot} .annotation-text`).length", arg=PLOT)
+    words = page.evaluate(BOXES, [PLOT, ".annotation-text"])
+    bars = page.evaluate(BOXES, [PLOT, ".bars .point path"])
+    assert (len(words), len(bars)) == (18, 2)
+    for at, word in enumerate(words):
+        assert not any(overlap(word, other) for other in [*bars, *words[:at]])
+
+
 def test_samples_and_error_bars_are_picked_and_go_into_the_address(serve, browse, outcomes):
     page = browse(f"{serve(outcomes.store)}/experiment?id={outcomes.experiment_id}&tab=charts&chart=samples")
     titled(page, "Every sample")

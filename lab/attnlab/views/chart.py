@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attnlab.intervals import median_interval
+from attnlab.views.chart_style import WIDE
 from attnlab.views.chart_table import (
     FIELDS,
     MEASURES,
@@ -168,7 +169,7 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
         x_words=x_words,
         y_words=_words(axes.y),
         log_x=numeric and all(point.x > 0 for line in lines for point in line.points),
-        log_y=numeric and bool(values) and min(values) > 0,
+        log_y=bool(values) and min(values) > 0 and (numeric or max(values) > WIDE * min(values)),
         lines=lines,
         facets=list(dict.fromkeys(line.facet for line in lines)),
         labels=labels,

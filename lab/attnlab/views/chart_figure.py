@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from attnlab.views.chart import ChartInfo, Line, Point, outcome_words
-from attnlab.views.chart_style import FONT, color, plain, styled, symbol
+from attnlab.views.chart_style import FONT, color, log_axis, plain, styled, symbol, tick_format, wrapped
 from attnlab.views.chart_table import FIELDS, MEASURES
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, plain_number
 
 MOST_FACETS = 4
 LABEL_CHARS = 26
 LEVEL_LABELS = 6
+"""beyond so many columns labels are slanted, and the words of a mark stand upright"""
+PANEL_CHARS, AXIS_CHARS = 26, 34
 
 
 def chart_figure(info: ChartInfo) -> go.Figure:
     """One panel a facet, at most four of them, on one scale; hover has the interval, the runs and the reasons."""
     facets = info.facets[:MOST_FACETS] or [""]
     titles = (
-        [plain(f"{FIELDS[info.axes.facet].words} {facet}") for facet in facets] if info.axes.facet else None
+        [wrapped(f"{FIELDS[info.axes.facet].words} {facet}", PANEL_CHARS) for facet in facets]
+        if info.axes.facet
+        else None
     )
     figure = make_subplots(rows=1, cols=len(facets), shared_yaxes=True, subplot_titles=titles)
+    figure.update_annotations(font_size=12)
     labels = list(dict.fromkeys(line.label for line in info.lines))
     ended = [line.label for line in info.lines if any(end.x is not None for end in line.ends)]
     shown: set[str] = set()
@@ -38,18 +44,18 @@ def chart_figure(info: ChartInfo) -> go.Figure:
             )
             shown.add(line.label)
     styled(figure, title=info.title, x=info.x_words, y="", height=440)
-    figure.update_yaxes(title_text=plain(info.y_words), row=1, col=1)
-    figure.update_layout(barmode="group", margin={"t": 64 if titles else 40}, showlegend=True)
+    figure.update_yaxes(title_text=wrapped(info.y_words, AXIS_CHARS), row=1, col=1)
+    figure.update_layout(barmode="group", margin={"t": 72 if titles else 40}, showlegend=True)
     _scales(figure, info)
     return figure
 
 
 def end_height(info: ChartInfo, row: int) -> float:
-    """Where the ends of a line are marked: above all points, each line in a row of its own; at 0 under bars."""
-    if info.labels:
-        return 0.0
+    """Where the ends of a line are marked: above all points, each line in a row of its own; of columns at the foot."""
     values = [end for line in info.lines for point in line.points for end in point.ends(info.axes.bars)]
     low, high = min(values, default=1.0), max(values, default=1.0)
+    if info.labels:
+        return low * (low / high) ** 0.09 if info.log_y else 0.0
     if info.log_y and low > 0:
         return high * max(high / low, 10.0) ** (0.09 * (row + 1))
     return high + (high - low or high or 1.0) * 0.09 * (row + 1)
@@ -83,26 +89,30 @@ def _draw(
             "thickness": 1.2,
         },
     }
-    if info.labels:
+    if info.labels and not info.log_y:
+        common["error_y"]["color"] = FONT
         figure.add_trace(go.Bar(marker_color=color(index), offsetgroup="all", **common), **place)
     else:
-        mode = "lines+markers" if info.axes.x in FIELDS else "markers"
+        mode = "lines+markers" if info.axes.x in FIELDS and not info.labels else "markers"
         figure.add_trace(go.Scatter(mode=mode, marker=look, line_color=color(index), **common), **place)
     _mark_conditions(figure, info, line, marked, place)
     ends = [end for end in line.ends if end.x is not None]
     if ends:
+        words = [
+            "not recorded" if end.outcome == "succeeded" else OUTCOME_WORDS.get(end.outcome, end.outcome)
+            for end in ends
+        ]
+        heights = [top if end.y is None else end.y for end in ends]
+        if is_narrow(info):
+            for end, height, word in zip(ends, heights, words, strict=True):
+                _stand(figure, end.x, math.log10(height) if info.log_y else height, word, place)
         figure.add_trace(
             go.Scatter(
                 x=[end.x for end in ends],
-                y=[top if end.y is None else end.y for end in ends],
-                mode="markers+text",
+                y=heights,
+                mode="markers" if is_narrow(info) else "markers+text",
                 marker={"color": color(index), "symbol": "x", "size": 11},
-                text=[
-                    "not recorded"
-                    if end.outcome == "succeeded"
-                    else OUTCOME_WORDS.get(end.outcome, end.outcome)
-                    for end in ends
-                ],
+                text=words,
                 textposition=[_beside(info, end.x) for end in ends],
                 customdata=[plain(outcome_words(end)) for end in ends],
                 hovertemplate="%{customdata}<extra>" + plain(line.label) + "</extra>",
@@ -113,6 +123,26 @@ def _draw(
             ),
             **place,
         )
+
+
+def is_narrow(info: ChartInfo) -> bool:
+    """Whether a column has no room for a word."""
+    return len(info.labels) * max(1, min(MOST_FACETS, len(info.facets))) > LEVEL_LABELS
+
+
+def _stand(figure: go.Figure, x: Any, y: float, word: str, place: dict[str, Any]) -> None:
+    """A word that stands upright on a mark, in its own column."""
+    figure.add_annotation(
+        x=x,
+        y=y,
+        text=plain(word),
+        textangle=-90,
+        showarrow=False,
+        yanchor="bottom",
+        yshift=8,
+        font_size=11,
+        **place,
+    )
 
 
 CONDITIONS = {True: ("throttled", "diamond-tall-open"), False: ("disturbed", "circle-open")}
@@ -139,7 +169,7 @@ def _mark_conditions(
             go.Scatter(
                 x=[point.x for point in points],
                 y=[point.y for point in points],
-                mode="markers+text" if throttled else "markers",
+                mode="markers+text" if throttled and not is_narrow(info) else "markers",
                 text=[word] * len(points) if throttled else None,
                 textposition=[_beside(info, point.x) for point in points],
                 marker={"color": FONT, "symbol": mark, "size": 16, "line": {"width": 2}},
@@ -148,6 +178,7 @@ def _mark_conditions(
                 name=word,
                 legendgroup=word,
                 showlegend=word not in marked,
+                legendrank=2000,  # below the lines
                 cliponaxis=False,
             ),
             **place,
@@ -191,19 +222,26 @@ def _scales(figure: go.Figure, info: ChartInfo) -> None:
         figure.update_xaxes(
             type="category", tickmode="array", tickvals=info.labels, ticktext=texts, categoryarray=info.labels
         )
-        figure.update_yaxes(rangemode="tozero")
+        figure.update_yaxes(rangemode="normal" if info.log_y else "tozero")
         if len(info.labels) > LEVEL_LABELS:  # the rest are slanted, and need the room below them
             figure.update_layout(height=520, legend={"y": -0.55})
     elif info.log_x:
-        figure.update_xaxes(type="log")
+        figure.update_xaxes(**log_axis(numbers_of(figure, "x"), unit_of(info.axes.x)))
         if info.axes.x in FIELDS:
             places = {point.x for line in info.lines for point in line.points}
             places |= {end.x for line in info.lines for end in line.ends if end.x}
             ticks = sorted(places)
             figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
-    if info.log_y:
-        figure.update_yaxes(type="log")
-    if MEASURES[info.axes.y].unit in ("bytes", "FLOP/s"):
-        figure.update_yaxes(tickformat=".2s")
-    elif MEASURES[info.axes.y].unit == "":
-        figure.update_yaxes(tickformat=".1e")
+    unit = unit_of(info.axes.y)
+    figure.update_yaxes(
+        **log_axis(numbers_of(figure, "y"), unit) if info.log_y else {"tickformat": tick_format(unit)}
+    )
+
+
+def unit_of(name: str) -> str:
+    return MEASURES[name].unit if name in MEASURES else ""
+
+
+def numbers_of(figure: go.Figure, axis: str) -> list[float]:
+    """All that is drawn along an axis."""
+    return [value for trace in figure.data for value in trace[axis] if value is not None]

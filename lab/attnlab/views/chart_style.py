@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+import textwrap
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -20,13 +24,56 @@ def color(position: int) -> str:
     return PALETTE[position % len(PALETTE)]
 
 
+def faint(position: int) -> str:
+    """A colour to fill with, where things lie over each other."""
+    red, green, blue = bytes.fromhex(color(position)[1:])
+    return f"rgba({red},{green},{blue},0.2)"
+
+
 def symbol(position: int) -> str:
-    return SYMBOLS[position % len(SYMBOLS)]
+    """Another one when the colours begin again: 64 positions differ in colour or symbol."""
+    return SYMBOLS[(position + position // len(PALETTE)) % len(SYMBOLS)]
 
 
 def plain(text: str) -> str:
     """Text for a figure: Plotly reads a few HTML tags, and a run's name is not markup."""
     return escape(str(text), quote=False)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The same on lines of so many characters; parameters in brackets begin a line where they do not fit."""
+    lines = textwrap.wrap(re.sub(r"\s*\(", " (", text), width, break_long_words=False)
+    return "<br>".join(plain(line) for line in lines)
+
+
+WIDE = 20
+"""values that are further apart than this are drawn on a logarithmic axis, and never as bars"""
+
+
+def log_axis(values: Iterable[float], unit: str = "") -> dict[str, Any]:
+    """A logarithmic axis whose ticks are whole numbers in words: at decades, at 1, 2 and 5, or closer.
+
+    Plotly's own would be bare digits between two decades.
+    """
+    found = [value for value in values if value > 0]
+    low, high = min(found, default=1.0), max(found, default=1.0)
+    return {"type": "log", "dtick": _log_step(low, high), "tickformat": tick_format(unit)}
+
+
+def _log_step(low: float, high: float) -> str | int:
+    decades = math.log10(high / low)
+    if decades > 3:
+        return math.ceil(decades / 8)
+    if decades > 1:
+        return "D2"
+    step = 10.0 ** math.floor(math.log10((high - low) / 4 or low))
+    fitting = [step * times for times in (1, 2, 5, 10) if (high - low) / (step * times) <= 5]
+    return f"L{fitting[0]:g}" if high > low else "D2"
+
+
+def tick_format(unit: str) -> str:
+    """No digit more than the tick needs; thousands, millions and so on of bytes and operations by their letter."""
+    return "~s" if unit in ("bytes", "FLOP/s") else ",~g"
 
 
 def colorscale(name: str) -> list[list[Any]]:

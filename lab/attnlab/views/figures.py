@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from attnlab.intervals import median_interval
-from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol
+from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol, tick_format
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, shown_outcome
 
@@ -156,7 +156,7 @@ def memory_figure(info: MemoryInfo) -> go.Figure:
     styled(figure, title=info.title, x="", y="bytes")
     _label_columns(figure, [bar.label for bar in info.bars])
     _mark_outcomes(figure, [(i, bar.outcome) for i, bar in enumerate(info.bars) if bar.peak is None])
-    figure.update_yaxes(rangemode="tozero", tickformat=".2s")
+    figure.update_yaxes(rangemode="tozero", tickformat=tick_format("bytes"))
     return figure
 
 

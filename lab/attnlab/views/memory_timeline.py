@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from attnlab.views.chart_style import FONT, PALETTE, styled
+from attnlab.views.chart_style import FONT, PALETTE, styled, tick_format
 from attnlab.views.labels import format_bytes
 
 OWNER_WORDS = {
@@ -87,6 +87,6 @@ def timeline_figure(info: TimelineInfo) -> go.Figure:
     x = "milliseconds, under the profiler" + (f" · held before: {before}" if before else "")
     styled(figure, title=info.title, x=x, y="bytes")
     highest = info.peak[1] if info.peak else 1
-    figure.update_yaxes(tickformat=".2s", range=[0, 1.15 * highest])
+    figure.update_yaxes(tickformat=tick_format("bytes"), range=[0, 1.15 * highest])
     figure.update_layout(hovermode="x unified")
     return figure

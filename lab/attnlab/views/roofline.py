@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from attnlab.views.chart_style import FONT, color, plain, styled, symbol
+from attnlab.views.chart_style import FONT, color, log_axis, plain, styled, symbol
 from attnlab.views.labels import OUTCOME_WORDS, mechanism_label, ran_as, run_label
 
 _DASHES = ("solid", "dash", "dot", "dashdot")
@@ -76,12 +76,6 @@ def _why(document: Mapping[str, Any]) -> str:
     return f"{word}: {document['reason']}" if document.get("reason") else word
 
 
-def _step(speeds: list[float], roofs: list[Roof]) -> str | int:
-    """Between two ticks: at 1, 2 and 5 of a decade where there are few, else a decade."""
-    values = [*speeds, *(roof.matmul for roof in roofs)]
-    return "D2" if not values or max(values) < 100 * min(values) else 1
-
-
 def roofline_figure(info: RooflineInfo) -> go.Figure:
     """Both axes logarithmic; a roof rises with the copy and is flat at the matrix product."""
     figure = go.Figure()
@@ -126,8 +120,7 @@ def roofline_figure(info: RooflineInfo) -> go.Figure:
         y="FLOP/s",
         height=440,
     )
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(
-        type="log", tickformat=".1s", dtick=_step([point.speed for point in info.points], info.roofs)
-    )
+    speeds = [*(point.speed for point in info.points), *(roof.matmul for roof in info.roofs)]
+    figure.update_xaxes(**log_axis([low, high]))
+    figure.update_yaxes(**log_axis(speeds, "FLOP/s"))
     return figure

@@ -9,16 +9,16 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from attnlab.views.chart_style import color, plain, styled
+from attnlab.views.chart_style import WIDE, color, faint, log_axis, plain, styled
 from attnlab.views.figures import LATENCIES, LatencySeries, latency_info
 from attnlab.views.labels import OUTCOME_WORDS
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 MOST_RUNS = 12
 """whose samples are drawn; more would hide each other"""
-WIDE = 20
-"""times that are further apart than this are drawn on a logarithmic axis"""
 ROW_HEIGHT = 300
+NAME_HEIGHT = 12
+"""of a run in the legend, a few of which share a line"""
 
 
 class SampleRow(NamedTuple):
@@ -73,8 +73,7 @@ def samples_figure(info: SamplesInfo) -> go.Figure:
                 go.Histogram(
                     x=one.samples,
                     xbins=bins,
-                    marker_color=color(index),
-                    opacity=0.55,
+                    marker={"color": faint(index), "line": {"color": color(index), "width": 1.5}},
                     showlegend=False,
                     hovertemplate="%{x} ms: %{y} samples<extra>" + plain(one.label) + "</extra>",
                     **look,
@@ -98,13 +97,19 @@ def samples_figure(info: SamplesInfo) -> go.Figure:
                 col=2,
             )
             named.add(one.label)
-    styled(figure, title="Every sample", x="", y="", height=80 + ROW_HEIGHT * len(info.rows))
+    styled(
+        figure,
+        title="Every sample",
+        x="",
+        y="",
+        height=80 + ROW_HEIGHT * len(info.rows) + NAME_HEIGHT * len(labels),
+    )
     figure.update_layout(barmode="overlay", margin={"t": 72}, showlegend=True)
     figure.update_xaxes(title_text="milliseconds")
     for place, row in enumerate(info.rows, 1):
         times = [value for one in row.series for value in one.samples]
         if min(times) > 0 and max(times) > WIDE * min(times):
-            figure.update_xaxes(type="log", row=place, col=2)
+            figure.update_xaxes(**log_axis(times), row=place, col=2)
     figure.update_yaxes(title_text="samples", col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02], col=2)
     return figure

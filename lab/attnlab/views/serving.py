@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from attnlab.serving.metrics import gaps_of, read_series
 from attnlab.serving.timeline import Timeline
-from attnlab.views.chart_style import FONT, PALETTE, color, plain, styled
+from attnlab.views.chart_style import FONT, PALETTE, color, log_axis, plain, styled
 from attnlab.views.errors import NothingRecorded
 from attnlab.views.labels import OUTCOME_WORDS, mechanism_label
 from attnlab.views.viewport import find_run
@@ -167,7 +167,7 @@ def wait_figure(info: WaitInfo) -> go.Figure:
     for level in (0.5, 0.9, 0.99):
         figure.add_hline(y=level, line={"color": FONT, "dash": "dot", "width": 1})
     styled(figure, title=info.title, x="seconds", y="share of all")
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(**log_axis(second for line in info.lines for second in line.seconds))
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_layout(showlegend=len(info.lines) > 1)
     return figure

@@ -98,7 +98,7 @@ def build(store: Store) -> None:
             holders = gr.HTML("", elem_id="experiment-holders", js_on_load=None)
         with gr.Tab("Serving, all runs", id="serving", visible=False) as serving_tab, gr.Row():
             rate, first, between = (
-                gr.Plot(show_label=False, elem_id=f"experiment-{name}")
+                gr.Plot(show_label=False, elem_id=f"experiment-{name}", min_width=400)
                 for name in ("rate", "first", "between")
             )
         with gr.Tab("Environment", id="environment"):
