@@ -60,6 +60,23 @@ def test_form_and_yaml_follow_each_other(page):
     expect(page.locator("#new-cost")).to_contain_text("1runs")
 
 
+def test_fields_that_stand_beside_each_other_stand_at_one_height(page):
+    page.locator("#new-mechanism-sparse input").check()
+    expect(page.locator("#new-sparse-local_window")).to_be_visible()
+    ends = page.locator(".at-parameters input").evaluate_all(
+        "(boxes) => boxes.map((box) => box.getBoundingClientRect().bottom).filter((end) => end > 0)"
+    )
+    assert len(ends) > 4
+    assert all(abs(one - other) < 1 or abs(one - other) > 31 for one in ends for other in ends)
+    page.locator("#new-kind").get_by_text("serve requests").click()
+    expect(page.locator("#new-serving-workload-requests")).to_be_visible()
+    tops = [
+        page.locator(f"#new-serving-workload-{name}").get_by_text(label, exact=True).bounding_box()["y"]
+        for name, label in (("arrivals-process", "Arrivals"), ("requests", "Requests"))
+    ]
+    assert abs(tops[0] - tops[1]) < 2
+
+
 def test_broken_yaml_shows_its_line_and_costs_nothing(page):
     type_yaml(page, SMALL)
     expect(page.locator("#new-name input")).to_have_value("small")

@@ -146,7 +146,7 @@ def _opened(name: str, form: Form) -> bool:
 
 
 def _width(one: SectionField) -> int:
-    return 250 if one.path == PROCESS else 120
+    return 250 if one.path == PROCESS else 100
 
 
 def _scale(one: SectionField) -> int:

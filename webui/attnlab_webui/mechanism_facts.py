@@ -36,7 +36,7 @@ def range_words(parameter: Parameter) -> str:
         return "true or false"
     low, high = parameter.minimum, parameter.maximum
     if low is not None and high is not None:
-        return f"{low:,g} to {high:,g}"
+        return f"{low:,.7g} to {high:,.7g}"
     if low is not None:
-        return f"from {low:,g}"
-    return f"up to {high:,g}" if high is not None else parameter.kind
+        return f"from {low:,.7g}"
+    return f"up to {high:,.7g}" if high is not None else parameter.kind

@@ -233,9 +233,10 @@ def _scales(figure: go.Figure, info: ChartInfo) -> None:
             ticks = sorted(places)
             figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
     unit = unit_of(info.axes.y)
-    figure.update_yaxes(
-        **log_axis(numbers_of(figure, "y"), unit) if info.log_y else {"tickformat": tick_format(unit)}
-    )
+    if info.log_y:
+        figure.update_yaxes(**log_axis(numbers_of(figure, "y"), unit))
+    else:
+        figure.update_yaxes(tickformat=tick_format(unit))
 
 
 def unit_of(name: str) -> str:
@@ -244,4 +245,4 @@ def unit_of(name: str) -> str:
 
 def numbers_of(figure: go.Figure, axis: str) -> list[float]:
     """All that is drawn along an axis."""
-    return [value for trace in figure.data for value in trace[axis] if value is not None]
+    return [value for trace in figure.to_plotly_json()["data"] for value in trace[axis] if value is not None]
