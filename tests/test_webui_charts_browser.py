@@ -83,6 +83,20 @@ def test_the_words_of_a_mark_lie_over_no_bar_and_no_other_words(
         assert not any(overlap(word, other) for other in [*bars, *words[:at]])
 
 
+def test_the_words_of_compared_runs_lie_over_no_bar_and_no_other_words(
+    serve, browse, sqlite_store, make_traced
+):
+    made = make_traced(sqlite_store, tokens=30, layers=1, outcomes=["unsupported", "out_of_memory"] * 2)
+    runs = ",".join(map(str, made.run_ids))
+    page = browse(f"{serve(sqlite_store)}/compare?runs={runs}", width=1024)
+    page.wait_for_function("() => document.querySelectorAll('#compare-memory .annotation-text').length === 4")
+    words = page.evaluate(BOXES, ["#compare-memory", ".annotation-text"])
+    bars = page.evaluate(BOXES, ["#compare-memory", ".bars .point path"])
+    assert len(bars) == 2
+    for at, word in enumerate(words):
+        assert not any(overlap(word, other) for other in [*bars, *words[:at]])
+
+
 def test_samples_and_error_bars_are_picked_and_go_into_the_address(serve, browse, outcomes):
     page = browse(f"{serve(outcomes.store)}/experiment?id={outcomes.experiment_id}&tab=charts&chart=samples")
     titled(page, "Every sample")

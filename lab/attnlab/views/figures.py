@@ -16,7 +16,8 @@ from attnlab.views.errors import ViewError
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, shown_outcome
 
 LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
-WORDED_COLUMNS = 5
+WORDED_COLUMNS, LEVEL_MARKS = 5, 2
+"""so many columns have room for the words of their label, and for how they ended"""
 MEMORIES = {
     "peak_memory_bytes": "forward pass",
     "attention_peak_memory_bytes": "attention kernel alone",
@@ -93,6 +94,7 @@ def latency_figure(info: LatencyInfo) -> go.Figure:
     _mark_outcomes(
         figure,
         [(i, s.outcome) for i, s in enumerate(info.series) if s.median is None or s.outcome == "throttled"],
+        upright=len(info.series) > LEVEL_MARKS,
     )
     figure.update_yaxes(rangemode="tozero")
     return figure
@@ -155,7 +157,8 @@ def memory_figure(info: MemoryInfo) -> go.Figure:
             )
     styled(figure, title=info.title, x="", y="bytes")
     _label_columns(figure, [bar.label for bar in info.bars])
-    _mark_outcomes(figure, [(i, bar.outcome) for i, bar in enumerate(info.bars) if bar.peak is None])
+    ended = [(i, bar.outcome) for i, bar in enumerate(info.bars) if bar.peak is None]
+    _mark_outcomes(figure, ended, upright=len(info.bars) > LEVEL_MARKS)
     figure.update_yaxes(rangemode="tozero", tickformat=tick_format("bytes"))
     return figure
 
@@ -217,13 +220,15 @@ def _label_columns(figure: go.Figure, labels: list[str]) -> None:
     )
 
 
-def _mark_outcomes(figure: go.Figure, marks: list[tuple[int, str]]) -> None:
+def _mark_outcomes(figure: go.Figure, marks: list[tuple[int, str]], *, upright: bool) -> None:
     for position, outcome in marks:
         word = OUTCOME_WORDS.get(outcome, outcome) if outcome != "succeeded" else "not recorded"
         figure.add_annotation(
             x=position,
-            y=0.06,
+            y=0.03,
             yref="paper",
+            yanchor="bottom",
+            textangle=-90 if upright else 0,
             showarrow=False,
             text="✕ " + plain(word),
             font={"color": color(position)},
