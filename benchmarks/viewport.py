@@ -7,6 +7,7 @@
 Prints the peak memory of the process, and p50 and p95 in milliseconds, on the wall and of the processor (which a busy
 machine does not disturb): of the whole map, of regions at random places and zooms, each on a head that was not looked
 at before (read from SQL) and on one that is in memory; of a signed difference; of a strip of thumbnails.
+`browser.py` has the same maps in Chromium, beside BertViz and CircuitsVis.
 """
 
 from __future__ import annotations
