@@ -149,6 +149,23 @@ def test_compared_panels_share_one_scale_and_two_runs_get_their_difference(trace
     assert not any(word and "−" in word for word in three)
 
 
+@pytest.mark.parametrize("clip", [95, 60.5])
+def test_a_clipped_scale_ends_at_the_percentile_of_the_weights_above_zero(traced, clip):
+    run_id = traced.run_ids[0]
+    weights = load_map(traced.store, run_id, 0, 2).tile(slice(40, 77), slice(0, 9))
+    end = np.percentile(weights[weights > 0], clip, method="higher")
+    assert end < weights.max()
+    document = image.render_view(traced.store, run_id, 0, 2, (40, 77), (0, 9), "svg", clip=clip)
+    assert f"≥ {end:.3g}" in texts_of(document)
+    colours = colorize(np.clip(weights / end, 0, 1), "viridis")
+    allowed = weights > 0
+    np.testing.assert_allclose(
+        rasters_of(document)[0][allowed].astype(int), colours[allowed].astype(int), atol=1
+    )
+    whole = image.render_view(traced.store, run_id, 0, 2, (40, 77), (0, 9), "svg", clip=100)
+    assert not [text for text in texts_of(whole) if "≥" in text]
+
+
 def test_of_more_runs_the_pair_that_is_asked_for_gets_its_difference(traced, make_traced):
     (a, b), c = traced.run_ids, make_traced(traced.store, seed=5).run_ids[0]
     heads = {"layer": 0, "head": 2, "rows": (40, 77), "cols": (0, 9), "format": "svg"}
@@ -250,6 +267,7 @@ def test_a_pooled_picture_says_that_it_is_pooled(traced, monkeypatch):
         ({"colormap": "jet"}, "colormap must be one of"),
         ({"scale": "cube"}, "scale must be one of linear, log, row; got 'cube'"),
         ({"theme": "pink"}, "theme must be one of light, dark; got 'pink'"),
+        ({"clip": 0}, "clip must be a percentile above 0 and at most 100; got 0"),
         ({"head": 9}, "head must be in 0..3"),
         ({"rows": (9, 99)}, "rows must be a range"),
     ],

@@ -47,6 +47,7 @@ LAYER_FORMATS = (*arrays.FORMATS, *image.FORMATS)
 COMPARE_FORMATS = RUN_FORMATS
 
 Layer = Annotated[int | None, Query(ge=0)]
+Clip = Annotated[float, Query(gt=0, le=100)]
 Text = Annotated[str | None, Query(max_length=40)]
 
 
@@ -61,6 +62,7 @@ def export_run(
     cols: Text = None,
     scale: str = "linear",
     reduce: str = "max",
+    clip: Clip = 100.0,
     colormap: str = "viridis",
     theme: str = "light",
     query: Layer = None,
@@ -88,7 +90,7 @@ def export_run(
         return file_answer(_whole_layer(store, run_id, layer, form, look), f"{name}-L{layer}", form)
     region = span("rows", rows), span("cols", cols)
     if form in image.FORMATS:
-        body = image.render_view(store, run_id, layer, head, *region, form, **look)
+        body = image.render_view(store, run_id, layer, head, *region, form, clip=clip, **look)
     elif form in arrays.FORMATS:
         body = arrays.write_map(store, run_id, layer, head, *region, form)
     else:
@@ -108,6 +110,7 @@ def export_comparison(
     cols: Text = None,
     scale: str = "linear",
     reduce: str = "max",
+    clip: Clip = 100.0,
     colormap: str = "viridis",
     theme: str = "light",
     pair: Text = None,
@@ -134,7 +137,12 @@ def export_comparison(
     own = _own_head(against, run_ids)
     if form in arrays.FORMATS:
         return file_answer(_several_maps(store, run_ids, layer, head, own, *region, form), name, form)
-    look: dict[str, Any] = {"pair": _pair(pair), "against": own, **_look(scale, colormap, theme, reduce)}
+    look: dict[str, Any] = {
+        "pair": _pair(pair),
+        "against": own,
+        "clip": clip,
+        **_look(scale, colormap, theme, reduce),
+    }
     body = image.render_comparison(store, run_ids, layer, head, *region, form, **look)
     return file_answer(body, name, form)
 

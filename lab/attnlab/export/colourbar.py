@@ -27,11 +27,18 @@ def draw_bar(
     color: str,
     low: float = 0.0,
     decades: int = LOG_DECADES,
+    clipped: bool = False,
 ) -> None:
-    """A bar of ``height`` pixels, its numbers to the right in ``color``, from ``low`` (linear only) to ``peak``."""
+    """A bar of ``height`` pixels, its numbers to the right in ``color``, from ``low`` (linear only) to ``peak``.
+
+    ``clipped``: the last colour also stands for what is larger.
+    """
     ramp = colorize(np.linspace(1.0, 0.0, height)[:, None], colormap)
     scene.add(Raster(x, y, 12, height, ramp))
-    for fraction, label in bar_labels(peak, scale, signed=signed, low=low, decades=decades):
+    labels = bar_labels(peak, scale, signed=signed, low=low, decades=decades)
+    if clipped and scale != "row":
+        labels[-1] = (labels[-1][0], f"≥ {labels[-1][1]}")
+    for fraction, label in labels:
         at = y + (1.0 - fraction) * (height - 1)
         scene.add(Line(x + 12, at, x + 15, at, color), Text(x + 18, at, label, 10, color))
 

@@ -50,13 +50,14 @@ def render_view(
     scale: Scale = "linear",
     theme: str = "light",
     reduce: str = "max",
-    maximum: float | None = None,
+    clip: float = 100.0,
 ) -> bytes:
     """One region of one map with axes, token labels where they fit, title and colour bar.
 
     Args:
-        scale: "linear" from 0 to ``maximum`` (None: the largest pixel), "log" over five decades, or "row". Signed
-            weights go from -maximum to maximum in diverging colours; they are linear where "row" is asked for.
+        scale: "linear" from 0, "log" over five decades, or "row". Signed weights go from minus the end of the scale to
+            its end in diverging colours; they are linear where "row" is asked for.
+        clip: the scale ends at this percentile of the pixels' sizes above 0, and what is larger has its last colour.
 
     Raises ViewError for anything that cannot be shown.
     """
@@ -72,7 +73,7 @@ def render_view(
         scale=scale,
         theme=theme,
         reduce=reduce,
-        maximum=maximum,
+        clip=clip,
     )
 
 
@@ -91,7 +92,7 @@ def render_comparison(
     scale: Scale = "linear",
     theme: str = "light",
     reduce: str = "max",
-    maximum: float | None = None,
+    clip: float = 100.0,
 ) -> bytes:
     """The same region of the same head in several runs on one shared scale; two maps also get A - B.
 
@@ -105,18 +106,23 @@ def render_comparison(
     Raises ViewError for anything that cannot be shown, also where the tokens of two runs cannot be matched.
     """
     check_format(format)
+    if not 0 < clip <= 100:
+        raise ViewError(f"clip must be a percentile above 0 and at most 100; got {clip}")
     heads = compared_heads(run_ids, layer, head, against)
     linked = linked_viewports(store, heads, rows, cols, PLOT_SIDE, PLOT_SIDE, reduce)
     signed = [is_signed(find_trace(store, run_id, at)[1]) for run_id, at, _ in heads]
-    peaks = {kind: _peak(linked.panels, signed, kind) if maximum is None else maximum for kind in set(signed)}
+    peaks = {
+        kind: _peak([view for view, is_it in zip(linked.panels, signed, strict=True) if is_it == kind], clip)
+        for kind in set(signed)
+    }
     panels = [
-        _panel(store, *at, view, peaks, colormap, scale)
+        replace(_panel(store, *at, view, peaks, colormap, scale), clipped=clip < 100)
         for at, view in zip(heads, linked.panels, strict=True)
     ]
     if (places := _differing(run_ids, heads, pair)) is not None:
         a, b = places
         views = linked.panels[a], linked.panels[b]
-        panels.append(_difference_panel(store, heads[a], heads[b], views, reduce, scale))
+        panels.append(_difference_panel(store, heads[a], heads[b], views, reduce, scale, clip))
     return encode(draw_panels(panels, theme), format)
 
 
@@ -226,6 +232,7 @@ def _difference_panel(
     views: tuple[Viewport, Viewport],
     reduce: str,
     scale: Scale,
+    clip: float,
 ) -> Panel:
     signed = "mean" if reduce == "mean" else "signed_max"
     (a, layer, head), (b, layer_b, head_b) = first, second
@@ -244,21 +251,24 @@ def _difference_panel(
         gap.values,
         gap.rows,
         gap.cols,
-        max(-gap.minimum, gap.maximum),
+        _peak([gap], clip),
         title=title,
         subtitle=f"signed difference · {_pixels(gap)}",
         **_axes(token_labels(store, a, layer), find_trace(store, a, layer)[1], gap),
         signed=True,
         scale="log" if scale == "log" else "linear",
         allowed=allowed,
+        clipped=clip < 100,
     )
 
 
-def _peak(views: Sequence[Viewport], signed: Sequence[bool], kind: bool) -> float:
-    """The largest size of a pixel in the views that are signed, or in those that are not."""
-    return max(
-        max(view.maximum, -view.minimum) for view, is_it in zip(views, signed, strict=True) if is_it == kind
-    )
+def _peak(views: Sequence[Viewport], clip: float) -> float:
+    """The size at the end of the scale: the largest pixel, or the percentile of those above 0."""
+    if clip < 100:
+        sizes = np.abs(np.concatenate([view.values.ravel() for view in views]))
+        if (sizes := sizes[sizes > 0]).size:
+            return float(np.percentile(sizes, clip, method="higher"))
+    return max(max(view.maximum, -view.minimum) for view in views)
 
 
 def _axes(labels: TokenLabels, trace: TraceRow, view: Viewport) -> dict[str, Any]:

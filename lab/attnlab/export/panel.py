@@ -44,7 +44,8 @@ class Panel:
     ``values`` float [h, w] are the pixels of the region ``rows`` x ``cols`` (half-open token ranges);
     ``peak`` is the value at the end of the colour scale, the same for all panels that are compared. Signed
     panels run from -peak to peak. Labels hold one entry for every token of the region, or are empty.
-    Pixels that are False in ``allowed`` bool [h, w] are grey: the mask forbids them.
+    Pixels that are False in ``allowed`` bool [h, w] are grey: the mask forbids them. ``clipped``: some may lie beyond
+    the peak.
     """
 
     values: np.ndarray
@@ -63,6 +64,7 @@ class Panel:
     scale: Scale = "linear"
     signed: bool = False
     allowed: np.ndarray | None = None
+    clipped: bool = False
 
 
 def unit_values(
@@ -178,6 +180,7 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, top: int, theme: The
     scene.add(Text(x + box.plot_width / 2, below, across, 12, theme.text, "middle"))
     side = x + box.plot_width + 16
     look = {"peak": panel.peak, "scale": panel.scale, "signed": panel.signed, "colormap": name}
+    look |= {"clipped": panel.clipped}
     draw_bar(scene, side, y, max(box.plot_height, 120), **look, color=theme.quiet)
 
 

@@ -193,11 +193,11 @@ export class Controls {
   showExports() {
     const place = this.part("exports");
     const { view } = this;
-    const { layer, head, rows, cols, scale, norm, reduce, colours } = view.state.values;
+    const { layer, head, rows, cols, scale, norm, reduce, clip } = view.state.values;
     const region = { layer, head, rows: rows?.join(":"), cols: cols?.join(":") };
     const theme = document.body.classList.contains("dark") ? "dark" : "light";
     const colormap = view.table(false).name;
-    const look = { ...region, scale: norm === "row" && !view.first.signed ? "row" : scale, reduce, colormap, theme };
+    const look = { ...region, scale: norm === "row" && !view.first.signed ? "row" : scale, reduce, clip, colormap, theme };
     const runs = [...new Set(view.sources.map((source) => source.facts.run))];
     const several = view.sources.length > 1;
     const base = several ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
