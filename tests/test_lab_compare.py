@@ -71,6 +71,13 @@ def test_what_makes_numbers_incomparable_is_said(made, change, says):
     assert [note for note in notes if says in note] == notes
 
 
+def test_what_only_a_timed_run_tells_of_its_machine_is_no_difference(made):
+    document = compare.compare_runs(made.store, made.run_ids[:2]).documents[0]
+    plain = document | {"environment": {"device": "cpu"}}
+    timed = document | {"environment": {"device": "cpu", "ceilings": {"copy": 12.5}}}
+    assert compare.validity_notes([plain, timed], [(("a",), ("a",))] * 2) == []
+
+
 def test_another_module_on_the_same_machine_is_no_other_machine(made):
     document = compare.compare_runs(made.store, made.run_ids[:2]).documents[0]
     ours, theirs = (

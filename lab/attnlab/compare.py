@@ -192,7 +192,10 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _environment_notes(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    machines = [flatten(document["environment"]) for document in documents if document["environment"]]
+    told = [document["environment"] for document in documents if document["environment"]]
+    # what only a timed run notes is no difference from one that was not timed
+    common = set.intersection(*(set(environment) for environment in told)) if told else set()
+    machines = [flatten({name: environment[name] for name in common}) for environment in told]
     names = [
         name
         for name, values in _columns(machines)
