@@ -397,6 +397,13 @@ def test_sqlite_is_set_up_for_many_processes(sqlite_store: Store):
     assert found == expected
 
 
+def test_only_who_writes_keeps_many_pages(sqlite_store: Store):
+    with sqlite_store.read() as session:
+        assert session.execute(sa.text("PRAGMA cache_size")).scalar_one() == -2048
+    with sqlite_store.write() as session:
+        assert session.execute(sa.text("PRAGMA cache_size")).scalar_one() == -32768
+
+
 def test_storage_loads_without_torch_ray_alembic_or_the_floors_above():
     code = """
 import sys

@@ -247,8 +247,9 @@ def _sqlite_engine(url: URL, begin: str, *, query_only: bool = False) -> Engine:
         # 1 GB: copying the log into the file waits for the disk; who writes much settles it when it suits
         connection.execute("PRAGMA wal_autocheckpoint = 65536")
         # 32 MB: a transaction that fits is written once; of a larger one pages are written, changed and written
-        # again, and then all checksums after them are made anew from what is read back
-        connection.execute("PRAGMA cache_size = -32768")
+        # again, and then all checksums after them are made anew from what is read back. Who reads has many
+        # connections, each with a cache of its own, and the system's below them
+        connection.execute(f"PRAGMA cache_size = -{2048 if query_only else 32768}")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")
 

@@ -32,7 +32,7 @@ REDUCTIONS = ("max", "mean")
 MAX_PIXELS = 4096
 Region: TypeAlias = "tuple[int, int] | slice | None"
 
-MEMORY = ArrayMemory(192 * 2**20)
+MEMORY = ArrayMemory(128 * 2**20)
 PYRAMIDS = Pyramids(64 * 2**20)
 
 
