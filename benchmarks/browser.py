@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -52,8 +53,9 @@ HOVER = """([x, y]) => new Promise((done) => {
   };
   look();
 })"""
-OTHER_LENGTHS = (128, 256, 512, 1024, 2048)
-OTHER_SECONDS = 120
+OTHER_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+OTHER_SECONDS = 300
+OTHER_BYTES = 12 << 30
 
 
 def main() -> None:
@@ -220,13 +222,14 @@ def other(name: str, length: int) -> bool:
         print(f"{name}, {length} tokens: stops, no page within {OTHER_SECONDS} s")
         return False
     if process.exitcode:
-        print(f"{name}, {length} tokens: stops, exit {process.exitcode}")
+        print(f"{name}, {length} tokens: stops within {OTHER_BYTES >> 30} GiB, exit {process.exitcode}")
     return process.exitcode == 0
 
 
 def make_other(name: str, length: int) -> None:
     import torch
 
+    resource.setrlimit(resource.RLIMIT_AS, (OTHER_BYTES, OTHER_BYTES))
     weights = torch.rand(1, 8, length, length).tril()
     weights /= weights.sum(-1, keepdim=True)
     tokens = [f"t{place}" for place in range(length)]
