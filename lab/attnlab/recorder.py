@@ -35,10 +35,10 @@ from .spec import RunPoint
 
 WAITING_LAYERS = 2
 """layers that may wait for the database; with more the computation waits, so memory stays bounded"""
-PROGRESS_SECONDS = 0.2
+PROGRESS_SECONDS = 0.5
 MEASUREMENTS_AT_ONCE = 2000
-FREED_BYTES = 192 << 20
-"""of the heap that may stay with the process while maps are kept"""
+FREED_BYTES = 384 << 20
+"""of the heap that may stay with the process while maps are kept; trimmed pages are faulted in again by later layers"""
 
 
 class Recorder:
@@ -51,7 +51,7 @@ class Recorder:
         self._phase = ""
 
     def phase(self, name: str, done: int | None = None, total: int | None = None) -> None:
-        """Say what is being done. Steps within a phase are written at most five times a second."""
+        """Say what is being done. Steps within a phase are written at most twice a second."""
         now = time.monotonic()
         if name == self._phase and now - self._told_at < PROGRESS_SECONDS and done != total:
             return
