@@ -246,7 +246,8 @@ def test_nothing_starts_on_another_machine_that_lost_a_run_until_it_is_missed(sq
     assert dispatcher.capacity.has_room()
 
 
-def test_the_own_machine_that_lost_a_run_takes_the_next_at_once(sqlite_store, submit):
+def test_the_own_machine_that_lost_a_run_takes_the_next_at_once(sqlite_store, submit, monkeypatch):
+    monkeypatch.setattr(queue, "BACKOFF_FIRST", 60.0)
     executor = NoExecutor(Node("a", socket.gethostname(), 1, 0))
     dispatcher = Dispatcher(sqlite_store, executor, job=JOB, survey=None)
     (lost,) = submit({})
