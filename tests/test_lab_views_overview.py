@@ -257,6 +257,37 @@ def test_a_map_that_is_looked_at_is_built_while_the_picture_of_another_head_rest
     assert thumbnail_progress(*asked, 0) == 1
 
 
+def test_a_picture_that_rests_goes_on_when_its_own_map_is_looked_at(
+    traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resting, went_on, other_started, other_may_end = (threading.Event() for _ in range(4))
+    real = build_pyramid
+
+    def build(full: Any, progress: Any) -> dict[str, np.ndarray]:
+        if threading.current_thread().name.startswith("attnlab-pictures"):
+            assert other_started.wait(30)
+            resting.set()
+            progress(0.5)
+            went_on.set()
+        else:
+            other_started.set()
+            assert other_may_end.wait(30)
+        return real(full, progress)
+
+    monkeypatch.setattr("attnlab.views.pyramids.build_pyramid", build)
+    monkeypatch.setattr(viewport, "PYRAMIDS", Pyramids(1 << 20))
+    asked = traced.store, traced.run_ids[0], 0
+    assert thumbnail_progress(*asked, 0) < 1
+    assert viewport.overview_progress(*asked, 1) < 1
+    assert resting.wait(30)
+    assert not went_on.wait(0.2)
+    assert viewport.overview_progress(*asked, 0) < 1
+    assert went_on.wait(10)
+    other_may_end.set()
+    for builder in (viewport.PYRAMIDS._patient, viewport.PYRAMIDS._builder):
+        builder.submit(lambda: None).result(30)
+
+
 def test_a_derived_tensor_belongs_to_an_ended_attempt_and_is_kept_once(traced, point) -> None:
     store, run_id = traced.store, traced.run_ids[0]
     array = np.ones((1, 5), np.float32)

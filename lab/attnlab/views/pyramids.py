@@ -104,9 +104,10 @@ class Pyramids:
         patient: bool = False,
     ) -> Future[Pyramid]:
         key = _key(store, run, layer, head)
-        with self._lock:
+        with self._rested:
             if not patient:
                 self._looked_at.add(key)
+                self._rested.notify_all()
             if key not in self._jobs:
                 builder = self._patient if patient else self._builder
                 self._jobs[key] = builder.submit(self._build, store, run, layer, head, full_map)
