@@ -77,6 +77,20 @@ def test_an_output_kept_by_address_is_caught():
     )
 
 
+def test_no_answer_that_the_proof_made_before_is_right():
+    made: list[Tensor] = []
+
+    def remembered(*given: Tensor) -> tuple[Tensor]:
+        made[:] = reference(*given)
+        return (made[0],)
+
+    def cheat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+        found = made[0] if made and made[0].shape == query.shape else torch.zeros_like(query)
+        return (found.to(query.dtype).clone(),)
+
+    assert len(caught(cheat, remembered, operands())) == 6
+
+
 def test_rows_that_are_skipped_are_caught():
     def cheat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         output = torch.empty_like(query)
