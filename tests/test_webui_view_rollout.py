@@ -206,7 +206,7 @@ def test_what_is_worked_out_says_how_far_it_is_and_can_be_given_up(served, brows
 def test_all_positions_are_downloaded_as_picture_and_numbers(view):
     page = view("through=all&residual=0.25")
     links = page.locator('[data-part="files"] a')
-    assert links.all_inner_texts() == ["PNG", "SVG", "PDF", "NPZ", "PARQUET"]
+    assert links.all_inner_texts() == ["PNG", "SVG", "PDF", "NPZ", "Parquet"]
     with page.expect_download() as download:
         links.get_by_text("NPZ", exact=True).click()
     assert download.value.suggested_filename.endswith("rollout-all.npz")
