@@ -249,7 +249,7 @@ def small_disk(sqlite_store: Store) -> Store:
 
     def limit(connection: Any, *_: Any) -> None:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
-        connection.execute(f"PRAGMA max_page_count = {pages + 64}")
+        connection.execute(f"PRAGMA max_page_count = {pages + 32}")
 
     event.listen(sqlite_store._engine(1), "connect", limit)
     return sqlite_store
@@ -390,7 +390,7 @@ def test_sqlite_is_set_up_for_many_processes(sqlite_store: Store):
         "foreign_keys": 1,
         "synchronous": 1,
         "busy_timeout": 30_000,
-        "page_size": 16384,
+        "page_size": 32768,
     }
     with sqlite_store.write() as session:
         found = {name: session.execute(sa.text(f"PRAGMA {name}")).scalar() for name in expected}
