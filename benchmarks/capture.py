@@ -21,7 +21,7 @@ import torch
 from attnlab.hook import LayerCall
 from attnlab.models import shared_model
 from attnlab.probes.maps import LayerCapture, capture_call
-from attnlab.probes.memory import CLEAR_REFS, give_back_free_heap, resident
+from attnlab.probes.memory import CLEAR_REFS, give_back_free_heap, heap_kept, resident
 from attnlab.recorder import Recorder, core_is_free
 from attnlab.run import execute
 from attnlab.spec import ExperimentSpec, RunPoint, parse_spec
@@ -95,7 +95,8 @@ def measure(store: Store, options: argparse.Namespace) -> None:
 def capture_all(recorder: Recorder, subject: ModelSubject) -> None:
     """One forward whose every layer is in the database when it ends, as a run does it."""
     kept: list[LayerCapture] = []
-    with recorder.writer(subject.layers, beside=core_is_free(subject.device)) as writer:
+    beside = core_is_free(subject.device)
+    with heap_kept(), recorder.writer(subject.layers, beside=beside) as writer:
 
         def capture(call: LayerCall) -> None:
             made = capture_call(call)

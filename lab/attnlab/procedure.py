@@ -27,7 +27,7 @@ from .probes.interleaved import interleaved
 from .probes.kernel import KernelCall
 from .probes.layout import layout_latency
 from .probes.maps import LayerCapture, capture_call, finish
-from .probes.memory import peak_memory, trim_heap
+from .probes.memory import heap_kept, peak_memory, trim_heap
 from .probes.peaks import peak_of
 from .probes.reference import causal_reference
 from .probes.statistics import statistics_of
@@ -143,7 +143,7 @@ class Procedure:
         captured: list[LayerCapture] = []
         began = time.perf_counter()
         beside = core_is_free(self._device)
-        with self._recorder.writer(len(wanted), beside=beside) as writer:
+        with heap_kept(), self._recorder.writer(len(wanted), beside=beside) as writer:
 
             def capture(call: LayerCall) -> None:
                 if self._keeps(call):
@@ -155,7 +155,6 @@ class Procedure:
             self._hear(subject, capture)
         took = time.perf_counter() - began
         self._recorder.settle()
-        trim_heap()
         if missing := sorted(set(wanted) - {made.row.layer for made in captured}):
             last = self._found.layers - 1
             raise ModelError(f"layers: must be from 0 to {last}, there is no attention {missing[0]}")

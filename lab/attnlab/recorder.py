@@ -37,8 +37,8 @@ WAITING_LAYERS = 2
 """layers that may wait for the database; with more the computation waits, so memory stays bounded"""
 PROGRESS_SECONDS = 0.5
 MEASUREMENTS_AT_ONCE = 2000
-FREED_BYTES = 384 << 20
-"""of the heap that may stay with the process while maps are kept; trimmed pages are faulted in again by later layers"""
+HEAP_BYTES = 560 << 20
+"""that the process may grow by while maps are kept; trimmed pages are faulted in again by later layers"""
 
 
 class Recorder:
@@ -144,7 +144,7 @@ class DirectWriter:
         self._write = write
         self._layers = layers
         self._done = 0
-        self._heap = HeapBound(FREED_BYTES)
+        self._heap = HeapBound(HEAP_BYTES)
 
     def put(self, capture: LayerCapture) -> None:
         self._write(capture)
@@ -168,7 +168,7 @@ class CaptureWriter:
         self._layers = layers
         self._queue: queue.Queue[LayerCapture | None] = queue.Queue(maxsize=WAITING_LAYERS)
         self._error: BaseException | None = None
-        self._heap = HeapBound(FREED_BYTES)
+        self._heap = HeapBound(HEAP_BYTES)
         self._thread = threading.Thread(target=self._run, name="attnlab-writer", daemon=True)
 
     def put(self, capture: LayerCapture) -> None:

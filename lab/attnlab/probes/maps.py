@@ -28,11 +28,12 @@ from .map_checks import (
     row_defect,
     with_facts,
 )
+from .memory import mapped_copy
 from .score_rules import ScoreRules, rules_of, rules_of_trace
 
 CHECKED_ROWS = 4
 """of each head, against the kernel's output while the model waits"""
-CHECKED_KEYS = 4096
+CHECKED_KEYS = 2048
 """keys that are widened to float64 at once"""
 SUMMED_ROWS = 8
 BLOCK_CELLS = 1 << 21
@@ -87,7 +88,7 @@ def capture_call(call: LayerCall) -> LayerCapture:
             *stored.items(),
         )
     )
-    return LayerCapture(row, one.mask, arrays, one.lse[0].cpu().numpy())
+    return LayerCapture(row, one.mask, arrays, mapped_copy(one.lse[0].cpu().numpy()))
 
 
 def trace_of(call: LayerCall) -> TraceRow:
