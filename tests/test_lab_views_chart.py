@@ -275,3 +275,18 @@ def test_rows_hold_what_the_documents_of_real_runs_hold(traced: Any) -> None:
         assert row["kl"] == 0.01
     decoding = chart_rows([document(1, 64, 2.0, phase="decode")])[0]
     assert decoding["tokens_per_s"] == 2 / 2e-3
+
+
+def test_columns_name_what_tells_their_runs_apart_and_nothing_else() -> None:
+    runs = [document(1, 64, 1.0), document(2, 64, 2.0, batch_size=4), document(3, 128, None, batch_size=4)]
+    info = chart_info(runs, Axes("run", "latency_ms"))
+    assert info.labels == [
+        "#1 multi_head sdpa_flash · 64 tokens · batch 2",
+        "#2 multi_head sdpa_flash · 64 tokens · batch 4",
+        "#3 multi_head sdpa_flash · 128 tokens · batch 4",
+    ]
+    ticks = chart_figure(info).layout.xaxis.ticktext
+    assert ticks[2] == "#3 multi_head sdpa_flash<br>128 tokens · batch 4"
+    assert chart_info(runs[:1], Axes("run", "latency_ms")).labels == ["#1 multi_head sdpa_flash"]
+    by_batch = chart_info(runs[:2], Axes("run", "latency_ms", "", "batch_size"))
+    assert by_batch.labels == ["#1 multi_head sdpa_flash", "#2 multi_head sdpa_flash"]

@@ -143,6 +143,8 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
     """Group runs that are alike in everything but their number, and lines that are alike in everything but x."""
     check_axes(axes)
     rows = chart_rows(documents)
+    if axes.x == "run":
+        rows = _told_apart(rows, axes.facet)
     alike = _as_the_others_chose(rows, documents)
     apart = [name for name in varying(alike) if name not in (axes.x, axes.facet)]
     if axes.x in MEASURES:  # a scatter: lengths and batches are its points, not its colours
@@ -174,6 +176,21 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
         facets=list(dict.fromkeys(line.facet for line in lines)),
         labels=labels,
     )
+
+
+def _told_apart(rows: Sequence[dict[str, Any]], facet: str) -> list[dict[str, Any]]:
+    """The rows with runs named by batch, length and so on too where these differ; mechanism and kernel are said."""
+    differing = [name for name in varying(rows) if name not in ("mechanism", "implementation", facet)]
+    words = {"sequence_length": "{} tokens", "batch_size": "batch {}"}
+    return [
+        row
+        | {
+            "run": " · ".join(
+                [row["run"], *(words.get(name, "{}").format(row[name]) for name in differing if row[name])]
+            )
+        }
+        for row in rows
+    ]
 
 
 def _as_the_others_chose(

@@ -215,15 +215,16 @@ def _value(name: str, value: float) -> str:
 
 def _scales(figure: go.Figure, info: ChartInfo) -> None:
     if info.labels:
-        texts = [
-            plain(label if len(label) <= LABEL_CHARS else label[: LABEL_CHARS - 1] + "…")
-            for label in info.labels
-        ]
+        level = len(info.labels) <= LEVEL_LABELS
+        texts = [_tick(label, level) for label in info.labels]
         figure.update_xaxes(
             type="category", tickmode="array", tickvals=info.labels, ticktext=texts, categoryarray=info.labels
         )
         figure.update_yaxes(rangemode="normal" if info.log_y else "tozero")
-        if len(info.labels) > LEVEL_LABELS:  # the rest are slanted, and need the room below them
+        if level:
+            lines = max(text.count("<br>") for text in texts)
+            figure.update_layout(legend={"y": -0.2 - 0.05 * lines})
+        else:  # they are slanted, and need the room below them
             figure.update_layout(height=520, legend={"y": -0.55})
     elif info.log_x:
         figure.update_xaxes(**log_axis(numbers_of(figure, "x"), unit_of(info.axes.x)))
@@ -237,6 +238,15 @@ def _scales(figure: go.Figure, info: ChartInfo) -> None:
         figure.update_yaxes(**log_axis(numbers_of(figure, "y"), unit))
     else:
         figure.update_yaxes(tickformat=tick_format(unit))
+
+
+def _tick(label: str, level: bool) -> str:
+    """A run's name, and on a line below it what tells it from the others; cut where it would slant over many."""
+    run, _, apart = label.partition(" · ")
+    lines = (
+        wrapped(run, LABEL_CHARS) if level or len(run) <= LABEL_CHARS else f"{plain(run[: LABEL_CHARS - 1])}…"
+    )
+    return f"{lines}<br>{plain(apart)}" if apart else lines
 
 
 def unit_of(name: str) -> str:
