@@ -11,7 +11,7 @@ from attnlab.spec import parse_spec
 from attnlab_kernels.operations.softmax import flashinfer
 from attnlab_kernels.operations.softmax.registry import IMPLEMENTATIONS
 from attnlab_storage import results
-from attnlab_webui.experiment_view import provenance_facts, run_facts, sample_strip
+from attnlab_webui.experiment_view import STRIP_WIDTH, provenance_facts, run_facts, sample_strip
 from attnlab_webui.timing_view import layout_words, ratio_words, timing_spread, timing_trouble
 
 DETAIL = {
@@ -135,4 +135,6 @@ def test_the_strip_shows_the_medians_interval_on_the_scale_of_the_samples():
     assert left == pytest.approx(places[1], abs=0.1)
     assert left + width == pytest.approx(places[3], abs=0.1)
     assert "median within 2 to 4 ms (95 %)" in text
-    assert "<rect" not in sample_strip([1.0, 2.0], "forward")
+    two = sample_strip([1.0, 2.0], "forward")
+    assert "<rect" not in two
+    assert f'<line x1="{STRIP_WIDTH / 2:.1f}"' in two

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from attnlab.compare import flatten
@@ -245,7 +246,7 @@ def sample_strip(samples: Sequence[float], name: str, interval: Sequence[float] 
     dots = "".join(
         f'<circle cx="{x:.1f}" cy="{9 + (7 * i) % 11:.0f}" r="2.2"/>' for i, x in enumerate(places)
     )
-    middle = sorted(places)[len(places) // 2]
+    middle = place(median(samples))
     label = f"{len(samples)} samples of the {escape(name)}, {tick(low)} to {tick(high)} ms"
     band = ""
     if interval:
