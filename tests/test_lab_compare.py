@@ -59,8 +59,14 @@ def test_a_run_without_a_result_stays_and_is_noted(made):
             {"environment": {"device": "cuda", "torch": "2.13.0", "threads": 1}},
             "environments differ (device)",
         ),
-        ({"latency_ms": {"detail": {"conditions": {"disturbed": ["by others"]}}}}, "disturbed while it was"),
-        ({"latency_ms": {"detail": {"conditions": {"throttled": ["power cap"]}}}}, "throttled while it was"),
+        (
+            {"latency_ms": {"detail": {"conditions": {"disturbed": ["by others"]}}}},
+            "was disturbed while timed: by others.",
+        ),
+        (
+            {"latency_ms": {"detail": {"conditions": {"throttled": ["power cap"]}}}},
+            "was throttled while timed: power cap.",
+        ),
     ],
 )
 def test_what_makes_numbers_incomparable_is_said(made, change, says):
@@ -69,6 +75,18 @@ def test_what_makes_numbers_incomparable_is_said(made, change, says):
     notes = compare.validity_notes([document, document | change], [(("a",), ("a",))] * 2)
     assert same == []
     assert [note for note in notes if says in note] == notes
+
+
+def test_runs_that_were_disturbed_alike_share_one_note(made):
+    document = compare.compare_runs(made.store, made.run_ids[:2]).documents[0]
+    runs = [
+        document | {"id": number, "latency_ms": {"detail": {"conditions": {kind: [f"reason {number}"]}}}}
+        for number, kind in ((1, "disturbed"), (2, "throttled"), (3, "disturbed"), (4, "disturbed"))
+    ]
+    assert compare.validity_notes(runs, [None] * 4) == [
+        "#1, #3 and #4 were disturbed while timed: #1: reason 1. #3: reason 3. #4: reason 4.",
+        "#2 was throttled while timed: reason 2.",
+    ]
 
 
 def test_what_only_a_timed_run_tells_of_its_machine_is_no_difference(made):

@@ -160,6 +160,7 @@ def validity_notes(
     if _differ(documents, "batch_size") or _differ(documents, "phase"):
         notes.append("Batch size or phase differ: times and memory are of different work.")
     notes += _environment_notes(documents)
+    notes += _conditions_notes(documents)
     changed = [document for document in documents if document["swap"]["kind"] == "approximate"]
     if changed:
         names = ", ".join(run_label(document) for document in changed)
@@ -167,9 +168,6 @@ def validity_notes(
     for document in documents:
         if withheld := document.get("speed_withheld"):
             notes.append(f"{run_label(document)}: {withheld}.")
-        if conditions := conditions_words(document):
-            kind, _, reasons = conditions.partition(": ")
-            notes.append(f"{run_label(document)} was {kind} while it was timed: {reasons}.")
         if document["state"] != "succeeded":
             word = OUTCOME_WORDS.get(document["state"], document["state"])
             reason = f" ({document['reason']})" if document["reason"] else ""
@@ -207,6 +205,24 @@ def _environment_notes(documents: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return [f"The environments differ ({shown}): times and memory are of different machines or software."]
+
+
+def _conditions_notes(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for all runs that were disturbed, one for all that were throttled."""
+    found: dict[str, dict[str, str]] = {}
+    for document in documents:
+        kind, _, reasons = conditions_words(document).partition(": ")
+        if kind:
+            found.setdefault(kind, {})[f"#{document['id']}"] = reasons
+    notes = []
+    for kind, runs in found.items():
+        *first, last = runs
+        if not first:
+            notes.append(f"{last} was {kind} while timed: {runs[last]}.")
+        else:
+            each = " ".join(f"{run}: {reasons}." for run, reasons in runs.items())
+            notes.append(f"{', '.join(first)} and {last} were {kind} while timed: {each}")
+    return notes
 
 
 def _served(document: Mapping[str, Any], name: str) -> float | None:
