@@ -1,6 +1,7 @@
 """Laws of the pictures of views: what stands on the page stands in the picture, and every format holds the same."""
 
 import io
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 from PIL import Image
 
 from attnlab.export import image, lines, panel, scene
+from attnlab.export.distance_grid import draw_distances, write_distances
 from attnlab.export.lines import draw_lines
 from attnlab.export.shares import draw_shares
 from attnlab.export.statistic_grid import draw_statistic
 from attnlab.export.token_text import WIDTH, Passage, draw_passage, draw_token, ink_on
 from attnlab.heads import statistics_document
 from attnlab.views.colormaps import COLORMAPS, colorize, colormap
+from attnlab.views.distances import distances_from, head_distances, run_distances
 from attnlab.views.errors import ViewError
 from attnlab.views.rollout import rollout
 from attnlab.views.tokens import token_labels
@@ -64,6 +67,65 @@ def test_heads_without_a_value_are_grey_and_colours_reach_below_zero(traced, mon
 def test_a_statistic_that_is_not_kept_is_refused(traced):
     with pytest.raises(ViewError, match=re.escape("statistic must be one of entropy; got 'charm'")):
         draw_statistic(traced.store, traced.run_ids[0], "charm")
+
+
+def test_distances_of_two_runs_are_a_cell_a_head_under_both_names(traced):
+    a, b = traced.run_ids[:2]
+    drawn = draw_distances(traced.store, a, b, measure="jensen_shannon")
+    cells = next(part for part in drawn.parts if isinstance(part, scene.Raster))
+    values = run_distances(traced.store, a, b).measures["jensen_shannon"].T
+    np.testing.assert_array_equal(cells.pixels, colorize(values / values.max(), "viridis"))
+    title, note, *words = words_of(drawn)
+    assert (
+        title
+        == f"#{a} multi_head · Jensen-Shannon divergence from #{b} sliding_window(window_size=16) · made-up"
+    )
+    assert note.startswith("mean over ")
+    assert {"layer", "head", "bits", f"{values.max():.3g}"} <= set(words)
+    all_formats_open(drawn)
+
+
+def test_distances_from_one_head_name_it_and_are_nothing_at_itself(traced):
+    run_id = traced.run_ids[0]
+    drawn = draw_distances(traced.store, run_id, against=(1, 2))
+    cells = next(part for part in drawn.parts if isinstance(part, scene.Raster))
+    grid = distances_from(traced.store, run_id, 1, 2)
+    assert grid.measures["total_variation"][1, 2] == 0
+    wanted = head_distances(traced.store, run_id, 0, 1, head_b=2).measures["total_variation"][:, 0]
+    np.testing.assert_array_equal(grid.measures["total_variation"][0], wanted)
+    values = grid.measures["total_variation"].T
+    np.testing.assert_array_equal(cells.pixels, colorize(values / values.max(), "viridis"))
+    assert words_of(drawn)[0].startswith(f"#{run_id} multi_head · total variation from L1H2")
+
+
+def test_distances_are_the_same_numbers_in_every_file(traced):
+    a, b = traced.run_ids[:2]
+    grid = run_distances(traced.store, a, b)
+    with np.load(io.BytesIO(write_distances(traced.store, a, b, "npz"))) as found:
+        np.testing.assert_array_equal(found["pairs"], grid.pairs)
+        assert json.loads(str(found["facts"]))["note"] == grid.note
+        for name, values in grid.measures.items():
+            np.testing.assert_array_equal(found[name], values)
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    table = parquet.read_table(io.BytesIO(write_distances(traced.store, a, b, "parquet")))
+    assert table.column_names == ["layer", "head", "other_layer", "other_head", *grid.measures]
+    np.testing.assert_array_equal(table["spearman"].to_numpy(), grid.measures["spearman"].ravel())
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({}, "one of both"),
+        ({"other": 2, "against": (0, 0)}, "one of both"),
+        ({"other": 2, "measure": "charm"}, "measure must be one of total_variation, "),
+        ({"against": (0, 9)}, "head_b must be in 0..3 for layer 0"),
+    ],
+)
+def test_distances_that_cannot_be_drawn_say_why(traced, choices, words):
+    if choices.get("other"):
+        choices = choices | {"other": traced.run_ids[1]}
+    with pytest.raises(ViewError, match=re.escape(words)):
+        draw_distances(traced.store, traced.run_ids[0], **choices)
 
 
 def drawn_weights(drawn: scene.Scene) -> list[tuple[int, int, str]]:

@@ -18,6 +18,7 @@ ASKED = {
     "map": {"layer": 1, "head": 2, "rows": (0, 40)},
     "generation": {"layer": 1, "head": 2},
     "grid": {"name": "entropy"},
+    "distances": {"against": (1, 2), "max_rows": 8},
     "heads": {"layer": 1},
     "token": {"layer": 1, "row": 40, "head": 2, "shown": (20, 60)},
     "lines": {"layer": 1, "rows": (0, 20), "cols": (0, 20), "heads": [1, 3]},

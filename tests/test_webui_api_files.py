@@ -195,6 +195,8 @@ def test_pictures_of_views_are_attachments_in_every_format(client, traced):
     run = traced.run_ids[0]
     for path in (
         f"/runs/{run}/grid/export/{{}}?statistic=entropy&theme=dark&scale=log",
+        f"/compare/distances/export/{{}}?a={run}&b={traced.run_ids[1]}&measure=spearman&theme=dark",
+        f"/compare/distances/export/{{}}?a={run}&against=1:2&max_rows=4",
         f"/runs/{run}/lines/export/{{}}?layer=1&rows=3:20&cols=0:9&heads=0,2&above=0.1",
         f"/runs/{run}/lines/export/{{}}?layer=1&heads=mean",
         f"/runs/{run}/token/export/{{}}?layer=1&head=2&token=30&direction=received&scale=linear",
@@ -211,6 +213,14 @@ def test_pictures_of_views_are_attachments_in_every_format(client, traced):
     ("path", "status", "words"),
     [
         ("/runs/1/grid/export/csv", 400, "format must be one of png, svg, pdf, got 'csv'"),
+        (
+            "/compare/distances/export/csv?a=1&b=2",
+            400,
+            "format must be one of png, svg, pdf, npz, safetensors, ",
+        ),
+        ("/compare/distances/export/png?a=1&b=99", 404, "run must be the id of a run, got 99"),
+        ("/compare/distances/export/npz?a=1", 400, "other must be a run to compare with, or against a layer"),
+        ("/compare/distances/export/png?a=1&against=1", 400, "against must be LAYER:HEAD"),
         ("/runs/99/grid/export/png", 404, "run must be the id of a run, got 99"),
         ("/runs/1/grid/export/png?statistic=charm", 400, "statistic must be one of entropy; got 'charm'"),
         (

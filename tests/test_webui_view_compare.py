@@ -34,6 +34,22 @@ def test_the_list_leads_to_the_heads_that_changed_most(compare, lengths):
     page.locator(".at-panel-title").first.get_by_text(f"{name_of(first)} ·").wait_for()
 
 
+def test_the_distances_are_files_of_the_measure_that_is_shown(compare, lengths):
+    _, long, _ = lengths
+    a, b = long.run_ids[:2]
+    page = compare(f"runs={a},{b}&layer=0&head=0")
+    files = page.get_by_role("group", name="these distances")
+    page.get_by_label("statistic").select_option(label=f"rank correlation, #{a} and #{b}")
+    with page.expect_download() as download:
+        files.get_by_role("link", name="SVG").click()
+    drawn = download.value.path().read_text()
+    assert f"rank correlation from #{b} " in drawn
+    with page.expect_download() as download:
+        files.get_by_role("link", name="NPZ").click()
+    with np.load(download.value.path()) as found:
+        np.testing.assert_array_equal(found["spearman"], run_distances(long.store, a, b).measures["spearman"])
+
+
 def test_the_crosshair_stands_on_the_same_token_in_both_maps(compare, lengths):
     _, long, short = lengths
     a, b = long.run_ids[0], short.run_ids[0]

@@ -134,7 +134,7 @@ def export_comparison(
         raise Refused(f"layer and head must be given for {form}")
     region = span("rows", rows), span("cols", cols)
     name = f"{name}-L{layer}H{head}"
-    own = _own_head(against, run_ids)
+    own = own_head(against, run_ids)
     if form in arrays.FORMATS:
         return file_answer(_several_maps(store, run_ids, layer, head, own, *region, form), name, form)
     look: dict[str, Any] = {
@@ -231,7 +231,7 @@ def _pair(text: str | None) -> tuple[int, int] | None:
     return found[0], found[1]
 
 
-def _own_head(text: str | None, run_ids: list[int]) -> tuple[int, int] | None:
+def own_head(text: str | None, run_ids: list[int]) -> tuple[int, int] | None:
     """``"5:2"`` as layer and head of the only run."""
     if text is None:
         return None

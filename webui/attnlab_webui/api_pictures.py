@@ -7,16 +7,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Response
 
-from attnlab.export import image, rollout_map
+from attnlab.export import distance_grid, image, rollout_map
 from attnlab.export.lines import draw_lines
 from attnlab.export.scene import Scene
 from attnlab.export.shares import WAYS, draw_shares
 from attnlab.export.statistic_grid import draw_statistic
 from attnlab.export.token_text import SCALES, draw_token
+from attnlab.views.distances import MEASURES
 from attnlab.views.jobs import Answer
 from attnlab.views.through_layers import flow_document, rollout_document, rollout_of, rollout_way
 from attnlab_webui.answers import Refused, StoreDep, find_run, span
-from attnlab_webui.api_files import Text, check_choice, file_answer
+from attnlab_webui.api_files import Text, check_choice, file_answer, own_head
 from attnlab_webui.api_views import Rows, Share
 
 router = APIRouter()
@@ -37,6 +38,34 @@ def export_grid(
     find_run(store, run_id)
     scene = draw_statistic(store, run_id, statistic, colormap=colormap, theme=theme)
     return _picture(scene, f"run-{run_id}-{statistic or 'statistic'}", form)
+
+
+@router.get("/compare/distances/export/{form}")
+def export_distances(
+    form: str,
+    a: int,
+    store: StoreDep,
+    b: int | None = None,
+    against: Text = None,
+    measure: str = MEASURES[0],
+    max_rows: Rows = 64,
+    colormap: str = "viridis",
+    theme: str = "light",
+) -> Response:
+    """How far the heads of run `a` are from those of `b`, or from its own head `against` (`5:2`).
+
+    One `measure` of all layers and heads as png, svg or pdf; all of them as npz, safetensors or parquet.
+    """
+    check_choice("format", form, distance_grid.FORMATS)
+    for run_id in (a, b):
+        if run_id is not None:
+            find_run(store, run_id)
+    pair: dict[str, Any] = {"against": own_head(against, [a]), "max_rows": max_rows}
+    name = f"runs-{a}-{b}-distances" if against is None else f"run-{a}-distances"
+    if form in image.FORMATS:
+        look: dict[str, Any] = {"measure": measure, "colormap": colormap, "theme": theme}
+        return _picture(distance_grid.draw_distances(store, a, b, **pair, **look), name, form)
+    return file_answer(distance_grid.write_distances(store, a, b, form, **pair), f"attnlab-{name}", form)
 
 
 @router.get("/runs/{run_id}/lines/export/{form}")

@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 from attnlab.export import image
+from attnlab.export.distance_grid import draw_distances
 from attnlab.export.lines import draw_lines
 from attnlab.export.patches import draw_query
 from attnlab.export.rollout_map import draw_rollout
@@ -65,6 +66,7 @@ def draw_flow(
 
 SCENES: Mapping[str, Callable[..., Scene]] = {
     "grid": draw_statistic,
+    "distances": draw_distances,
     "heads": draw_heads,
     "token": draw_token,
     "lines": draw_lines,
@@ -75,7 +77,7 @@ SCENES: Mapping[str, Callable[..., Scene]] = {
 MAPS = ("map", "cross", "generation")
 """views whose picture is that of a region of one head's map"""
 VIEWS = (*MAPS, *SCENES)
-WHOLE_NUMBERS = frozenset({"layer", "head", "row", "height", "size"})
+WHOLE_NUMBERS = frozenset({"layer", "head", "row", "height", "size", "other", "max_rows"})
 
 
 def render_picture(store: Store, run_id: int, view: str, format: str = "png", **choices: Any) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from attnlab.describe import run_brief
 from attnlab.export.colourbar import BAR_ROOM, draw_bar
 from attnlab.export.panel import THEMES, Theme, check_look, nice_ticks
-from attnlab.export.scene import Line, Raster, Scene, Text, outline, shorten
+from attnlab.export.scene import Line, Raster, Scene, Text, outline, shorten, text_width
 from attnlab.heads import statistics_document
 from attnlab.views.colormaps import colorize
 from attnlab.views.errors import NothingRecorded, ViewError
@@ -17,7 +19,7 @@ from attnlab_storage.database import Store
 
 SIDE = 480
 _LEAST_CELL, _MOST_CELL = 6, 32
-_LEAST_WIDTH, _LEAST_BAR = 420, 96
+_LEAST_WIDTH, _MOST_FOR_WORDS, _LEAST_BAR = 420, 720, 96
 _LEFT, _TOP, _BELOW = 60, 78, 48
 _TICK_ROOM = 18
 
@@ -39,33 +41,51 @@ def draw_statistic(
     name = next(iter(kept)) if name is None else name
     if name not in kept:
         raise ViewError(f"statistic must be one of {', '.join(kept)}; got {name[:60]!r}")
-    one, brief, look = kept[name], run_brief(run), THEMES[theme]
-    values = np.array(one["values"], float).T
-    heads, layers = values.shape
-    cell = int(np.clip(SIDE // max(layers, heads), _LEAST_CELL, _MOST_CELL))
-    width, height = cell * layers, cell * heads
-    bar_height = max(height, _LEAST_BAR)
-    scene = Scene(
-        max(_LEFT + width + 16 + BAR_ROOM, _LEAST_WIDTH), _TOP + bar_height + _BELOW, look.background
-    )
-    room = scene.width - 24
+    one, brief = kept[name], run_brief(run)
     facts = [one["formula"], ran_as(brief), str(brief["dtype"])]
-    scene.add(Text(12, 18, shorten(view_label(brief, one["title"]), room, 14), 14, look.text))
+    values = np.array(one["values"], float).T
+    places = {"layers": one["layers"], "heads": one["heads"], "unit": one["unit"]}
+    return draw_cells(
+        view_label(brief, one["title"]), facts, values, **places, colormap=colormap, theme=theme
+    )
+
+
+def draw_cells(
+    title: str,
+    facts: Sequence[str],
+    values: np.ndarray,
+    *,
+    layers: Sequence[int],
+    heads: Sequence[int],
+    unit: str,
+    colormap: str,
+    theme: str,
+) -> Scene:
+    """A number of every head, [heads, layers] (NaN: grey), below its title and a line of facts, with its scale."""
+    look = THEMES[theme]
+    cell = int(np.clip(SIDE // max(values.shape), _LEAST_CELL, _MOST_CELL))
+    width, height = cell * len(layers), cell * len(heads)
+    bar_height = max(height, _LEAST_BAR)
+    words = int(max(text_width(title, 14), text_width(" · ".join(facts), 11))) + 25
+    wide = max(_LEFT + width + 16 + BAR_ROOM, min(words, _MOST_FOR_WORDS))
+    scene = Scene(max(wide, _LEAST_WIDTH), _TOP + bar_height + _BELOW, look.background)
+    room = scene.width - 24
+    scene.add(Text(12, 18, shorten(title, room, 14), 14, look.text))
     scene.add(Text(12, 38, shorten(" · ".join(facts), room, 11), 11, look.quiet))
     low = float(np.nanmin(values, initial=0.0))
     peak = float(np.nanmax(values, initial=low))
     cells = colorize((values - low) / ((peak - low) or 1.0), colormap)
     cells[np.isnan(values)] = look.masked
     scene.add(Raster(_LEFT, _TOP, width, height, cells), *outline(_LEFT, _TOP, width, height, look.quiet))
-    _draw_axes(scene, one["layers"], one["heads"], cell, look)
+    _draw_axes(scene, layers, heads, cell, look)
     side = _LEFT + width + 16
-    scene.add(Text(side, _TOP - 14, one["unit"], 11, look.quiet))
+    scene.add(Text(side, _TOP - 14, unit, 11, look.quiet))
     bar = {"peak": peak, "low": low, "scale": "linear", "signed": False, "colormap": colormap}
     draw_bar(scene, side, _TOP, bar_height, **bar, color=look.quiet)
     return scene
 
 
-def _draw_axes(scene: Scene, layers: list[int], heads: list[int], cell: int, look: Theme) -> None:
+def _draw_axes(scene: Scene, layers: Sequence[int], heads: Sequence[int], cell: int, look: Theme) -> None:
     width, height = cell * len(layers), cell * len(heads)
     for tick in nice_ticks(0, len(layers), max(1, width // _TICK_ROOM)):
         x, y = _LEFT + (tick + 0.5) * cell, _TOP + height

@@ -124,6 +124,20 @@ def head_distances(
     return _grid(store, run_id, run_id, pairs, max_rows)
 
 
+def distances_from(store: Store, run_id: int, layer_b: int, head_b: int, max_rows: int = 64) -> DistanceGrid:
+    """Every head of a run against one of its heads: layers x heads, of the layers whose maps have its size."""
+    _, one = find_trace(store, run_id, layer_b)
+    if not 0 <= head_b < one.heads:
+        raise ViewError(
+            f"head_b must be in 0..{one.heads - 1} for layer {layer_b} of run {run_id}; got {head_b}"
+        )
+    size = (one.num_queries, one.num_keys)
+    alike = [t for t in recorded(store, run_id)[1] if (t.num_queries, t.num_keys) == size]
+    heads = max(trace.heads for trace in alike)
+    pairs = [[(trace.layer, head, layer_b, head_b) for head in range(heads)] for trace in alike]
+    return _grid(store, run_id, run_id, np.array(pairs), max_rows)
+
+
 def row_distances(
     p: np.ndarray, q: np.ndarray, only_p: np.ndarray | float = 0.0, only_q: np.ndarray | float = 0.0
 ) -> dict[str, np.ndarray]:

@@ -2,11 +2,11 @@
 
 import { axisWord } from "./axes.js";
 import { ColourBar, hatchSwatch } from "./colourbar.js";
-import { precise } from "./colour.js";
+import { isDark, precise } from "./colour.js";
 import { Distances } from "./distances.js";
-import { fileLink } from "./files.js";
+import { FORMATS, fileLink } from "./files.js";
 import { HELP } from "./gestures.js";
-import { complain } from "./make.js";
+import { complain, element } from "./make.js";
 import { Minimap } from "./minimap.js";
 import { Options } from "./options.js";
 import { Picker } from "./picker.js";
@@ -15,6 +15,7 @@ import { StatGrid } from "./statgrid.js";
 import { Strip } from "./strip.js";
 
 const BLINK_MS = 700;
+const NUMBERS = ["npz", "parquet", "safetensors"];
 const ROUNDED =
   "The picture is rounded to travel fast: a weight by less than 1 %, in a dense map by up to 6 %. What you point at is exact.";
 const TOOLS = '<div class="at-tools" data-part="tools"></div>';
@@ -115,7 +116,26 @@ export class Controls {
   showStatistics() {
     this.stats.load({ ...this.distances?.statistics, ...this.statistics });
     this.stats.colour(this.view.table(false));
-    if (this.distances) this.part("distance").textContent = this.distances.words;
+    this.showDistances();
+  }
+
+  // Words on how the maps were compared, and the same numbers as files once all layers are there.
+  showDistances() {
+    if (!this.distances) return;
+    const place = this.part("distance");
+    place.textContent = this.distances.words;
+    if (!this.distances.idle || !Object.keys(this.distances.statistics).length) return;
+    const measure = this.distances.statistics[this.view.state.get("statistic")] && this.view.state.get("statistic");
+    const look = { measure, colormap: this.view.table(false).name, theme: isDark() ? "dark" : "light" };
+    const files = element("span", "at-exports");
+    files.setAttribute("role", "group");
+    files.setAttribute("aria-label", "these distances");
+    files.append(element("span", "at-label", "these distances"));
+    for (const [format, fields] of [...FORMATS.map((one) => [one, look]), ...NUMBERS.map((one) => [one, {}])]) {
+      const address = `/api/v1/compare/distances/export/${format}?${query({ ...this.distances.named, ...fields })}`;
+      files.append(fileLink(format, address));
+    }
+    place.append(files);
   }
 
   // reasons: source -> why its tokens could not be matched with those of the first
@@ -142,6 +162,7 @@ export class Controls {
   show(changed) {
     this.options.show();
     if (changed.includes("statistic")) this.stats.show();
+    if (changed.includes("statistic") || changed.includes("colormap")) this.showDistances();
     this.showExports();
   }
 
@@ -195,7 +216,7 @@ export class Controls {
     const { view } = this;
     const { layer, head, rows, cols, scale, norm, reduce, clip } = view.state.values;
     const region = { layer, head, rows: rows?.join(":"), cols: cols?.join(":") };
-    const theme = document.body.classList.contains("dark") ? "dark" : "light";
+    const theme = isDark() ? "dark" : "light";
     const colormap = view.table(false).name;
     const look = { ...region, scale: norm === "row" && !view.first.signed ? "row" : scale, reduce, clip, colormap, theme };
     const runs = [...new Set(view.sources.map((source) => source.facts.run))];
@@ -203,8 +224,8 @@ export class Controls {
     const base = several ? `/api/v1/compare/export` : `/api/v1/runs/${runs[0]}/export`;
     const which = several ? comparison(view, runs) : {};
     place.replaceChildren(line("at-label", "this view"));
-    const numbers = several ? ["npz", "safetensors"] : ["npz", "parquet", "safetensors"];
-    const files = [...["png", "svg", "pdf"].map((format) => [format, look]), ...numbers.map((format) => [format, region])];
+    const numbers = several ? NUMBERS.filter((one) => one !== "parquet") : NUMBERS;
+    const files = [...FORMATS.map((format) => [format, look]), ...numbers.map((format) => [format, region])];
     for (const [format, fields] of files) {
       place.append(fileLink(format, `${base}/${format}?${query({ ...which, ...fields })}`));
     }

@@ -23,6 +23,12 @@ export class Distances {
     return Boolean(this.done);
   }
 
+  // What the address of a file of these distances holds.
+  get named() {
+    const [a, { at, facts }] = this.pair;
+    return at ? { a: a.facts.run, against: `${at.layer}:${at.head}` } : { a: a.facts.run, b: facts.run };
+  }
+
   // Of two runs the layers that both have; of a head that stays all layers of its run.
   get layers() {
     const [first, second] = this.pair;

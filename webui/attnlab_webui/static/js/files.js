@@ -4,7 +4,7 @@ import { isDark } from "./colour.js";
 import { element } from "./make.js";
 import { query } from "./request.js";
 
-const FORMATS = ["png", "svg", "pdf"];
+export const FORMATS = ["png", "svg", "pdf"];
 const WORDS = { parquet: "Parquet", safetensors: "safetensors" };
 
 // fields: what the address of the export holds besides its look; of: what is exported, where it is not the map;
