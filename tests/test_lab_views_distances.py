@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 
 from attnlab.run import run_here
 from attnlab.spec import parse_spec
-from attnlab.views.alignment import align_tokens
-from attnlab.views.difference import map_distance
+from attnlab.views.alignment import align_tokens, words_of
+from attnlab.views.difference import allowed_difference, difference, map_distance
 from attnlab.views.distances import head_distances, row_distances, run_distances
 from attnlab.views.errors import ViewError
 from attnlab.views.viewport import load_map
@@ -182,6 +182,55 @@ def test_tokens_are_matched_in_order(a: str, b: str, matched: str) -> None:
     assert (np.diff(found.a) > 0).all()
     assert (np.diff(found.b) > 0).all()
     assert found.identical is (a == b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        (["The", " bank", "ing"], ["[CLS]", "the", "bank", "##ing"], ["the", "bank", "ing"]),
+        (["ĠThe", "Ġbank"], ["▁The", "▁bank"], ["The", "bank"]),
+        (["C", "(", "c"], ["C", "(", "c"], ["C", "(", "c"]),
+        ([" ", "##", "Ġ"], [" ", "##", "Ġ"], [" ", "##", "Ġ"]),
+    ],
+)
+def test_tokens_of_two_tokenizers_are_matched_by_what_they_say(
+    a: list[str], b: list[str], words: list[str]
+) -> None:
+    said = words_of(a, b)
+    found = align_tokens(*said)
+    assert [said[0][i] for i in found.a] == [said[1][i] for i in found.b] == words
+
+
+def test_two_models_are_compared_at_the_words_of_their_text(
+    sqlite_store: Store, make_traced: Callable[..., Any]
+) -> None:
+    one = make_traced(sqlite_store, tokens=5, words=["The", " bank", " of", " the", " bank"])
+    lower = ["[CLS]", "the", "bank", "of", "the", "bank", "[SEP]"]
+    other = make_traced(sqlite_store, tokens=7, seed=1, words=lower, model="another")
+    same = make_traced(sqlite_store, tokens=7, seed=1, words=lower)
+    a, b = one.run_ids[0], other.run_ids[0]
+    p, q = one.reference(a, 1, 2), other.reference(b, 1, 2)[1:6]
+    grid = run_distances(sqlite_store, a, b)
+    assert (grid.matched, grid.rows_used) == (5 / 7, 5)
+    assert grid.measures["total_variation"][1, 2] == pytest.approx(
+        row_distances(p, q[:, 1:6], 0.0, q[:, 0])["total_variation"].mean(), abs=1e-7
+    )
+    with pytest.raises(ViewError, match="none in common"):
+        run_distances(sqlite_store, a, same.run_ids[0])
+
+
+def test_what_only_the_second_of_two_texts_may_attend_to_is_no_masked_difference(
+    sqlite_store: Store, make_traced: Callable[..., Any]
+) -> None:
+    words = [f"word{at}" for at in range(40)]
+    narrow = make_traced(sqlite_store, tokens=40, words=words).run_ids[1]
+    wide = make_traced(sqlite_store, tokens=41, words=["first", *words], seed=2)
+    heads = (narrow, 0, 1), (wide.run_ids[0], 0, 1)
+    for pixels in (40, 11):
+        view = difference(sqlite_store, narrow, wide.run_ids[0], 0, 1, height=pixels, width=pixels)
+        edges = np.arange(pixels) * 40 // pixels
+        seen = np.maximum.reduceat(np.maximum.reduceat(np.tri(40), edges, 0), edges, 1) > 0
+        np.testing.assert_array_equal(allowed_difference(sqlite_store, view, *heads), seen)
 
 
 def test_what_cannot_be_compared_is_refused(traced: Any, monkeypatch: pytest.MonkeyPatch) -> None:

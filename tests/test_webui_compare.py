@@ -128,5 +128,5 @@ def test_the_picker_offers_succeeded_runs_and_keeps_the_chosen_ones(sqlite_store
 def test_a_name_in_the_picker_is_short_and_unique(traced):
     rows = results.runs_of(traced.store, experiment_id=traced.experiment_id)
     names = [compare_view.choice(row) for row in rows]
-    assert names[1] == f"#{rows[1].id} sliding_window(window_size=16) · 77 tokens · made up <b>&"
+    assert names[1] == f"#{rows[1].id} sliding_window(window_size=16) · made-up · 77 tokens · made up <b>&"
     assert len(set(names)) == 2

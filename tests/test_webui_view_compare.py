@@ -80,6 +80,44 @@ def test_a_token_that_the_other_text_lacks_is_said_and_not_called_masked(compare
         assert [line.endswith(words) for line in read] == [words == "masked", True, True], read
 
 
+@pytest.fixture
+def two_models(sqlite_store, make_traced, serve_store):
+    """(address, run of two layers, run of another model with one layer over the same text, cut in another way)."""
+    words = [f"Ġword{at}" for at in range(12)]
+    one = make_traced(sqlite_store, tokens=12, words=words)
+    lower = ["[CLS]", *(word[1:] for word in words)]
+    other = make_traced(sqlite_store, tokens=13, words=lower, layers=1, seed=2, model="another")
+    return serve_store(sqlite_store), one.run_ids[0], other.run_ids[0]
+
+
+def test_the_maps_of_two_models_are_named_and_compared_by_their_words(two_models, browse_idle):
+    address, a, b = two_models
+    page = browse_idle(f"{address}/compare?runs={a},{b}&layer=0&head=1")
+    titles = page.locator(".at-panel-title").all_inner_texts()
+    assert [title.split(" · ")[1] for title in titles] == [
+        "made-up",
+        "another",
+        f"difference #{a} made-up − #{b} another",
+    ]
+    assert page.evaluate("() => Number.isFinite(window.__attnlab.panels()[2].tile.values[13])")
+    assert page.get_by_text("no such token in one text").is_visible()
+
+
+def test_a_layer_that_only_one_model_has_is_said_and_has_no_difference(two_models, browse_idle):
+    address, a, b = two_models
+    page = browse_idle(f"{address}/compare?runs={a},{b}&layer=1&head=1")
+    said = page.locator(".at-none:visible").all_inner_texts()
+    assert said == [f"#{b} has no map of layer 1, only of 0."] * 2
+    page.locator(".at-picker").get_by_role("slider").press("ArrowLeft")
+    page.wait_for_function(IDLE)
+    assert page.locator(".at-none:visible").count() == 0
+    page.evaluate("() => { [...window.__attnlab.views][0].sources[1].facts.layers[0].heads = 1; }")
+    page.get_by_role("radio", name="head 2").click()
+    page.wait_for_function(IDLE)
+    said = page.locator(".at-none:visible").all_inner_texts()
+    assert said == [f"#{b} has no head 2 in layer 0, only 0."] * 2
+
+
 def test_the_difference_of_other_inputs_is_drawn_where_both_have_the_tokens(compare, lengths):
     _, long, short = lengths
     a, b = long.run_ids[0], short.run_ids[0]

@@ -56,6 +56,7 @@ def make_traced() -> Callable[..., Traced]:
 
     The first run is causal ``multi_head``, the second a causal ``sliding_window``; every name in ``outcomes``
     adds a run that ended so. ``words``: the tokens, ``tokens`` of them, where not the usual ones.
+        ``model``: what the runs say they are of.
     """
 
     def make(
@@ -66,12 +67,14 @@ def make_traced() -> Callable[..., Traced]:
         outcomes: Sequence[str] = (),
         seed: int = 0,
         words: Sequence[str] = (),
+        model: str = "made-up",
     ) -> Traced:
         points = [
             _point("multi_head", {}, tokens),
             _point("sliding_window", {"window_size": 16}, tokens),
             *(_point("flash", {}, tokens) for _ in outcomes),
         ]
+        points = [point | {"model": model} for point in points]
         spec = {"name": "made up <b>&", "model": "made-up", "vary": {"mechanism": ["multi_head"]}}
         queued = queue.submit(store, name=spec["name"], spec=spec, spec_hash="0" * 64, points=points)
         usual = [f"Ġtoken{i}" for i in range(tokens - 2)] + ["<script>alert(1)</script>", "Ċ"]

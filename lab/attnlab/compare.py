@@ -8,7 +8,7 @@ from typing import Any
 
 from attnlab.describe import run_document
 from attnlab.views.difference import MapDistance, difference, map_distance
-from attnlab.views.labels import OUTCOME_WORDS, conditions_words, run_label
+from attnlab.views.labels import OUTCOME_WORDS, conditions_words, run_label, run_labels
 from attnlab_storage import results
 from attnlab_storage.database import Store
 
@@ -113,7 +113,7 @@ def compare_runs(store: Store, run_ids: Sequence[int]) -> Comparison:
     tokens = [None if row is None else (tuple(row.query_tokens), tuple(row.key_tokens)) for row in inputs]
     return Comparison(
         ids,
-        [run_label(document) for document in documents],
+        run_labels(documents),
         documents,
         [row for row in rows if row.varies],
         [row for row in rows if not row.varies],
@@ -150,9 +150,10 @@ def validity_notes(
     lengths = {document["sequence_length"] for document, _ in known}
     if len({one for _, one in known}) > 1:
         what = "lengths" if len(lengths) > 1 and _nested([one for _, one in known]) else "tokens"
-        notes.append(
-            f"The inputs differ in their {what}: their maps are compared at the tokens that both have."
-        )
+        both = "that both have"
+        if _differ(documents, "model"):
+            both = "that say the same, however a tokenizer marks where a word begins"
+        notes.append(f"The inputs differ in their {what}: their maps are compared at the tokens {both}.")
     if len(lengths) > 1:
         notes.append("The sequence lengths differ: compare how numbers grow, not their size.")
     if _differ(documents, "dtype"):

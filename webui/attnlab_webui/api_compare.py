@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from attnlab.views.aligned_map import alignment_document, needed_alignment, places
-from attnlab.views.difference import difference, difference_progress
+from attnlab.views.difference import allowed_difference, difference, difference_progress
 from attnlab.views.viewport import cell, load_map
 from attnlab_webui import heatmap
 from attnlab_webui.answers import StoreDep, octets, span
@@ -36,7 +38,8 @@ def compare_viewport(
 ) -> Response:
     """A − B over a region as float32 [height, width]; NaN where neither map allows a pair.
 
-    Where the inputs differ the region is of A's tokens, and NaN where B lacks one of them. `layer_b` and `head_b`
+    Where the inputs differ the region is of A's tokens, NaN where B lacks one; of two models by what
+    tokens say. `layer_b` and `head_b`
     are B's where they are not A's; `most_bytes` as for one map. 202 with {"building": share} while what a wide region
     comes from is being built: ask again.
     """
@@ -47,10 +50,9 @@ def compare_viewport(
     if ready < 1:
         return JSONResponse({"building": ready}, 202, {"Cache-Control": "no-store"})
     view = difference(store, a, b, layer, head, *region, height, width, reduce, **other)
-    maps = [load_map(store, a, layer, head), load_map(store, b, *second)]
-    if a != b and needed_alignment(store, a, b, maps[0].shape, maps[1].shape) is not None:
-        maps.pop()
-    return octets(*heatmap.encode(view, maps, most_bytes=most_bytes), v)
+    allowed = allowed_difference(store, view, (a, layer, head), (b, *second))
+    view = replace(view, values=np.where(allowed, view.values, np.float32(np.nan)))
+    return octets(*heatmap.encode(view, [], most_bytes=most_bytes), v)
 
 
 @router.get("/compare/cell")
@@ -71,11 +73,13 @@ def compare_cell(
     aligned = None if a == b else needed_alignment(store, a, b, maps[0].shape, maps[1].shape)
     value = cell(store, a, layer, head, row, col)
     masked = heatmap.masked_cell(maps[0], row, col)
-    if aligned is None:
-        other, masked = (row, col), masked and heatmap.masked_cell(maps[1], row, col)
-    else:
-        other = tuple(int(places(one)[at]) for one, at in zip(aligned, (row, col), strict=True))
-    gap = None if min(other) < 0 else value - cell(store, b, *second, other[0], other[1])
+    down, across = row, col
+    if aligned is not None:
+        down, across = int(places(aligned[0])[row]), int(places(aligned[1])[col])
+    if min(down, across) < 0:
+        return {"row": row, "col": col, "value": None, "masked": masked}
+    gap = value - cell(store, b, *second, down, across)
+    masked = masked and heatmap.masked_cell(maps[1], down, across)
     return {"row": row, "col": col, "value": gap, "masked": masked}
 
 

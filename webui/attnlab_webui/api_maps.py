@@ -55,6 +55,7 @@ def recorded_maps(run_id: int, store: StoreDep) -> dict[str, Any]:
     return {
         "run": run_id,
         "label": f"#{run_id} {mechanism_label(brief)} · {ran_as(brief)} · {brief['dtype']}",
+        "model": run.model,
         "stamp": stamp(run),
         "phase": run.phase,
         "generated": ((given and given.detail) or {}).get("generated_tokens", 0),

@@ -79,8 +79,9 @@ def latest_pair(runs: Sequence[RunRow]) -> tuple[RunRow, RunRow] | None:
 def choice(run: RunRow) -> str:
     """How a run is named in the picker."""
     size = f"{run.sequence_length:,} tokens" if run.sequence_length else "the text's length"
-    parts = [f"#{run.id} {mechanism_label(run_brief(run))}", size, run.experiment_name]
-    return " · ".join(parts if run.dtype == "float32" else [*parts[:2], run.dtype, parts[2]])
+    dtype = "" if run.dtype == "float32" else run.dtype
+    parts = [f"#{run.id} {mechanism_label(run_brief(run))}", run.model, size, dtype, run.experiment_name]
+    return " · ".join(part for part in parts if part)
 
 
 def notes(comparison: Comparison) -> str:

@@ -15,8 +15,7 @@ from attnlab.export.patches import draw_query
 from attnlab.export.pdf import to_pdf
 from attnlab.export.scene import Scene, to_png, to_svg
 from attnlab.export.strips import draw_heads
-from attnlab.views.aligned_map import needed_alignment
-from attnlab.views.difference import difference
+from attnlab.views.difference import allowed_difference, difference
 from attnlab.views.errors import ViewError
 from attnlab.views.labels import map_label, ran_as
 from attnlab.views.tokens import TokenLabels, token_labels
@@ -237,14 +236,8 @@ def _difference_panel(
     signed = "mean" if reduce == "mean" else "signed_max"
     (a, layer, head), (b, layer_b, head_b) = first, second
     like = views[0]
-    matched = a != b and needed_alignment(store, a, b, like.shape, views[1].shape) is not None
     where = like.rows, like.cols, PLOT_SIDE, PLOT_SIDE
     gap = difference(store, a, b, layer, head, *where, signed, layer_b=layer_b, head_b=head_b)
-    allowed = _allowed(store, *first, gap)
-    if matched:
-        allowed &= np.isfinite(gap.values)
-    else:
-        allowed |= _allowed(store, *second, gap)
     one_run = a == b and (layer, head) != (layer_b, head_b)
     title = f"#{a} · L{layer}H{head} − L{layer_b}H{head_b}" if one_run else f"#{a} − #{b} · L{layer}H{head}"
     return Panel(
@@ -257,7 +250,7 @@ def _difference_panel(
         **_axes(token_labels(store, a, layer), find_trace(store, a, layer)[1], gap),
         signed=True,
         scale="log" if scale == "log" else "linear",
-        allowed=allowed,
+        allowed=allowed_difference(store, gap, first, second),
         clipped=clip < 100,
     )
 

@@ -47,7 +47,7 @@ def places(alignment: Alignment) -> np.ndarray:
 def needed_alignment(
     store: Store, run_a: int, run_b: int, shape_a: tuple[int, int], shape_b: tuple[int, int]
 ) -> tuple[Alignment, Alignment] | None:
-    """How the tokens of two runs belong together, or None where they are the same.
+    """How the tokens of two runs belong together, of two models by what they say; None where they are the same.
 
     Raises ViewError where the maps differ in size and their tokens cannot be matched.
     """
@@ -61,7 +61,8 @@ def needed_alignment(
     first, second = inputs
     assert first is not None
     assert second is not None
-    found = align_inputs(first, second)
+    models = {run.model for run_id in (run_a, run_b) if (run := results.get_run(store, run_id))}
+    found = align_inputs(first, second, by_words=len(models) > 1)
     return None if all(one.identical for one in found) else found
 
 

@@ -91,9 +91,33 @@ def _matching_blocks(a: tuple[str, ...], b: tuple[str, ...]) -> list[tuple[int, 
     return [(block.a, block.b, block.size) for block in found]
 
 
-def align_inputs(a: InputRow, b: InputRow) -> tuple[Alignment, Alignment]:
-    """Queries and keys of two runs, matched by their tokens. Raises ViewError as `align_tokens`."""
-    keys = align_tokens(a.key_tokens, b.key_tokens)
+def align_inputs(a: InputRow, b: InputRow, *, by_words: bool = False) -> tuple[Alignment, Alignment]:
+    """Queries and keys of two runs, matched by their tokens. Raises ViewError as `align_tokens`.
+
+    Args:
+        by_words: by what the tokens say, see `words_of`: for two tokenizers.
+    """
+    match = _align_words if by_words else align_tokens
+    keys = match(a.key_tokens, b.key_tokens)
     if a.query_tokens == a.key_tokens and b.query_tokens == b.key_tokens:
         return keys, keys
-    return align_tokens(a.query_tokens, b.query_tokens), keys
+    return match(a.query_tokens, b.query_tokens), keys
+
+
+def words_of(a: Sequence[str], b: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the tokens of two tokenizers say: without the marks of where a word begins (``Ġbank``, ``▁bank``,
+    ``##ing``), and without capitals where one of them writes none (``C`` and ``c`` of a molecule stay two).
+    """
+    plain = [[token.removeprefix("##").strip(" Ġ▁") or token for token in tokens] for tokens in (a, b)]
+    if all(any(map(_has_capitals, tokens)) for tokens in plain):
+        return plain[0], plain[1]
+    return [token.casefold() for token in plain[0]], [token.casefold() for token in plain[1]]
+
+
+def _has_capitals(token: str) -> bool:
+    named = token[:1] + token[-1:] in ("[]", "<>")  # [CLS], </s>: no text
+    return token != token.lower() and not named
+
+
+def _align_words(a: Sequence[str], b: Sequence[str]) -> Alignment:
+    return align_tokens(*words_of(a, b))

@@ -20,7 +20,17 @@ from attnlab.views.alignment import Alignment
 from attnlab.views.errors import ViewError
 from attnlab.views.overview import is_wide
 from attnlab.views.trace_map import AttentionMap, is_signed
-from attnlab.views.viewport import Region, Viewport, check_size, find_trace, head_map, recorded, region_of
+from attnlab.views.viewport import (
+    Region,
+    Viewport,
+    allowed_in,
+    check_size,
+    find_trace,
+    head_map,
+    load_map,
+    recorded,
+    region_of,
+)
 from attnlab.views.wide_difference import Side, is_wide_pair, pair_progress, pair_viewport
 from attnlab_storage.database import Store
 
@@ -140,6 +150,23 @@ def _streamed(
         gap = a.tile(*part) - b.tile(*part)
         out[top : top + len(edges) - 1] = fold(gap, edges - edges[0], col_edges - col_edges[0])
     return out
+
+
+def allowed_difference(
+    store: Store, view: Viewport, first: tuple[int, int, int], second: tuple[int, int, int]
+) -> np.ndarray:
+    """bool [height, width]: pixels of `difference` under which either map may have a weight, and B has the tokens.
+
+    Args:
+        first, second: (run, layer, head) of A and B.
+    """
+    maps = [load_map(store, *at) for at in (first, second)]
+    runs, shapes = (first[0], second[0]), (maps[0].shape, maps[1].shape)
+    allowed = allowed_in(view, maps[0])
+    if runs[0] == runs[1] or needed_alignment(store, *runs, *shapes) is None:
+        return allowed | allowed_in(view, maps[1])
+    # B's cells stand elsewhere: what it gives where A may not is known by its weight
+    return np.isfinite(view.values) & (allowed | (view.values != 0))
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,12 @@ def _by_layer(store: Store, run_id: int) -> Iterator[tuple[int, tuple[RunRow, Tr
 def _note(used: int, total: int, matched: float) -> str:
     note = f"mean over all {total} query rows"
     if used < total:
-        note = f"mean over {used} of {total} query rows, evenly spread"
-    return note if matched == 1 else f"{note} of the tokens that both inputs have ({matched:.0%})"
+        note = f"mean over {used} of {total} query rows, evenly spread,"
+    return (
+        note.removesuffix(",")
+        if matched == 1
+        else f"{note} of the tokens that both inputs have ({matched:.0%})"
+    )
 
 
 def _matched_rows(

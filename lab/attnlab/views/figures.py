@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from attnlab.intervals import median_interval
 from attnlab.views.chart_style import FONT, color, colorscale, plain, styled, symbol, tick_format
 from attnlab.views.errors import ViewError
-from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_label, shown_outcome
+from attnlab.views.labels import OUTCOME_WORDS, format_bytes, run_labels, shown_outcome
 
 LATENCIES = {"latency_ms": "forward pass", "attention_latency_ms": "attention kernel alone"}
 WORDED_COLUMNS, LEVEL_MARKS = 5, 2
@@ -42,10 +42,10 @@ def latency_info(documents: Sequence[Mapping[str, Any]], value: str = "latency_m
     if value not in LATENCIES:
         raise ViewError(f"value must be one of {', '.join(LATENCIES)}; got {value!r}")
     series = []
-    for document in documents:
+    for document, label in zip(documents, run_labels(documents), strict=True):
         timing = document.get(value) or {}
         samples = [float(sample) for sample in timing.get("samples") or []]
-        label, median, interval = run_label(document), timing.get("median"), median_interval(samples)
+        median, interval = timing.get("median"), median_interval(samples)
         series.append(LatencySeries(label, samples, median, shown_outcome(document), interval))
     return LatencyInfo(f"Time of the {LATENCIES[value]}", series)
 
@@ -121,12 +121,12 @@ def memory_info(documents: Sequence[Mapping[str, Any]], value: str = "peak_memor
         raise ViewError(f"value must be one of {', '.join(MEMORIES)}; got {value!r}")
     bars = [
         MemoryBar(
-            run_label(document),
+            label,
             document.get(value),
             (document.get(value.removesuffix("_bytes")) or {}).get("floor_bytes"),
             document["state"],
         )
-        for document in documents
+        for document, label in zip(documents, run_labels(documents), strict=True)
     ]
     return MemoryInfo(f"Peak memory of the {MEMORIES[value]}, above weights and inputs", bars)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnlab_kernels.catalog import MECHANISMS
@@ -59,6 +59,15 @@ def _reasons(document: Mapping[str, Any], kind: str) -> list[str]:
 def run_label(document: Mapping[str, Any]) -> str:
     """``#3 sliding_window(window_size=64) flex``: unique by its id, short enough for an axis."""
     return f"#{document['id']} {mechanism_label(document)} {ran_as(document)}"
+
+
+def run_labels(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`run_label` of each, with the model where the runs have several."""
+    labels = [run_label(document) for document in documents]
+    models = [document.get("model") for document in documents]
+    if len(set(models)) < 2:
+        return labels
+    return [f"{label} {model}" if model else label for label, model in zip(labels, models, strict=True)]
 
 
 def mechanism_label(document: Mapping[str, Any]) -> str:

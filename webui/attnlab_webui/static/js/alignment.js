@@ -23,7 +23,7 @@ export class Alignment {
   // Asks for the places of all sources; where tokens cannot be matched, positions are, and `reasons` says why.
   async load(sources, layer, signal) {
     if (this.layer !== layer) this.forget(null);
-    const [first, ...others] = sources;
+    const [first, ...others] = sources.filter((source) => source.extent());
     const found = await Promise.all(others.map((other) => ask(first, other, layer, signal)));
     this.forget(layer);
     found.forEach((answer, i) => this.add(others[i], answer));

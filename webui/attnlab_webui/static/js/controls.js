@@ -33,7 +33,7 @@ export class Controls {
       (compare ? "" : TOOLS) +
       '<section class="at-readout" data-part="readout" aria-live="polite"></section>' +
       '<section class="at-scales"><div data-part="bar"></div><div data-part="difference" hidden></div>' +
-      '<div class="at-legend"><span class="at-swatch"></span>masked: no such pair</div></section>' +
+      '<div class="at-legend"><span class="at-swatch"></span><span data-part="masked">masked: no such pair</span></div></section>' +
       '<section class="at-overlays" data-part="overlays" hidden></section>' +
       '<section class="at-mini-box" data-part="minimap"></section>' +
       '<section><div data-part="stats" hidden></div><p class="at-hint" data-part="distance"></p></section><section data-part="options"></section>' +
@@ -145,6 +145,8 @@ export class Controls {
       return line("at-notice at-notice-warning", words);
     });
     this.part("unaligned").replaceChildren(...lines);
+    const other = this.view.alignment.places.size ? ", or no such token in one text" : "";
+    this.part("masked").textContent = `masked: no such pair${other}`;
   }
 
   complain(message) {

@@ -13,7 +13,7 @@ const MOVING_MS = 300;
 const SLOW_MS = 180;
 
 export class Panel {
-  // source: {key, noun, title, extent(): {rows, cols} or null, labels, path(fields), signed}
+  // source: {key, noun, title, extent(): {rows, cols} or null, lack(), labels, path(fields), signed}
   constructor(root, source, shared) {
     this.root = root;
     this.source = source;
@@ -60,6 +60,7 @@ export class Panel {
     this.error = null;
     this.heading.textContent = this.source.title();
     this.canvas.setAttribute("aria-label", `${this.source.title()}. Rows are queries, columns are keys.`);
+    this.showVeil();
     this.request();
     this.draw();
   }
@@ -239,9 +240,10 @@ export class Panel {
     context.strokeStyle = ink.frame;
     context.lineWidth = 1;
     context.strokeRect(this.plot.x - 0.5, this.plot.y - 0.5, this.plot.w + 1, this.plot.h + 1);
-    if (window) drawAxes(context, this.plot, window, source.labels(), ink, this.shared.pad(this));
-    this.none.hidden = !this.shown.camera.lacksAll;
-    this.none.textContent = `None of the tokens in view are in the input of ${source.key}.`;
+    const lack = source.lack();
+    if (window && !lack) drawAxes(context, this.plot, window, source.labels(), ink, this.shared.pad(this));
+    this.none.hidden = !lack && !this.shown.camera.lacksAll;
+    this.none.textContent = lack || `None of the tokens in view are in the input of ${source.key}.`;
     this.drawOver(ink);
   }
 
@@ -345,7 +347,7 @@ export class Panel {
     context.clearRect(0, 0, this.size.w, this.size.h);
     this.shared.over(context, this, ink);
     const cell = this.shared.cross(this.shown);
-    if (cell && this.window) drawCrosshair(context, this.plot, this.window, this.shown.source.labels(), cell, ink);
+    if (cell && this.window && this.shown.source.extent()) drawCrosshair(context, this.plot, this.window, this.shown.source.labels(), cell, ink);
     if (!this.box) return;
     context.strokeStyle = ink.accent;
     context.fillStyle = ink.wash;

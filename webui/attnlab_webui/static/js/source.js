@@ -10,6 +10,7 @@ export class MapSource {
     this.state = state;
     this.key = `run ${facts.run}`;
     this.noun = "head";
+    this.named = false; // whether the title says the model, where those compared have several
   }
 
   get layer() {
@@ -30,7 +31,8 @@ export class MapSource {
   title() {
     const role = this.role() ? ` ${this.role()}` : "";
     const part = this.part ? ` · ${this.part}` : "";
-    return `L${this.state.get("layer")}H${this.state.get("head")}${role}${part} · ${this.facts.label}`;
+    const model = this.named ? `${this.facts.model} · ` : "";
+    return `L${this.state.get("layer")}H${this.state.get("head")}${role}${part} · ${model}${this.facts.label}`;
   }
 
   // "encoder", "self" or "cross", where the model has more than one of them.
@@ -42,6 +44,13 @@ export class MapSource {
   extent() {
     const { layer } = this;
     return layer && this.state.get("head") < layer.heads ? { rows: layer.queries, cols: layer.keys } : null;
+  }
+
+  // Why there is no map of the chosen head, "" where there is one: a compared run may have fewer.
+  lack() {
+    const [layer, head] = [this.state.get("layer"), this.state.get("head")];
+    if (!this.layer) return `#${this.facts.run} has no map of layer ${layer}, only of ${spans(this.facts.layers.map((one) => one.layer))}.`;
+    return head < this.layer.heads ? "" : `#${this.facts.run} has no head ${head} in layer ${layer}, only ${spans([...Array(this.layer.heads).keys()])}.`;
   }
 
   // The names of rows and columns of the chosen layer: of its own two sequences where the model has several.
@@ -106,11 +115,16 @@ export class DifferenceSource {
     const { layer, head } = this.state.values;
     const { at } = this.b;
     if (at) return `difference L${layer}H${head} − L${at.layer}H${at.head}`;
-    return `L${layer}H${head} · difference #${this.a.facts.run} − #${this.b.facts.run}`;
+    const [a, b] = [this.a, this.b].map(({ facts, named }) => `#${facts.run}${named ? ` ${facts.model}` : ""}`);
+    return `L${layer}H${head} · difference ${a} − ${b}`;
   }
 
   extent() {
-    return this.a.extent() ?? this.b.extent();
+    return this.b.extent() && this.a.extent();
+  }
+
+  lack() {
+    return this.a.lack() || this.b.lack();
   }
 
   labels() {
@@ -127,4 +141,10 @@ export class DifferenceSource {
   cellPath(fields) {
     return `/compare/cell?${query({ a: this.a.facts.run, b: this.b.facts.run, ...fields, ...this.second })}`;
   }
+}
+
+// "0–5", or all of them where some are missing between.
+function spans(layers) {
+  const [first, last] = [layers[0], layers.at(-1)];
+  return last - first + 1 === layers.length && last > first ? `${first}–${last}` : layers.join(", ");
 }

@@ -47,6 +47,8 @@ export class View {
     const tokens = await Promise.all(runs.map((run) => getJson(`/runs/${run}/tokens`)));
     const sources = facts.map((fact, i) => new MapSource(fact, tokens[i], this.state));
     if (this.config.against) sources.push(new PinnedSource(facts[0], tokens[0], this.state, this.config.against));
+    const models = new Set(facts.map(({ model }) => model));
+    for (const source of sources) source.named = models.size > 1;
     const first = Object.assign(new RunData(this.config, this.state), { tables, facts: facts[0], source: sources[0] });
     if (!this.stopped) await this.show(first, sources);
   }
