@@ -420,6 +420,33 @@ def test_strips_lie_beside_the_map_and_signed_heads_are_drawn_around_zero(sqlite
     )
 
 
+def test_each_compared_map_has_the_overlays_of_its_own_mechanism(sqlite_store, serve, browse):
+    spec = {
+        "name": "strips",
+        "module": {"dim": 24, "num_heads": 2},
+        "vary": {
+            "mechanism": ["multi_head", {"ring": {"ring_size": 3}}, "differential"],
+            "sequence_length": [30],
+        },
+        "record": ["maps"],
+        "repeats": 1,
+    }
+    experiment = run_here(sqlite_store, parse_spec(spec))
+    runs = [run.id for run in results.runs_of(sqlite_store, experiment_id=experiment)]
+    page = browse(f"{serve(sqlite_store)}/compare?runs={','.join(map(str, runs))}")
+    wait(page)
+    page.get_by_text("over the maps").wait_for()
+    strips = """() => window.__attnlab.panels().map(({plot}, i) => {
+      const canvas = document.querySelectorAll("canvas.at-over")[i], scale = canvas.width / canvas.clientWidth;
+      return canvas.getContext("2d").getImageData((plot.x - 4) * scale, (plot.y + 40) * scale, 1, 1).data[3];
+    })"""
+    page.wait_for_function(f"() => ({strips})()[1] === 255")
+    assert page.evaluate(strips) == [0, 255, 0, 0]
+    assert page.get_by_text(f"run {runs[2]}: first map − λ").is_visible()
+    page.get_by_label("query owners").uncheck()
+    page.wait_for_function(f"() => ({strips})()[1] === 0")
+
+
 def test_tiles_are_remembered_within_a_budget_of_memory(served, browse):
     page = browse(f"{served.address}/claims")
     kept = page.evaluate(

@@ -164,7 +164,7 @@ export class Controls {
   show(changed) {
     this.options.show();
     if (changed.includes("statistic")) this.stats.show();
-    if (changed.includes("statistic") || changed.includes("colormap")) this.showDistances();
+    this.showDistances();
     this.showExports();
   }
 

@@ -10,25 +10,22 @@ export class Overlays {
   constructor(place, view) {
     this.place = place;
     this.view = view;
-    this.found = [];
+    this.found = new Map(); // source -> what its own mechanism adds
     this.shown = new Set();
     this.known = new Set();
   }
 
   async load() {
-    const { layer, head } = this.view.state.values;
-    const { run, stamp } = this.view.first.facts;
     this.wanted?.abort();
-    this.wanted = new AbortController();
+    const { signal } = (this.wanted = new AbortController());
     try {
-      const path = `/runs/${run}/overlays?${query({ layer, head, v: stamp })}`;
-      this.found = (await getJson(path, this.wanted.signal)).overlays;
+      const asked = this.view.sources.map(async (source) => [source, await overlaysOf(source, this.view.state, signal)]);
+      this.found = new Map(await Promise.all(asked));
     } catch (error) {
       if (error.name === "AbortError") return;
-      if (!(error instanceof ApiError)) throw error;
-      this.found = [];
+      throw error;
     }
-    for (const { name } of this.found) {
+    for (const { name } of this.all()) {
       if (!this.known.has(name)) this.shown.add(name);
       this.known.add(name);
     }
@@ -36,17 +33,30 @@ export class Overlays {
     this.redraw();
   }
 
+  all() {
+    return [...this.found.values()].flat();
+  }
+
+  // One tick for what has one name in several maps; sentences say whose they are.
   list() {
     this.place.replaceChildren();
     const parts = Object.entries(this.view.first.layer?.parts ?? {});
-    this.place.hidden = !this.found.length && !parts.length;
+    this.place.hidden = !this.all().length && !parts.length;
     if (this.place.hidden) return;
+    const several = this.view.sources.length > 1;
     const heading = document.createElement("div");
     heading.className = "at-label";
-    heading.textContent = "over the map";
+    heading.textContent = several ? "over the maps" : "over the map";
     this.place.append(heading);
     if (parts.length) this.place.append(this.choice(parts));
-    for (const overlay of this.found) this.place.append(overlay.kind === "note" ? note(overlay) : this.tick(overlay));
+    const listed = new Set();
+    for (const [source, overlays] of this.found) {
+      for (const overlay of overlays) {
+        if (overlay.kind === "note") this.place.append(note(overlay, several ? `${source.key}: ` : ""));
+        else if (!listed.has(overlay.name)) this.place.append(this.tick(overlay));
+        listed.add(overlay.name);
+      }
+    }
   }
 
   // Which map of this head is drawn: the weights, or what they are made of.
@@ -91,16 +101,19 @@ export class Overlays {
   // Strips lie between the plot and its marks: over the plot they would hide the first tokens.
   pad(panel) {
     const pad = { rows: 0, cols: 0 };
-    if (panel.source !== this.view.first) return pad;
-    for (const { name, kind, side } of this.found) if (kind === "strip" && this.shown.has(name)) pad[side] += STRIP;
+    for (const { kind, side } of this.over(panel)) if (kind === "strip") pad[side] += STRIP;
     return pad;
   }
 
+  over({ source }) {
+    return (this.found.get(source) ?? []).filter(({ name }) => this.shown.has(name));
+  }
+
   draw(context, panel, ink) {
-    if (panel.source !== this.view.first || panel.borrowed) return;
+    if (panel.borrowed || !panel.camera.window) return;
     const { plot, camera } = panel;
     const pad = this.pad(panel);
-    const shown = this.found.filter(({ name }) => this.shown.has(name));
+    const shown = this.over(panel);
     within(context, [[plot.x, plot.y, plot.w, plot.h]], () => {
       for (const { kind, lines } of shown) if (kind === "lines") drawLines(context, plot, camera.window, lines, ink);
     });
@@ -114,6 +127,19 @@ export class Overlays {
         if (overlay.kind === "strip") drawStrip(context, plot, camera.window, overlay, STRIP * ++taken[overlay.side]);
       }
     });
+  }
+}
+
+// Nothing where a run has no such layer or head.
+async function overlaysOf(source, state, signal) {
+  const { facts, at } = source;
+  const { layer, head } = at ?? state.values;
+  if (!source.extent()) return [];
+  try {
+    return (await getJson(`/runs/${facts.run}/overlays?${query({ layer, head, v: facts.stamp })}`, signal)).overlays;
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+    return [];
   }
 }
 
@@ -172,9 +198,9 @@ function legend({ names }) {
   return list;
 }
 
-function note({ help }) {
+function note({ help }, whose) {
   const words = document.createElement("p");
   words.className = "at-hint";
-  words.textContent = help;
+  words.textContent = whose + help;
   return words;
 }

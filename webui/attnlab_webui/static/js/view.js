@@ -64,7 +64,10 @@ export class View {
     this.makePanels();
     this.openCamera();
     this.deaf = this.state.listen((changed) => this.onState(changed));
-    this.unwatch = onTheme(() => this.recolour());
+    this.unwatch = onTheme(() => {
+      this.recolour();
+      this.controls.show([]); // exports are drawn in the page's colours
+    });
     this.restart();
   }
 
