@@ -143,11 +143,18 @@ def test_compared_panels_share_one_scale_and_two_runs_get_their_difference(trace
     document = image.render_comparison(traced.store, [a, b], 0, 2, (40, 77), (0, 9), "svg")
     written = texts_of(document)
     assert f"#{a} − #{b} · L0H2" in written
+    assert (written.count("weight"), written.count(f"#{a} − #{b}")) == (2, 1)  # beside the bars
     peak = max(traced.reference(run, 0, 2)[40:77, :9].max() for run in (a, b))
     assert written.count(f"{peak:.3g}") == 2
     assert len(rasters_of(document)) == 6
     three = texts_of(image.render_comparison(traced.store, [a, b, a], 0, 2, (40, 77), (0, 9), "svg"))
     assert not any(word and "−" in word for word in three)
+
+
+def test_the_difference_of_two_models_names_them(traced, make_traced):
+    a, b = traced.run_ids[0], make_traced(traced.store, model="another").run_ids[0]
+    written = texts_of(image.render_comparison(traced.store, [a, b], 0, 2, format="svg"))
+    assert f"#{a} made-up − #{b} another · L0H2" in written
 
 
 @pytest.mark.parametrize("clip", [95, 60.5])
@@ -163,6 +170,11 @@ def test_a_clipped_scale_ends_at_the_percentile_of_the_weights_above_zero(traced
     np.testing.assert_allclose(
         rasters_of(document)[0][allowed].astype(int), colours[allowed].astype(int), atol=1
     )
+    other = traced.run_ids[1]
+    gaps = image.render_comparison(traced.store, [run_id, other], 0, 2, (40, 77), (0, 9), "svg", clip=clip)
+    assert len([text for text in texts_of(gaps) if text and text.startswith("≤ -")]) == 1
+    same = image.render_comparison(traced.store, [run_id, run_id], 0, 2, format="svg", clip=clip)
+    assert "0 everywhere" in texts_of(same)
     whole = image.render_view(traced.store, run_id, 0, 2, (40, 77), (0, 9), "svg", clip=100)
     assert not [text for text in texts_of(whole) if text and "≥" in text]
 
@@ -307,7 +319,7 @@ def test_a_layer_is_every_head_with_title_axes_and_scale(traced):
     assert {"L1H0", "L1H3", "down: query (from), 77 · across: key (to), 77"} <= set(words)
     assert any("sliding_window(window_size=16)" in word and "layer 1" in word for word in words)
     peak = max(traced.reference(run_id, 1, head).max() for head in range(4))
-    assert f"{peak:.2g}" in words
+    assert {f"{peak:.2g}", f"≤ {peak * 1e-5:.2g}", "weight"} <= set(words)
     np.testing.assert_array_equal(bar.pixels[0, 0], colorize(np.array(1.0), "viridis"))
     forbidden = ~traced.arrays[run_id, 1]["allowed"]
     for head, cells in enumerate(heads):

@@ -239,7 +239,11 @@ def _difference_panel(
     where = like.rows, like.cols, PLOT_SIDE, PLOT_SIDE
     gap = difference(store, a, b, layer, head, *where, signed, layer_b=layer_b, head_b=head_b)
     one_run = a == b and (layer, head) != (layer_b, head_b)
-    title = f"#{a} · L{layer}H{head} − L{layer_b}H{head_b}" if one_run else f"#{a} − #{b} · L{layer}H{head}"
+    title = (
+        f"#{a} · L{layer}H{head} − L{layer_b}H{head_b}"
+        if one_run
+        else f"{_apart(store, a, b)} · L{layer}H{head}"
+    )
     return Panel(
         gap.values,
         gap.rows,
@@ -252,7 +256,15 @@ def _difference_panel(
         scale="log" if scale == "log" else "linear",
         allowed=allowed_difference(store, gap, first, second),
         clipped=clip < 100,
+        bar_title=title.partition(" · ")[2] if one_run else f"#{a} − #{b}",
     )
+
+
+def _apart(store: Store, a: int, b: int) -> str:
+    """``#3 − #7``, with the models where they differ."""
+    models = [find_run(store, run_id).model for run_id in (a, b)]
+    names = [f"#{run_id} {model}" for run_id, model in zip((a, b), models, strict=True)]
+    return " − ".join(names) if models[0] != models[1] else f"#{a} − #{b}"
 
 
 def _peak(views: Sequence[Viewport], clip: float) -> float:

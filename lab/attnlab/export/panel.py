@@ -65,6 +65,7 @@ class Panel:
     signed: bool = False
     allowed: np.ndarray | None = None
     clipped: bool = False
+    bar_title: str = "weight"
 
 
 def unit_values(
@@ -180,7 +181,7 @@ def _draw(scene: Scene, panel: Panel, box: _Box, left: int, top: int, theme: The
     scene.add(Text(x + box.plot_width / 2, below, across, 12, theme.text, "middle"))
     side = x + box.plot_width + 16
     look = {"peak": panel.peak, "scale": panel.scale, "signed": panel.signed, "colormap": name}
-    look |= {"clipped": panel.clipped}
+    look |= {"clipped": panel.clipped, "title": panel.bar_title}
     draw_bar(scene, side, y, max(box.plot_height, 120), **look, color=theme.quiet)
 
 

@@ -72,7 +72,7 @@ def draw_query(
         if row >= prefix and trace.num_queries == trace.num_keys:
             down, right = divmod(row - prefix, columns)
             scene.add(*outline(x + right * cell, y + _LABEL + down * cell, cell, cell, look.text))
-    bar = {"peak": peak, "scale": scale, "signed": signed, "colormap": name}
+    bar = {"peak": peak, "scale": scale, "signed": signed, "colormap": name, "title": "weight"}
     draw_bar(scene, left + _GAP, _TOP + _LABEL, height, **bar, color=look.quiet)
     return scene
 

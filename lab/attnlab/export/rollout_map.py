@@ -60,6 +60,7 @@ def draw_rollout(
         col_labels=names,
         colormap=colormap,
         scale=scale,
+        bar_title="share",
     )
     return draw_panels([panel], theme)
 

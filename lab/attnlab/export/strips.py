@@ -79,7 +79,7 @@ def draw_heads(
             Text(x, y + 7, f"L{layer}H{head}", 11, look.quiet), Raster(x, y + _LABEL, size, size, cells)
         )
     scene.add(Text(_GAP, scene.height - 14, shorten(_axes(store, trace, run_id), room, 11), 11, look.text))
-    bar = {"peak": peak, "scale": kind, "signed": signed, "colormap": name}
+    bar = {"peak": peak, "scale": kind, "signed": signed, "colormap": name, "title": "weight"}
     draw_bar(scene, width + _GAP, _TOP + _LABEL, size, **bar, color=look.quiet)
     return scene
 
