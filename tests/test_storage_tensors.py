@@ -1,6 +1,7 @@
 """A tensor comes out of the store bit for bit, in any slice, and only for the attempt that counts."""
 
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def sliced(store: Store, claim: queue.Claim) -> tuple[Store, np.ndarray]:
     array = np.random.default_rng(0).standard_normal((2, 77, 3), np.float32)
     write(store, claim, array, chunk_tokens=16)
     return store, array
+
+
+def test_a_tensor_is_in_memory_once_while_it_is_read(store: Store, claim: queue.Claim):
+    array = odd((1, 1 << 15, 32))
+    write(store, claim, array, chunk_tokens=1024)
+    tensors.read_tensor(store, 1, "query", 0, 0)
+    tracemalloc.start()
+    try:
+        tensors.read_tensor(store, 1, "query", 0, 0)
+        assert tracemalloc.get_traced_memory()[1] < 1.25 * array.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_half_precision_is_decoded_exactly(store: Store, claim: queue.Claim):

@@ -5,7 +5,7 @@ A tensor is ``[H, S, D]`` (query, key) or ``[H, S]`` (lse, value_norm). bfloat16
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,23 +123,25 @@ def read_tensor(
     Raises:
         TensorError: the run's current attempt has no such tensor, or no such head or tokens.
     """
-    span = {"start": 0 if start is None else start, "stop": MOST_TOKENS if stop is None else stop}
-    with store.read() as session:
-        rows = _fetch(session, {"run_id": run_id, "name": name, "layer": layer, "head": head} | span)
-        if not rows or not 0 <= span["start"] <= (rows[0].tokens if stop is None else stop) <= rows[0].tokens:
+    begin, end = 0 if start is None else start, MOST_TOKENS if stop is None else stop
+    place = {"run_id": run_id, "name": name, "layer": layer, "head": head, "start": begin, "stop": end}
+    with store.read() as session, contextlib.closing(_fetch(session, place)) as rows:
+        first = next(rows, None)
+        if first is None or not 0 <= begin <= (first.tokens if stop is None else end) <= first.tokens:
             return _none(session, run_id, name, layer, head, start, stop)
-    dtype, head_dim, chunk_tokens, first = (
-        rows[0].dtype,
-        rows[0].head_dim,
-        rows[0].chunk_tokens,
-        rows[0].block,
-    )
-    pieces = [np.frombuffer(row.data, DTYPES[dtype]) for row in rows]
-    values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    if head_dim is not None:
-        values = values.reshape(-1, head_dim)
-    offset = first * chunk_tokens
-    return _decoded(values[span["start"] - offset : span["stop"] - offset], dtype)
+        return _filled(first, rows, begin, min(end, first.tokens))
+
+
+def _filled(first: Any, rest: Iterator[Any], start: int, stop: int) -> np.ndarray:
+    """Tokens ``start`` to ``stop``; a row is put in its place and forgotten: all rows together are as large again."""
+    shape = (stop - start,) if first.head_dim is None else (stop - start, first.head_dim)
+    values = np.empty(shape, "<f8" if first.dtype == "float64" else "<f4")
+    for row in itertools.chain([first], rest):
+        data = np.frombuffer(row.data, DTYPES[first.dtype]).reshape(-1, *shape[1:])
+        at = row.block * first.chunk_tokens
+        low, high = max(start, at), min(stop, at + len(data))
+        _decode(data[low - at : high - at], values[low - start : high - start], first.dtype)
+    return values
 
 
 def tensor_info(store: Store, run_id: int) -> list[TensorInfo]:
@@ -198,15 +200,18 @@ _READ = (
 _READ_POSTGRES = str(_READ.compile(dialect=postgresql.psycopg.dialect()))
 
 
-def _fetch(session: Session, values: dict[str, Any]) -> Sequence[Any]:
+def _fetch(session: Session, values: dict[str, Any]) -> Generator[Any, None, None]:
     connection = session.connection()
     if connection.dialect.name != "postgresql":
-        return connection.execute(_READ, values).all()
+        with connection.execute(_READ, values) as rows:
+            yield from rows
+        return
     # as text the bytes would come in hexadecimal
     cursor = connection.connection.cursor(binary=True, row_factory=namedtuple_row)
     with contextlib.closing(cursor):
         cursor.execute(_READ_POSTGRES, values)
-        return cursor.fetchall()
+        while (row := cursor.fetchone()) is not None:
+            yield row
 
 
 def _none(
@@ -295,7 +300,10 @@ def _bytes(array: np.ndarray) -> Any:
     return np.ascontiguousarray(array).data.cast("B") if array.size else b""
 
 
-def _decoded(values: np.ndarray, dtype: str) -> np.ndarray:
+def _decode(data: np.ndarray, values: np.ndarray, dtype: str) -> None:
     if dtype == "bfloat16":
-        return (values.astype("<u4") << 16).view("<f4")
-    return values if dtype == "float64" else values.astype("<f4", copy=False)
+        bits = values.view("<u4")
+        bits[...] = data
+        bits <<= 16
+    else:
+        values[...] = data
