@@ -1,6 +1,8 @@
 """Opening, migrating and filling up: each failure has one clear message, and nothing is half done."""
 
+import contextlib
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -377,6 +379,17 @@ def test_compacting_gives_the_space_back(sqlite_store: Store, make_traced: Calla
     assert free_pages() == 0
 
 
+def test_removed_tensors_are_not_written_again_as_zeros(sqlite_store: Store, make_traced: Callable[..., Any]):
+    traced = make_traced(sqlite_store)
+    large = np.ones((1, 1 << 21), np.float32)
+    assert tensors.keep_derived(sqlite_store, traced.run_ids[0], 1, "large", 0, large)
+    results.delete_experiments(sqlite_store, [traced.experiment_id])
+    with contextlib.closing(sqlite3.connect(str(sqlite_store.path))) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert results.purge(sqlite_store, older_than_seconds=0) == 2
+    assert Path(f"{sqlite_store.path}-wal").stat().st_size < large.nbytes / 4
+
+
 @pytest.mark.postgres
 def test_postgres_leaves_chunks_uncompressed(postgres_url: str):
     with open_store(postgres_url) as store, store.read() as session:
@@ -391,6 +404,7 @@ def test_sqlite_is_set_up_for_many_processes(sqlite_store: Store):
         "synchronous": 1,
         "busy_timeout": 30_000,
         "page_size": 32768,
+        "secure_delete": 2,  # FAST
     }
     with sqlite_store.write() as session:
         found = {name: session.execute(sa.text(f"PRAGMA {name}")).scalar() for name in expected}
