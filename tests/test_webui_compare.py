@@ -1,6 +1,7 @@
 """Laws of the compare page: what an address asks for, which maps are linked, what is said to differ."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -130,3 +131,5 @@ def test_a_name_in_the_picker_is_short_and_unique(traced):
     names = [compare_view.choice(row) for row in rows]
     assert names[1] == f"#{rows[1].id} sliding_window(window_size=16) · made-up · 77 tokens · made up <b>&"
     assert len(set(names)) == 2
+    other = replace(rows[0], implementation="sdpa_math", dtype="float16")
+    assert compare_view.choice(other).split(" · ")[1:5] == ["sdpa_math", "made-up", "77 tokens", "float16"]

@@ -80,7 +80,15 @@ def choice(run: RunRow) -> str:
     """How a run is named in the picker."""
     size = f"{run.sequence_length:,} tokens" if run.sequence_length else "the text's length"
     dtype = "" if run.dtype == "float32" else run.dtype
-    parts = [f"#{run.id} {mechanism_label(run_brief(run))}", run.model, size, dtype, run.experiment_name]
+    asked = "" if run.implementation == "auto" else run.implementation
+    parts = [
+        f"#{run.id} {mechanism_label(run_brief(run))}",
+        asked,
+        run.model,
+        size,
+        dtype,
+        run.experiment_name,
+    ]
     return " · ".join(part for part in parts if part)
 
 
