@@ -288,5 +288,7 @@ def test_columns_name_what_tells_their_runs_apart_and_nothing_else() -> None:
     ticks = chart_figure(info).layout.xaxis.ticktext
     assert ticks[2] == "#3 multi_head sdpa_flash<br>128 tokens · batch 4"
     assert chart_info(runs[:1], Axes("run", "latency_ms")).labels == ["#1 multi_head sdpa_flash"]
+    lines = chart_info(runs[:2], Axes("sequence_length", "latency_ms")).lines
+    assert [line.label for line in lines] == ["batch 2", "batch 4"]
     by_batch = chart_info(runs[:2], Axes("run", "latency_ms", "", "batch_size"))
     assert by_batch.labels == ["#1 multi_head sdpa_flash", "#2 multi_head sdpa_flash"]

@@ -154,7 +154,7 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
         named = [axes.colour] if axes.colour else []
     groups: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(alike):
-        label = " · ".join(str(row[name]) for name in named) or "all runs"
+        label = " · ".join(_told(name, row[name]) for name in named) or "all runs"
         groups.setdefault((label, _text(row, axes.facet)), []).append(index)
     numeric = axes.x in NUMERIC_FIELDS or axes.x in MEASURES
     lines = [
@@ -178,17 +178,16 @@ def chart_info(documents: Sequence[Mapping[str, Any]], axes: Axes) -> ChartInfo:
     )
 
 
+def _told(name: str, value: Any) -> str:
+    """A value of a field where no heading says of what: a bare number would be anything's."""
+    return {"sequence_length": "{} tokens", "batch_size": "batch {}"}.get(name, "{}").format(value)
+
+
 def _told_apart(rows: Sequence[dict[str, Any]], facet: str) -> list[dict[str, Any]]:
     """The rows with runs named by batch, length and so on too where these differ; mechanism and kernel are said."""
     differing = [name for name in varying(rows) if name not in ("mechanism", "implementation", facet)]
-    words = {"sequence_length": "{} tokens", "batch_size": "batch {}"}
     return [
-        row
-        | {
-            "run": " · ".join(
-                [row["run"], *(words.get(name, "{}").format(row[name]) for name in differing if row[name])]
-            )
-        }
+        row | {"run": " · ".join([row["run"], *(_told(name, row[name]) for name in differing if row[name])])}
         for row in rows
     ]
 

@@ -14,7 +14,7 @@ from attnlab.views.chart_table import FIELDS, MEASURES
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, plain_number
 
 MOST_FACETS = 4
-LABEL_CHARS = 26
+LABEL_CHARS, LINE_CHARS = 26, 110
 LEVEL_LABELS = 6
 """beyond so many columns labels are slanted, and the words of a mark stand upright"""
 PANEL_CHARS, AXIS_CHARS = 26, 34
@@ -215,15 +215,17 @@ def _value(name: str, value: float) -> str:
 
 def _scales(figure: go.Figure, info: ChartInfo) -> None:
     if info.labels:
-        level = len(info.labels) <= LEVEL_LABELS
-        texts = [_tick(label, level) for label in info.labels]
+        columns = len(info.labels) * max(1, min(MOST_FACETS, len(info.facets)))
+        level = not is_narrow(info)
+        texts = [_tick(label, LINE_CHARS // columns if level else 0) for label in info.labels]
         figure.update_xaxes(
             type="category", tickmode="array", tickvals=info.labels, ticktext=texts, categoryarray=info.labels
         )
         figure.update_yaxes(rangemode="normal" if info.log_y else "tozero")
         if level:
             lines = max(text.count("<br>") for text in texts)
-            figure.update_layout(legend={"y": -0.2 - 0.05 * lines})
+            figure.update_xaxes(tickangle=0)
+            figure.update_layout(height=440 + 14 * lines, legend={"y": -0.25 - 0.06 * lines})
         else:  # they are slanted, and need the room below them
             figure.update_layout(height=520, legend={"y": -0.55})
     elif info.log_x:
@@ -240,13 +242,13 @@ def _scales(figure: go.Figure, info: ChartInfo) -> None:
         figure.update_yaxes(tickformat=tick_format(unit))
 
 
-def _tick(label: str, level: bool) -> str:
-    """A run's name, and on a line below it what tells it from the others; cut where it would slant over many."""
+def _tick(label: str, width: int) -> str:
+    """A run's name, and below it what tells it from the others; in lines of a width, or cut where it slants (0)."""
     run, _, apart = label.partition(" · ")
-    lines = (
-        wrapped(run, LABEL_CHARS) if level or len(run) <= LABEL_CHARS else f"{plain(run[: LABEL_CHARS - 1])}…"
-    )
-    return f"{lines}<br>{plain(apart)}" if apart else lines
+    cut = plain(run if len(run) <= LABEL_CHARS else f"{run[: LABEL_CHARS - 1]}…")
+    lines = wrapped(run, width) if width else cut
+    more = wrapped(apart, width) if width else plain(apart)
+    return f"{lines}<br>{more}" if apart else lines
 
 
 def unit_of(name: str) -> str:
