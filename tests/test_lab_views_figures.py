@@ -121,6 +121,8 @@ def test_the_latency_chart_shows_every_sample_and_the_failed_runs(documents):
 
 def test_the_memory_chart_draws_the_floor_where_the_probe_stated_it(documents):
     whole = figures.memory_info(documents)
+    assert whole.title == "Peak memory of the forward pass"
+    assert figures.memory_figure(whole).layout.yaxis.title.text == "bytes above<br>weights and inputs"
     assert [bar.peak for bar in whole.bars] == [3_000_000, 3_000_000, None, None]
     assert [bar.floor for bar in whole.bars] == [None] * 4
     info = figures.memory_info(documents, "attention_peak_memory_bytes")

@@ -128,7 +128,7 @@ def memory_info(documents: Sequence[Mapping[str, Any]], value: str = "peak_memor
         )
         for document, label in zip(documents, run_labels(documents), strict=True)
     ]
-    return MemoryInfo(f"Peak memory of the {MEMORIES[value]}, above weights and inputs", bars)
+    return MemoryInfo(f"Peak memory of the {MEMORIES[value]}", bars)
 
 
 def memory_figure(info: MemoryInfo) -> go.Figure:
@@ -155,7 +155,8 @@ def memory_figure(info: MemoryInfo) -> go.Figure:
                 showlegend=False,
                 hovertemplate=f"floor {format_bytes(bar.floor)}<extra></extra>",
             )
-    styled(figure, title=info.title, x="", y="bytes")
+    styled(figure, title=info.title, x="", y="")
+    figure.update_yaxes(title_text="bytes above<br>weights and inputs")
     _label_columns(figure, [bar.label for bar in info.bars])
     ended = [(i, bar.outcome) for i, bar in enumerate(info.bars) if bar.peak is None]
     _mark_outcomes(figure, ended, upright=len(info.bars) > LEVEL_MARKS)
