@@ -55,7 +55,7 @@ def test_only_the_shown_positions_travel(traced):
     assert len(found["sent"]["strip"]) == 77
 
 
-def test_a_block_of_the_strip_keeps_the_sign_of_its_largest_weight(sqlite_store):
+def test_the_strip_and_the_list_keep_the_sign_of_what_is_largest_in_size(sqlite_store):
     spec = {
         "name": "signed",
         "module": {"dim": 24, "num_heads": 2},
@@ -71,6 +71,11 @@ def test_a_block_of_the_strip_keeps_the_sign_of_its_largest_weight(sqlite_store)
     assert strip.tolist() == [max(block, key=abs) for block in blocks]
     assert (strip < 0).any()
     assert (strip > 0).any()
+    largest = np.argsort(-np.abs(weights))[:100].tolist()
+    assert token_weights(sqlite_store, run.id, 0, 599, 1).top(100) == [
+        (at, float(weights[at])) for at in largest
+    ]
+    assert (weights[largest] < 0).any()
 
 
 def test_all_heads_of_a_region_are_the_regions_of_the_heads(traced):

@@ -38,11 +38,11 @@ class TokenWeights:
     col: int | None
 
     def top(self, count: int = 10) -> list[tuple[int, float]]:
-        """The keys that get most, as (position, weight)."""
+        """The keys that get most, as (position, weight); of signed weights the largest in size."""
         return _top(self.sent, count)
 
     def top_received(self, count: int = 10) -> list[tuple[int, float]]:
-        """The queries that give most."""
+        """The queries that give most, as `top`."""
         return _top(self.received, count)
 
 
@@ -76,7 +76,7 @@ def token_document(
 
     Of ``sent`` and ``received`` each (the latter None where the token has no key): ``start`` and ``weights`` of the
     shown positions, None where no pair is allowed; ``strip``, the largest in size of at most 512 blocks of positions;
-    ``top``, the ``count`` largest as [position, weight]. A side that has fewer positions than the other has
+    ``top``, the ``count`` largest in size as [position, weight]. A side that has fewer positions than the other has
     what there is of the shown ones.
 
     Raises ViewError for a layer, head, row or range that is not there, or more than 4,096 positions.
@@ -159,5 +159,5 @@ def _mean(weights: list[np.ndarray]) -> np.ndarray:
 
 
 def _top(weights: np.ndarray, count: int) -> list[tuple[int, float]]:
-    order = np.argsort(-weights, kind="stable")[:count]
-    return [(int(place), float(weights[place])) for place in order if weights[place] > 0]
+    order = np.argsort(-np.abs(weights), kind="stable")[:count]
+    return [(int(place), float(weights[place])) for place in order if weights[place] != 0]

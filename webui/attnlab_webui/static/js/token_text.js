@@ -95,12 +95,12 @@ export function topList(place, title, entries, label, go) {
     line.disabled = go === null;
     if (go) line.addEventListener("click", () => go(at));
     const bar = element("i", "at-top-bar");
-    bar.style.width = `${(100 * weight) / top}%`;
+    bar.style.width = `${100 * Math.abs(weight / top)}%`;
     line.append(bar, element("b", "", label(at)), element("span", "", String(at)), element("span", "at-number", brief(weight)));
     place.append(line);
   }
 }
 
 function brief(weight) {
-  return weight >= 0.001 ? weight.toPrecision(3) : weight.toExponential(1);
+  return Math.abs(weight) >= 0.001 ? weight.toPrecision(3) : weight.toExponential(1);
 }

@@ -279,7 +279,7 @@ export class Cross extends Waiting {
     if (this.row === null || this.tile.height !== this.layer.queries) return;
     const { width, values, cols } = this.tile;
     const weights = values.subarray(this.row * width, (this.row + 1) * width);
-    const order = [...weights.keys()].filter((at) => weights[at] > 0).sort((a, b) => weights[b] - weights[a]);
+    const order = [...weights.keys()].filter((at) => weights[at]).sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]));
     place.append(element("div", "at-label", `most of "${this.labels.query?.[this.row] ?? this.row}"`));
     for (const at of order.slice(0, 8)) {
       const col = cols[0] + Math.floor((at * (cols[1] - cols[0])) / width);

@@ -191,7 +191,7 @@ export class Generation extends OneQuery {
   showTop(seen) {
     const { head } = this.state.values;
     const weights = this.weights(head).subarray(0, seen);
-    const order = [...weights.keys()].filter((key) => weights[key] > 0).sort((a, b) => weights[b] - weights[a]);
+    const order = [...weights.keys()].filter((key) => weights[key]).sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]));
     const lines = order.slice(0, 8).map((key) => this.line(this.labels.key?.[key] ?? "position", key, precise(weights[key])));
     const title = element("div", "at-label", `most of L${this.rows.layer}H${head}, ${seen} keys in the cache`);
     this.part("top").replaceChildren(title, ...lines);

@@ -151,7 +151,7 @@ export class ImageView extends OneQuery {
     const weights = this.weights(head);
     const read = this.hovered === null ? "point at a patch to read its weight" : "";
     this.part("read").replaceChildren(line(read || this.name(this.hovered + prefix), read ? "" : wordOf(weights[this.hovered + prefix])));
-    const order = [...weights.keys()].filter((key) => weights[key] > 0).sort((a, b) => weights[b] - weights[a]);
+    const order = [...weights.keys()].filter((key) => weights[key]).sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a]));
     const label = document.createElement("div");
     label.className = "at-label";
     label.textContent = `most of L${this.rows.layer}H${head}`;
