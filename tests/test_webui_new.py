@@ -434,3 +434,12 @@ def test_a_trace_is_asked_for_beside_its_field(sqlite_store, fields, starter):
     text, *_ = new.on_form(fields, text, form, *fields.values(waiting))
     told, *_ = new.on_change(sqlite_store, fields, text, frozenset())
     assert told == {TRACE_FILE}
+
+
+def test_why_implementations_are_missing_is_a_list_that_is_folded_away():
+    told = new_experiment.unavailable_line({"triton": "needs a <GPU>", "fla": "not installed"})
+    assert told.startswith("<details")
+    assert "why 2 of them" in told.partition("</summary>")[0]
+    assert told.count("<li>") == 2
+    assert "needs a &lt;GPU&gt;" in told
+    assert new_experiment.unavailable_line({}) == ""

@@ -118,11 +118,16 @@ def preview(form: Form) -> str:
 
 
 def unavailable_line(reasons: Mapping[str, str]) -> str:
-    """Why the implementations marked as missing are missing."""
+    """Why the implementations marked as missing are missing, folded away."""
     if not reasons:
         return ""
-    items = " · ".join(f"<b>{escape(name)}</b> {escape(reason)}" for name, reason in reasons.items())
-    return f'<div class="at-muted at-small">Not on any known machine: {items}</div>'
+    items = "".join(f"<li><b>{escape(name)}</b> {escape(reason)}</li>" for name, reason in reasons.items())
+    words = (
+        f"why {len(reasons)} of them are on no known machine"
+        if len(reasons) > 1
+        else "why one is on no known machine"
+    )
+    return f'<details class="at-muted at-small"><summary>{words}</summary><ul class="at-notes">{items}</ul></details>'
 
 
 def submit(store: Store, draft: Draft) -> queue.Submitted:
