@@ -77,6 +77,23 @@ def test_fields_that_stand_beside_each_other_stand_at_one_height(page):
     assert abs(tops[0] - tops[1]) < 2
 
 
+def test_random_tokens_have_no_text_and_a_trace_has_a_row_of_its_own(page):
+    page.locator("#new-source").get_by_text("random tokens").click()
+    expect(yaml_text(page)).to_contain_text("synthetic: random")
+    for name in ("#new-text", "#new-upload"):
+        expect(page.locator(name)).to_be_hidden()
+    expect(page.get_by_label("Cut after (tokens)")).to_be_visible()
+    page.locator("#new-source").get_by_text("text", exact=True).click()
+    expect(page.locator("#new-text")).to_be_visible()
+    page.locator("#new-kind").get_by_text("serve requests").click()
+    page.locator("#new-serving-workload-arrivals-process").get_by_text("from a trace").click()
+    field = page.locator("#new-serving-workload-trace input")
+    expect(field).to_be_visible()
+    assert field.bounding_box()["width"] > 200
+    button = page.locator("#new-upload-trace").bounding_box()
+    assert button["height"] < 40
+
+
 def test_broken_yaml_shows_its_line_and_costs_nothing(page):
     type_yaml(page, SMALL)
     expect(page.locator("#new-name input")).to_have_value("small")

@@ -15,7 +15,7 @@ from attnlab_webui import new_experiment
 from attnlab_webui.field_problems import beside_fields
 from attnlab_webui.form import Form
 from attnlab_webui.form_grid_fields import make_grid, make_record
-from attnlab_webui.form_kinds import KINDS_OF, input_shown, offered
+from attnlab_webui.form_kinds import input_shown, of_kind_shown, offered
 from attnlab_webui.form_mechanism_fields import make_mechanisms
 from attnlab_webui.form_section_fields import SectionFields, kind_field, make_section_fields, title
 from attnlab_webui.form_sections import PROCESS, TRACE_FILE
@@ -95,7 +95,7 @@ class FormFields:
         opened = [form.is_bare, *(mechanism in form.mechanisms for mechanism in self.rows)]
         opened += [input_shown(kind, form) for kind in self.inputs]
         opened += [offered(mechanism, form) for mechanism in self.offers]
-        opened += [form.kind in KINDS_OF[name] for name in self.of_kind]
+        opened += [of_kind_shown(name, form) for name in self.of_kind]
         opened += self.sections.opened(form)
         shown = new_experiment.preview(form)
         preview = gr.update(value=shown, visible=bool(shown))

@@ -13,6 +13,8 @@ from attnlab_webui.form_sections import FRONTIER, RUN, SERVE
 
 KINDS_OF = {
     "input": (RUN, SERVE),
+    "text_box": (RUN, SERVE),
+    "text_upload": (RUN, SERVE),
     "lengths": (RUN,),
     "repeat": (RUN,),
     "batches": (RUN, FRONTIER),
@@ -26,8 +28,17 @@ KINDS_OF = {
 
 def column_of_kind(made: dict[str, Any], name: str, form: Form, **options: Any) -> gr.Column:
     """A column that is shown for the kinds of experiments that its fields are of."""
-    made[name] = gr.Column(visible=form.kind in KINDS_OF[name], **options)
+    made[name] = gr.Column(visible=of_kind_shown(name, form), **options)
     return made[name]
+
+
+def of_kind_shown(name: str, form: Form) -> bool:
+    """Whether such a column is shown; what is of a text alone is not beside random tokens."""
+    if form.source == RANDOM and (
+        name in ("text_box", "text_upload") or (name == "repeat" and not form.repeat)
+    ):
+        return False
+    return form.kind in KINDS_OF[name]
 
 
 def input_shown(kind: str, form: Form) -> bool:

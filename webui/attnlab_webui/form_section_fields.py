@@ -104,7 +104,7 @@ def _row(made: SectionFields, name: str, row: tuple[SectionField, ...], form: Fo
 
 def _upload(made: SectionFields, form: Form) -> None:
     shown = form.sections.get(PROCESS) == form_sections.TRACE
-    with gr.Column(visible=shown, min_width=120, scale=1) as made.folds["upload"]:
+    with gr.Column(visible=shown, min_width=140, scale=1) as made.folds["upload"]:
         made.uploads["trace"] = gr.UploadButton(
             "Trace from a file…",
             file_types=[".csv", ".jsonl", ".json", ".txt"],
@@ -146,11 +146,11 @@ def _opened(name: str, form: Form) -> bool:
 
 
 def _width(one: SectionField) -> int:
-    return 250 if one.path == PROCESS else 100
+    return {PROCESS: 250, TRACE_FILE: 180}.get(one.path, 100)
 
 
 def _scale(one: SectionField) -> int:
-    return 3 if one.path == PROCESS else 1
+    return 3 if one.path in (PROCESS, TRACE_FILE) else 1
 
 
 def title(words: str, hint: str = "") -> None:

@@ -96,6 +96,8 @@ ARRIVALS = (
     SectionField(
         f"{WORKLOAD}.arrivals.rate", "Requests a second", "4", start="4", when=(PROCESS, (POISSON,))
     ),
+)
+REQUEST_TRACE = (
     SectionField(TRACE_FILE, "Trace", "upload a CSV or JSON lines", when=_FROM_TRACE),
     SectionField(f"{WORKLOAD}.time_scale", "Times ×", _default(Workload, "time_scale"), when=_FROM_TRACE),
     SectionField(
@@ -132,6 +134,7 @@ SEARCH = (
 )
 ROWS: dict[str, tuple[SectionField, ...]] = {
     "arrivals": ARRIVALS,
+    "trace": REQUEST_TRACE,
     "prompts": PROMPTS,
     "answers": ANSWERS,
     "memory": MEMORY,

@@ -46,20 +46,22 @@ def make_subject(
             container=False,
         )
     with gr.Column(visible=input_shown(TEXT, form), elem_classes="at-input") as inputs[TEXT]:
-        plain["text"] = gr.Textbox(form.text, label="Text", lines=4, max_lines=9, elem_id="new-text")
+        with column_of_kind(of_kind, "text_box", form):
+            plain["text"] = gr.Textbox(form.text, label="Text", lines=4, max_lines=9, elem_id="new-text")
         with gr.Row(elem_classes="at-tight"):
             plain["max_tokens"] = gr.Textbox(
                 form.max_tokens,
                 label="Cut after (tokens)",
-                placeholder="whole text",
+                placeholder="all there is",
                 max_lines=1,
                 min_width=110,
             )
             with column_of_kind(of_kind, "repeat", form, min_width=130):
                 plain["repeat"] = gr.Checkbox(form.repeat, label="Repeat to length", container=False)
-            uploads["text"] = gr.UploadButton(
-                "Text from a file…", size="sm", min_width=130, elem_id="new-upload"
-            )
+            with column_of_kind(of_kind, "text_upload", form, min_width=130):
+                uploads["text"] = gr.UploadButton(
+                    "Text from a file…", size="sm", min_width=130, elem_id="new-upload"
+                )
     with gr.Row(visible=input_shown(IMAGE, form), elem_classes="at-tight") as inputs[IMAGE]:
         plain["image"] = _sample_field("Picture", picture_samples(), form.image, "new-image")
         plain["size"] = gr.Textbox(
