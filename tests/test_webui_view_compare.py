@@ -108,9 +108,12 @@ def test_a_layer_that_only_one_model_has_is_said_and_has_no_difference(two_model
     page = browse_idle(f"{address}/compare?runs={a},{b}&layer=1&head=1")
     said = page.locator(".at-none:visible").all_inner_texts()
     assert said == [f"#{b} has no map of layer 1, only of 0."] * 2
+    scale = page.locator("[data-part='difference']")
+    assert scale.is_hidden()
     page.locator(".at-picker").get_by_role("slider").press("ArrowLeft")
     page.wait_for_function(IDLE)
     assert page.locator(".at-none:visible").count() == 0
+    assert scale.is_visible()
     page.evaluate("() => { [...window.__attnlab.views][0].sources[1].facts.layers[0].heads = 1; }")
     page.get_by_role("radio", name="head 2").click()
     page.wait_for_function(IDLE)

@@ -173,7 +173,7 @@ export class View {
 
   recolour() {
     for (const signed of [false, true]) {
-      const panels = this.panels.filter((panel) => panel.source.signed === signed);
+      const panels = this.panels.filter(({ source }) => source.signed === signed && source.extent());
       const tiles = panels.flatMap((panel) => [panel.base, panel.tile]).filter(Boolean);
       this.controls.hideScale(signed, !panels.length);
       if (!tiles.length) continue;
