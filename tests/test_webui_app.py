@@ -1,6 +1,7 @@
 """Laws of the web process as a whole: light, offline, closed, and every page answers."""
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -30,6 +31,43 @@ def test_the_web_process_loads_neither_torch_nor_ray():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+HEAPS = """
+import os, threading
+import numpy as np
+from attnlab_webui.commands.services import bound_heaps
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def work():
+    np.ones(3 << 20)  # by itself glibc keeps in its heaps what is no larger than the largest block freed so far
+    together.wait()
+    for _ in range(6):
+        large.append(np.ones(1 << 20))
+        small.append(np.ones(1 << 13))
+
+bound_heaps()
+large, small, together = [], [], threading.Barrier(8)
+threads = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+places = {array.ctypes.data >> 26 for array in small}  # heaps are 64 MB and begin at such addresses
+held, before = sum(array.nbytes for array in large), resident()
+large.clear()
+print(len(places), (before - resident()) / held)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heaps are glibc's")
+def test_what_the_web_process_forgets_leaves_it():
+    done = subprocess.run(
+        [sys.executable, "-c", HEAPS], capture_output=True, text=True, timeout=120, check=True
+    )
+    places, given_back = done.stdout.split()
+    assert int(places) <= 3  # the first heap may lie over a border
+    assert float(given_back) > 0.95
 
 
 def test_every_page_answers_and_names_no_other_server(client):
