@@ -10,7 +10,7 @@ from attnlab.intervals import median_interval
 from attnlab.views import figures
 from attnlab.views.chart import BARS, PRESETS, Axes, ChartInfo, best_axes, chart_info
 from attnlab.views.chart_figure import chart_figure
-from attnlab.views.chart_style import color, log_axis, symbol
+from attnlab.views.chart_style import color, dash, log_axis, symbol
 from attnlab.views.chart_table import FIELDS, MEASURES, TEXTS, chart_rows
 from attnlab.views.errors import ViewError
 from attnlab.views.samples import ecdf, samples_figure, samples_info
@@ -236,6 +236,14 @@ def test_a_logarithmic_axis_has_a_few_ticks_however_far_it_goes(low: float, deca
 
 def test_what_a_chart_draws_differs_in_colour_or_symbol() -> None:
     assert len({(color(place), symbol(place)) for place in range(64)}) == 64
+    assert len({(dash(place), symbol(place)) for place in range(24)}) == 24, "without colours too"
+    lines = [document(n, n % 2 + 64, 1.0, mechanism=name) for n, name in enumerate("aabbcc")]
+    shapes = [
+        trace["line"]["dash"]
+        for trace in drawn(chart_info(lines, SCALING))
+        if trace["mode"] == "lines+markers"
+    ]
+    assert shapes == ["solid", "dash", "dot"]
 
 
 def test_a_measure_may_be_either_axis() -> None:

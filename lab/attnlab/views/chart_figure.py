@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from attnlab.views.chart import ChartInfo, Line, Point, outcome_words
-from attnlab.views.chart_style import FONT, color, log_axis, plain, styled, symbol, tick_format, wrapped
+from attnlab.views.chart_style import FONT, color, dash, log_axis, plain, styled, symbol, tick_format, wrapped
 from attnlab.views.chart_table import FIELDS, MEASURES
 from attnlab.views.labels import OUTCOME_WORDS, format_bytes, plain_number
 
@@ -94,7 +94,10 @@ def _draw(
         figure.add_trace(go.Bar(marker_color=color(index), offsetgroup="all", **common), **place)
     else:
         mode = "lines+markers" if info.axes.x in FIELDS and not info.labels else "markers"
-        figure.add_trace(go.Scatter(mode=mode, marker=look, line_color=color(index), **common), **place)
+        figure.add_trace(
+            go.Scatter(mode=mode, marker=look, line={"color": color(index), "dash": dash(index)}, **common),
+            **place,
+        )
     _mark_conditions(figure, info, line, marked, place)
     ends = [end for end in line.ends if end.x is not None]
     if ends:

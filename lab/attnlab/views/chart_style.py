@@ -16,6 +16,7 @@ from attnlab.views.colormaps import colormap
 # Okabe and Ito 2008, the grey darker than their pink; the yellow last because it is faint on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6E6E6E", "#F0E442")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FONT = "#7d8590"  # readable on white and on near-black alike
 _GRID = "rgba(128,128,128,0.22)"
 
@@ -33,6 +34,11 @@ def faint(position: int) -> str:
 def symbol(position: int) -> str:
     """Another one when the colours begin again: 64 positions differ in colour or symbol."""
     return SYMBOLS[(position + position // len(PALETTE)) % len(SYMBOLS)]
+
+
+def dash(position: int) -> str:
+    """How a line is drawn, for whom colours do not tell apart."""
+    return DASHES[position % len(DASHES)]
 
 
 def plain(text: str) -> str:
