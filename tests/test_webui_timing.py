@@ -138,3 +138,5 @@ def test_the_strip_shows_the_medians_interval_on_the_scale_of_the_samples():
     two = sample_strip([1.0, 2.0], "forward")
     assert "<rect" not in two
     assert f'<line x1="{STRIP_WIDTH / 2:.1f}"' in two
+    assert "<text" not in two, "in a narrow column the picture shrinks, and words must not"
+    assert "<span>1</span><span>2 ms</span>" in two
