@@ -69,6 +69,14 @@ def test_the_mean_of_all_heads_is_one_press_away(token_view, served):
     page.wait_for_function("() => document.querySelector('.at-name').textContent === 'L0H1'")
 
 
+def test_heads_take_a_line_of_their_own_before_any_is_out_of_sight(token_view):
+    page = token_view("layer=0&head=1&token=30")
+    for width in (960, 1024, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        strip = page.locator(".at-heads").evaluate("(heads) => [heads.scrollWidth, heads.clientWidth]")
+        assert strip[0] <= strip[1], f"heads are out of sight at {width} pixels"
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("scale", ["log", "linear"])
 def test_the_text_can_be_read_on_every_colour(token_view, dark, scale):
