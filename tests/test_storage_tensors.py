@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 
 from attnlab_storage import queue, results, tensors
 from attnlab_storage.database import Store
@@ -240,6 +240,15 @@ def test_what_is_not_there_is_said_with_the_choices(sliced: tuple[Store, np.ndar
     for arguments, says in wrong:
         with pytest.raises(tensors.TensorError, match=says):
             tensors.read_tensor(sliced[0], 1, *arguments)
+
+
+def test_rows_that_are_lost_are_never_read_as_numbers(store: Store, claim: queue.Claim):
+    write(store, claim, odd((1, 40)), chunk_tokens=16)
+    with store.write() as session:
+        session.execute(delete(TensorChunk).where(TensorChunk.block == 1))
+    with pytest.raises(tensors.TensorError, match="tokens 0:40 must all be stored, found only 24 of them"):
+        tensors.read_tensor(store, claim.run_id, "query", 0, 0)
+    assert len(tensors.read_tensor(store, claim.run_id, "query", 0, 0, 0, 16)) == 16
 
 
 def test_chunks_can_be_walked_as_they_are_stored(sliced: tuple[Store, np.ndarray]):

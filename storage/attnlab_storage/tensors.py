@@ -135,12 +135,15 @@ def read_tensor(
 def _filled(first: Any, rest: Iterator[Any], start: int, stop: int) -> np.ndarray:
     """Tokens ``start`` to ``stop``; a row is put in its place and forgotten: all rows together are as large again."""
     shape = (stop - start,) if first.head_dim is None else (stop - start, first.head_dim)
-    values = np.empty(shape, "<f8" if first.dtype == "float64" else "<f4")
+    values, found = np.empty(shape, "<f8" if first.dtype == "float64" else "<f4"), 0
     for row in itertools.chain([first], rest):
         data = np.frombuffer(row.data, DTYPES[first.dtype]).reshape(-1, *shape[1:])
         at = row.block * first.chunk_tokens
         low, high = max(start, at), min(stop, at + len(data))
         _decode(data[low - at : high - at], values[low - start : high - start], first.dtype)
+        found += high - low
+    if found < stop - start:
+        raise TensorError(f"tokens {start}:{stop} must all be stored, found only {found} of them")
     return values
 
 
