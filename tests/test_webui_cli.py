@@ -14,7 +14,7 @@ from pyarrow import parquet
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from attnlab_storage import queue
+from attnlab_storage import keeping, queue
 from attnlab_storage.control import dispatcher_beat, pause
 from attnlab_storage.database import migrate, open_store
 from attnlab_storage.listing import count_runs, list_runs
@@ -388,6 +388,20 @@ def test_newer_database_says_what_to_do(attnlab, empty_store, command):
     with empty_store.write(announce=False) as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     assert "newer than this program" in refused(attnlab(*command, stdin=SPEC))
+
+
+def test_purge_removes_for_good_what_was_deleted_and_gives_its_space_back(attnlab, recorded):
+    keeping.delete_runs(recorded.store, recorded.run_ids[:1])
+    recorded.store.settle()
+    size = recorded.store.path.stat().st_size
+    assert "removed 0 runs" in attnlab("purge").stderr  # deleted today: it can still be brought back
+    assert keeping.restore_runs(recorded.store, recorded.run_ids[:1]) == recorded.run_ids[:1]
+    keeping.delete_runs(recorded.store, recorded.run_ids[:1])
+    assert json.loads(attnlab("purge", "--older-than", 0, "--json").stdout)["removed"] == 1
+    assert keeping.restore_runs(recorded.store, recorded.run_ids[:1]) == []
+    assert recorded.store.path.stat().st_size < size
+    assert [run.id for run in list_runs(recorded.store).rows] == recorded.run_ids[1:]
+    assert "--older-than" in attnlab("purge", "--older-than", -1).stderr
 
 
 def test_migrate_names_the_database_without_its_password(attnlab, home):

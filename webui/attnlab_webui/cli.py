@@ -37,6 +37,7 @@ app.command("up", context_settings=services.PASS_THROUGH, rich_help_panel=SERVIC
 app.command("web", rich_help_panel=SERVICES)(services.web)
 app.command("dispatch", context_settings=services.PASS_THROUGH, rich_help_panel=SERVICES)(services.dispatch)
 app.command("migrate", rich_help_panel=SERVICES)(services.migrate)
+app.command("purge", rich_help_panel=SERVICES)(services.purge)
 app.command("doctor", rich_help_panel=SERVICES)(doctor.doctor)
 
 app.command("submit", rich_help_panel=EXPERIMENTS)(submit.submit)

@@ -1,4 +1,4 @@
-"""`up`, `web`, `dispatch`, `migrate`: the services, and the database they meet in."""
+"""`up`, `web`, `dispatch`, `migrate`, `purge`: the services, and the database they meet in."""
 
 import ctypes
 import os
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnlab_storage import keeping
 from attnlab_storage.database import migrate as migrate_store
 from attnlab_storage.database import open_store
 from attnlab_webui.commands.console import JsonOption, print_document, reading_store, say
@@ -65,6 +66,26 @@ def migrate(json: JsonOption = False) -> None:
         print_document({"database": store.label, "revision": revision})
     else:
         say(f"{store.label} is at version {revision}")
+
+
+def purge(
+    older_than: Annotated[float, typer.Option(min=0, help="Days since it was deleted.")] = 30.0,
+    json: JsonOption = False,
+) -> None:
+    """Remove for good what was deleted long ago, and give its space back to the disk.
+
+    Until then a deleted run can be brought back. SQLite rewrites its file: that needs as much space once more, and
+    nobody can write meanwhile, so do it while nothing runs.
+    """
+    store = reading_store()
+    gone = keeping.purge(store, older_than_seconds=older_than * 24 * 3600)
+    if gone:
+        store.compact()
+        store.settle()
+    if json:
+        print_document({"database": store.label, "removed": gone})
+    else:
+        say(f"removed {gone} {'run' if gone == 1 else 'runs'} from {store.label}")
 
 
 def become(module: str, arguments: list[str]) -> None:
