@@ -119,8 +119,9 @@ def test_charts_and_the_table_of_differences_stand_below_the_maps(compared):
 
 def test_this_view_is_downloaded_exactly(compared, traced):
     page = compared("layer=1&head=0&rows=20:50&cols=10:40")
+    files = page.get_by_role("group", name="this view")
     with page.expect_download() as download:
-        page.get_by_role("link", name="NPZ").click()
+        files.get_by_role("link", name="NPZ").click()
     content = download.value.path().read_bytes()
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         for run in traced.run_ids[:2]:
@@ -128,7 +129,7 @@ def test_this_view_is_downloaded_exactly(compared, traced):
             np.testing.assert_allclose(arrays[f"map_{run}"], expected, atol=2e-6)
     for name, start in (("PNG", b"\x89PNG"), ("SVG", b"<?xml")):
         with page.expect_download() as download:
-            page.get_by_role("link", name=name, exact=True).click()
+            files.get_by_role("link", name=name, exact=True).click()
         assert download.value.path().read_bytes().startswith(start)
 
 

@@ -37,7 +37,7 @@ export class Controls {
       '<section class="at-overlays" data-part="overlays" hidden></section>' +
       '<section class="at-mini-box" data-part="minimap"></section>' +
       '<section><div data-part="stats" hidden></div><p class="at-hint" data-part="distance"></p></section><section data-part="options"></section>' +
-      '<section class="at-exports" data-part="exports"></section></aside></div>' +
+      '<section class="at-exports" data-part="exports" role="group" aria-label="this view"></section></aside></div>' +
       '<p class="at-complaint" role="alert" hidden></p>';
     this.part = (name) => root.querySelector(`[data-part="${name}"]`);
     this.picker = new Picker(this.part("picker"), view.actions);
